@@ -1,0 +1,48 @@
+# make run       serve the demo model, or yours: MODEL_PATH=/path/to/model.joblib make run
+# make test      the whole test suite
+# make check     format, lint and types
+# make lock      write the exact, hashed requirements from the ranges in requirements*.in
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test check format lock clean
+
+run: $(VENV)/run.done
+	@$(BIN)/python -m auth demo
+	@test -n "$$MODEL_PATH" || $(BIN)/python -m model.demo "$${MODEL_DIR:-var/models}"
+	@exec $(BIN)/gunicorn
+
+# PYTEST_ARGS narrows the run: make test PYTEST_ARGS=tests/test_auth.py
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/dev.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.done
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
+lock: $(VENV)/dev.done
+	cd $(CURDIR) && $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" requirements.in -o requirements.txt
+	cd $(CURDIR) && $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.txt
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp each, so that a second run installs nothing and a changed lock is installed.
+$(VENV)/run.done: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing; install it: sudo apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.done: $(VENV)/run.done requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,313 @@
+"""Who may do what: the users file, its passwords and roles.
+
+    python -m auth add alice --role predict         asks for the password, without echo
+    python -m auth passwd alice
+    python -m auth remove alice
+    python -m auth list
+    python -m auth demo                             a user with a random password, where there are no users yet
+
+The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
+see a change within a second. `predict` may call /predict and see /model; `admin` sees /model; `metrics` and `monitor`
+are for /metrics and /monitor.
+"""
+
+import argparse
+import getpass
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
+from werkzeug.security import check_password_hash, generate_password_hash
+
+log = logging.getLogger(__name__)
+
+ROLES = ("predict", "admin", "monitor", "metrics")
+
+MAX_WAITING = 32  # callers that wait for a hash check; more are told to come back
+FAILURES_ALLOWED = 10.0  # wrong passwords in a row from one address …
+REFILL = 6.0  # … and the seconds until one more is allowed
+MAX_ADDRESSES = 10_000  # whose failures are remembered; about 1 MB
+
+
+class UsersFileError(Exception):
+    """A users file that cannot be used. The message is for the operator."""
+
+
+@dataclass(frozen=True)
+class User:
+    """One entry of the users file."""
+
+    password: str  # werkzeug's salted hash
+    roles: tuple[str, ...]
+
+
+def read_users(path: Path) -> dict[str, User]:
+    """Read and check a users file.
+
+    Raises:
+        UsersFileError: it is not readable, or not of the form above; the message holds no hash.
+    """
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsersFileError(f"{path}: {error}") from None
+    if not isinstance(entries, dict):
+        raise UsersFileError(f"{path}: expected an object of users by name")
+    users = {}
+    for name, entry in entries.items():
+        password = entry.get("password") if isinstance(entry, dict) else None
+        roles = entry.get("roles") if isinstance(entry, dict) else None
+        if not isinstance(password, str) or password.count("$") != 2:
+            raise UsersFileError(
+                f"{path}: user {name!r} has no password hash; set one with `python -m auth passwd {name}`"
+            )
+        if not isinstance(roles, list) or not set(roles) <= set(ROLES):
+            raise UsersFileError(f"{path}: user {name!r}: expected roles to be a list of {', '.join(ROLES)}")
+        users[name] = User(password, tuple(roles))
+    return users
+
+
+class Users:
+    """The users of a running server, and which passwords have been proved.
+
+    Checking a hash takes tens of milliseconds and 32 MB by design; the proof of a good password must not. A checked
+    pair is remembered as a digest under a random key of this process, one a user, for as long as the user's hash in
+    the file stays the same. Hashes are checked one at a time on a native thread, and an address with many failures
+    waits, so that a flood of wrong passwords costs good callers little. A remembered password is never made to wait.
+    """
+
+    def __init__(self, path: Path, native: Callable[..., Any]) -> None:
+        """Read the users file.
+
+        Raises:
+            UsersFileError: it cannot be used.
+        """
+        self._path, self._native = path, native
+        self._stamp = _stamp(path)
+        self._users = read_users(path)
+        self._key = secrets.token_bytes(32)
+        self._proved: dict[str, tuple[bytes, str]] = {}  # name → (digest of the password, hash it was checked against)
+        self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
+        self._checking = threading.Semaphore(1)
+        self._waiting = 0
+        # An unknown name is checked against this, so that it takes as long as a known one.
+        self._nobody = User(native(generate_password_hash, secrets.token_hex(16)), ())
+
+    def roles(self, name: str) -> list[str]:
+        """Return a user's roles."""
+        user = self._users.get(name)
+        return list(user.roles) if user else []
+
+    def verify(self, name: str, password: str, address: str) -> bool:
+        """Tell whether the password is the user's.
+
+        Raises:
+            TooManyRequests: too many failures from this address; with the time to wait.
+            ServiceUnavailable: too many callers wait for a check.
+        """
+        user = self._users.get(name)
+        digest = hashlib.blake2b(password.encode("utf-8", "surrogatepass"), key=self._key).digest()
+        if self._is_proved(name, user, digest):
+            return True
+        self._refuse_throttled(address)
+        if self._waiting >= MAX_WAITING:
+            raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
+        self._waiting += 1
+        try:
+            with self._checking:
+                # While this caller waited, another may have proved the pair, or this address may have failed often.
+                if self._is_proved(name, user, digest):
+                    return True
+                self._refuse_throttled(address)
+                good = self._native(check_password_hash, (user or self._nobody).password, password)
+        finally:
+            self._waiting -= 1
+        if user is not None and good:
+            self._proved[name] = (digest, user.password)
+            return True
+        self._note_failure(address)
+        return False
+
+    def refresh(self) -> None:
+        """Read the users file again if it changed. A file that cannot be used keeps the last good users."""
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._users = read_users(self._path)
+            self._proved = {name: proof for name, proof in self._proved.items() if name in self._users}
+            log.info("read %s again: %d users", self._path, len(self._users))
+        except UsersFileError as error:
+            log.error("the users stay as they were: %s", error)
+
+    def _is_proved(self, name: str, user: User | None, digest: bytes) -> bool:
+        proof = self._proved.get(name)
+        return (
+            proof is not None
+            and user is not None
+            and proof[1] == user.password
+            and hmac.compare_digest(proof[0], digest)
+        )
+
+    def _failures_now(self, address: str) -> float:
+        count, since = self._failures.get(address, (0.0, 0.0))
+        return max(0.0, count - (time.monotonic() - since) / REFILL)
+
+    def _refuse_throttled(self, address: str) -> None:
+        excess = self._failures_now(address) - (FAILURES_ALLOWED - 1)
+        if excess > 0:
+            raise TooManyRequests(
+                "too many wrong passwords from your address; wait before the next one",
+                retry_after=int(excess * REFILL) + 1,
+            )
+
+    def _note_failure(self, address: str) -> None:
+        count = self._failures_now(address) + 1
+        self._failures.pop(address, None)  # to the end: the dict is in the order of the latest failure
+        self._failures[address] = (count, time.monotonic())
+        if len(self._failures) > MAX_ADDRESSES:
+            del self._failures[next(iter(self._failures))]
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file does, or None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+
+
+# --- the command line
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the users as in the file, and replace the file by what they were made into, keeping its owner and mode."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: one waits
+        users: dict[str, Any] = {}
+        if path.exists():
+            read_users(path)
+            users = json.loads(path.read_text("utf-8"))
+        yield users
+        fd, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
+        try:
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump(users, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(fd)
+                if path.exists():
+                    before = path.stat()
+                    os.fchmod(fd, before.st_mode & 0o777)
+                    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                        os.fchown(fd, before.st_uid, before.st_gid)
+            os.rename(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+
+
+def _ask_password() -> str:
+    """Ask for a new password twice, or read one line where standard input is not a terminal."""
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\n")
+    else:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") != password:
+            raise UsersFileError("the two passwords differ; nothing was changed")
+    if not password:
+        raise UsersFileError("an empty password; nothing was changed")
+    return password
+
+
+def _check_name(name: str) -> str:
+    # A colon ends the name in basic auth; the rest would make logs and listings hard to read.
+    if not name or len(name) > 64 or ":" in name or not name.isprintable():
+        raise UsersFileError(f"{name!r} is not a user name: expected 1 to 64 printable characters without a colon")
+    return name
+
+
+def _make_demo(path: Path) -> None:
+    """Make the user `demo` with a random password, and a netrc file from which curl takes it."""
+    if path.exists():
+        return
+    password = secrets.token_urlsafe(16)
+    netrc = path.with_name("demo.netrc")
+    with _changing(path) as users:
+        users["demo"] = {"password": generate_password_hash(password), "roles": ["predict"]}
+        netrc.unlink(missing_ok=True)
+        with open(os.open(netrc, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(
+                "".join(f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost"))
+            )
+    print(f"made the user demo; its password is in {netrc}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m auth", description="Manage the users of the prediction server.")
+    default = Path(os.environ.get("USERS_FILE") or "var/users.json")
+    parser.add_argument(
+        "--file", type=Path, default=default, help=f"the users file (default {default}, from USERS_FILE)"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = commands.add_parser("add", help="make a user; the password is asked for, or read from standard input")
+    add.add_argument("name")
+    add.add_argument("--role", action="append", choices=ROLES, required=True, dest="roles", help="may be given again")
+    passwd = commands.add_parser("passwd", help="change a user's password")
+    passwd.add_argument("name")
+    remove = commands.add_parser("remove", help="remove a user")
+    remove.add_argument("name")
+    commands.add_parser("list", help="list the users and their roles")
+    commands.add_parser("demo", help="make the user demo with a random password, where there is no users file")
+    given = parser.parse_args(arguments)
+    path: Path = given.file
+    try:
+        if given.command == "list":
+            for name, user in sorted(read_users(path).items()):
+                print(f"{name}\t{','.join(user.roles)}")
+        elif given.command == "demo":
+            _make_demo(path)
+        elif given.command == "add":
+            name = _check_name(given.name)
+            if path.exists() and name in read_users(path):
+                raise UsersFileError(f"there is a user {name} already; see `python -m auth passwd {name}`")
+            hashed = generate_password_hash(_ask_password())
+            with _changing(path) as users:
+                users[name] = {"password": hashed, "roles": sorted(set(given.roles))}
+        else:
+            if given.name not in read_users(path):
+                raise UsersFileError(f"there is no user {given.name!r} in {path}")
+            new = generate_password_hash(_ask_password()) if given.command == "passwd" else None
+            with _changing(path) as users:
+                if new is None:
+                    users.pop(given.name, None)
+                elif given.name in users:
+                    users[given.name]["password"] = new
+    except (UsersFileError, OSError) as error:
+        print(f"auth: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

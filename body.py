@@ -1,0 +1,171 @@
+"""A request's body: within a size and a time, and as strict JSON.
+
+gunicorn has no time limit on bodies: a caller that stops half-way would hold its thread for ever. Here each read
+is noted with its deadline, and a sweep once a second shuts the reading side of the connections that are past theirs,
+which ends the read at once under every worker class. A request whose body is there pays two dict operations.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import orjson
+from flask import Request, Response
+from werkzeug.exceptions import BadRequest, HTTPException, RequestTimeout, UnprocessableEntity
+
+from model import METHODS
+
+LINGER = 2.0  # seconds that a refused body is read on, so that the caller can finish sending and see the answer
+
+
+class BodyReader:
+    """Reads bodies of at most `max_bytes` that arrive within `timeout` seconds (to the next sweep)."""
+
+    def __init__(self, max_bytes: int, timeout: float) -> None:
+        self.max_bytes, self.timeout = max_bytes, timeout
+        self._reading: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, socket)
+
+    def read(self, request: Request) -> bytes:
+        """Read the whole body.
+
+        Raises:
+            RequestEntityTooLarge: longer than `max_bytes`, by its header or as it arrives.
+            RequestTimeout: not there in time.
+            BadRequest: it breaks off, or its chunks are malformed.
+        """
+        request.max_content_length = self.max_bytes
+        body, broken = b"", False
+        with self._deadline(request.environ, self.timeout) as in_time:
+            try:
+                body = request.get_data(cache=False)
+            except HTTPException:
+                raise
+            except Exception:  # whatever the server raises for a bad chunk or a lost connection
+                broken = True
+        whole = not broken and len(body) >= (request.content_length or 0)
+        request.environ["body.whole"] = whole
+        if whole:
+            return body
+        if not in_time():
+            raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
+        raise BadRequest("the body breaks off before its end, or its chunks are malformed")
+
+    def finish(self, request: Request, response: Response) -> None:
+        """See to it that what is left of a body after an early answer is not taken for the next request."""
+        environ = request.environ
+        if environ.get("body.whole") or not (request.content_length or "HTTP_TRANSFER_ENCODING" in environ):
+            return
+        if "body.whole" in environ:  # it broke off, or was too slow
+            response.call_on_close(lambda: _shut(environ, socket.SHUT_RDWR))
+        else:
+            response.call_on_close(lambda: self._discard(environ, request.content_length))
+
+    def _discard(self, environ: dict[str, Any], length: int | None) -> None:
+        """Read on a little, then shut the connection. Closed with data unread it is reset: the answer may be lost."""
+        count, chunk = 0, b"unread"
+        with suppress(Exception), self._deadline(environ, LINGER) as in_time:
+            while chunk and count < self.max_bytes and in_time():
+                chunk = environ["wsgi.input"].read(2**16)
+                count += len(chunk)
+        if chunk or length not in (None, count):
+            _shut(environ, socket.SHUT_RDWR)
+
+    def sweep(self) -> None:
+        """End the reads that are past their deadline. Call it once a second."""
+        now = time.monotonic()
+        for token, (deadline, environ) in list(self._reading.items()):
+            if deadline <= now and self._reading.pop(token, None) is not None:
+                _shut(environ, socket.SHUT_RD)
+
+    @contextmanager
+    def _deadline(self, environ: dict[str, Any], seconds: float) -> Iterator[Any]:
+        token, deadline = object(), time.monotonic() + seconds
+        self._reading[token] = (deadline, environ)
+        try:
+            yield lambda: time.monotonic() < deadline
+        finally:
+            self._reading.pop(token, None)
+
+
+def _shut(environ: dict[str, Any], how: int) -> None:
+    """Shut a side of the request's connection. On a duplicate, since a TLS socket would forget its keys."""
+    connection = environ.get("gunicorn.socket")
+    if connection is not None:
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+            duplicate.shutdown(how)
+
+
+# --- JSON
+
+
+def parse_call(body: bytes) -> tuple[Any, str]:
+    """Decode a request's body to its `data` and `method`.
+
+    Raises:
+        BadRequest: not JSON.
+        UnprocessableEntity: JSON of another form.
+    """
+    form = 'send {"data": [[…], …]}'
+    if not body:
+        raise BadRequest(f"the body is empty; {form}")
+    try:
+        call = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(_explain_json(body, error)) from None
+    if type(call) is not dict:
+        raise unprocessable(f"the body is not an object; {form}")
+    if _has_duplicate_key(body, call):
+        raise unprocessable("an object has the same key twice, so it is not clear which value is meant")
+    for key in call:
+        if key not in ("data", "method"):
+            raise unprocessable(f"unknown key {key[:80]!r}; the body has data and may have method")
+    if "data" not in call:
+        raise unprocessable(f"data is missing; {form}")
+    method = call.get("method", "predict")
+    if not isinstance(method, str):
+        raise unprocessable(f"method is not a text; expected one of {', '.join(METHODS)}")
+    return call["data"], method
+
+
+def _explain_json(body: bytes, error: orjson.JSONDecodeError) -> str:
+    """Say what to mend in a body that is not JSON, in our own words: the parser's may quote it."""
+    if "infinity" in error.msg:
+        return "a number is too large for a 64-bit float"
+    if "depth" in error.msg:
+        return "nested too deeply"
+    try:
+        body.decode()
+    except UnicodeDecodeError as bad:
+        return f"the body is not UTF-8 (byte {bad.start})"
+    return (
+        f"not JSON: it goes wrong at line {error.lineno} column {error.colno}. NaN, Infinity, single quotes, comments "
+        "and trailing commas are not JSON; a missing value is null"
+    )
+
+
+def _has_duplicate_key(body: bytes, call: dict[str, Any]) -> bool:
+    """Tell whether an object has a key twice, of which the parser keeps the last without a word."""
+    data = call.get("data")
+    rows = data if isinstance(data, list) else ()
+    keys = len(call) + sum(len(row) for row in rows if type(row) is dict)
+    if body.count(b":") == keys:  # a colon for each key that is left, none lost: the usual case, at memchr's speed
+        return False
+    duplicates = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        if len({key for key, _ in pairs}) < len(pairs):
+            duplicates.append(True)
+
+    json.loads(body, object_pairs_hook=note)
+    return bool(duplicates)
+
+
+def unprocessable(detail: str, errors: list[dict[str, Any]] | None = None) -> UnprocessableEntity:
+    """Make the error for a body that is JSON, but not of the right form."""
+    error = UnprocessableEntity(detail)
+    error.errors = errors  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,94 @@
+"""How gunicorn runs the server: `gunicorn` in this directory, or `gunicorn server:app`. Settings are in settings.py."""
+
+import errno
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from settings import Settings, SettingsError, usable_cores
+
+try:
+    _settings = Settings.from_environ(os.environ)
+except SettingsError as _error:
+    sys.exit(f"cannot start: {_error}")
+
+wsgi_app = "server:app"
+bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
+workers = _settings.web_concurrency
+worker_class = _settings.worker_class
+
+# gthread only: requests at once in one worker. Under gevent a connection costs next to nothing.
+threads = 32
+
+# Connections of one worker, idle ones counted too; one more waits in the kernel without an answer.
+worker_connections = 4000
+
+# Seconds an idle connection is kept. It must be longer than nginx keeps its own (10 s in deploy/nginx), or nginx sends
+# a POST into a connection that is being closed; and shorter than graceful_timeout, since a stop waits for idle ones.
+keepalive = 20
+
+# Seconds that requests in flight have to finish at SIGTERM or SIGHUP.
+graceful_timeout = _settings.graceful_timeout
+
+# Seconds after which a worker that does not come back to its loop is killed. Loading is on a thread of its own and
+# does not count.
+timeout = 30
+
+# Two masters on one machine would share the default control socket's path, and one would delete the other's.
+control_socket_disable = True
+
+# A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
+
+# The application logs like gunicorn does, on standard error.
+logging.basicConfig(
+    level="INFO",
+    datefmt="%Y-%m-%d %H:%M:%S %z",
+    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+)
+
+
+def on_starting(server):
+    """Name the way out when the port is taken; gunicorn would try five times and only say that it is."""
+    if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
+        return  # the socket is handed in
+    for address in server.address:
+        if isinstance(address, tuple):
+            with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(address)
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        sys.exit(
+                            f"port {address[1]} is taken (on macOS by AirPlay). Name another: "
+                            f"PORT={address[1] + 1} make run"
+                        )
+
+
+def when_ready(server):
+    """Print the line to paste."""
+    netrc = _settings.users_file.with_name("demo.netrc")
+    if not netrc.is_file():
+        netrc = None
+    for address in server.address:
+        if isinstance(address, tuple):
+            host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}/predict"
+            password = "" if _settings.auth == "off" else f"--netrc-file {_shown(netrc)} " if netrc else "-u NAME "
+            data = "" if _settings.model_path else """ -d '{"data": [[5.1, 3.5, 1.4, 0.2]]}'"""
+            server.log.info("serving; try\n\n  curl %s-H 'Content-Type: application/json'%s %s\n", password, data, url)
+
+
+def _shown(path):
+    try:
+        return Path(path).resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def post_worker_init(worker):
+    """Load the model now, not at the first request."""
+    worker.wsgi.extensions["service"].start()

@@ -1,0 +1,134 @@
+"""One loader per file format, chosen by the file's suffix.
+
+Loading a pickle runs whatever code its author put in it: serve only files that you would run as a script. `.skops`
+is the exception: its types are checked before anything is built.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class ModelLoadError(Exception):
+    """A model that cannot be served. The message says what to mend; it goes to the log, never to a caller."""
+
+
+def load(path: Path, *, allow_version_mismatch: bool = False) -> Any:
+    """Load a fitted model from a file, ready to predict in one thread.
+
+    Raises:
+        ModelLoadError: an unknown suffix, a damaged file, a library or class that is not here, or a model that was
+            made with another minor version of scikit-learn (unless `allow_version_mismatch`).
+    """
+    loader = _LOADERS.get(path.suffix.lower())
+    if loader is None:
+        raise ModelLoadError(f"{path.name}: the suffix says the format; expected one of {', '.join(_LOADERS)}")
+    try:
+        model = _with_version_check(lambda: loader(path), allow_version_mismatch)
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(_explain(path, error)) from error
+    if not callable(getattr(model, "predict", None)):
+        raise ModelLoadError(
+            f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
+        )
+    _run_in_one_thread(model)
+    return model
+
+
+def _load_joblib(path: Path) -> Any:
+    import joblib  # also reads plain pickles
+
+    return joblib.load(path)
+
+
+def _load_skops(path: Path) -> Any:
+    import skops.io
+
+    unknown = skops.io.get_untrusted_types(file=path)
+    if unknown:
+        raise ModelLoadError(
+            f"{path.name} holds types that are not known to be safe: {', '.join(unknown)}. "
+            "Where you trust its author, save the model with joblib instead"
+        )
+    return skops.io.load(path, trusted=[])
+
+
+_LOADERS: dict[str, Callable[[Path], Any]] = {
+    ".joblib": _load_joblib,
+    ".pkl": _load_joblib,
+    ".pickle": _load_joblib,
+    ".skops": _load_skops,
+}
+
+
+def _with_version_check(load_it: Callable[[], Any], allowed: bool) -> Any:
+    """Load, refusing a model of another minor version of scikit-learn: its attributes may have changed meaning."""
+    from sklearn.exceptions import InconsistentVersionWarning
+
+    # As an error the warning stops the load at the first estimator, before the rest is built.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if allowed else "error", InconsistentVersionWarning)
+        try:
+            return load_it()
+        except InconsistentVersionWarning as mismatch:
+            made, here = mismatch.original_sklearn_version, mismatch.current_sklearn_version
+            if made.split(".")[:2] != here.split(".")[:2]:
+                raise ModelLoadError(
+                    f"the model was made with scikit-learn {made}, this server runs {here}. Either train and save it "
+                    f"again with scikit-learn {here}, or put scikit-learn=={made} into requirements.in and run "
+                    "`make lock`. ALLOW_VERSION_MISMATCH=1 serves it all the same, with results nobody vouches for"
+                ) from None
+        warnings.simplefilter("ignore", InconsistentVersionWarning)  # only the patch version differs
+        return load_it()
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Say in plain words why a file did not load. The usual causes each have their own mend."""
+    text = f"{path.name} does not load: {type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"{text}. The model needs the library {str(error.name).partition('.')[0]!r}: add it to requirements.in "
+            "and run `make lock`, or install it beside the server"
+        )
+    if isinstance(error, AttributeError) and "__main__" in str(error):
+        return (
+            f"{text}. It uses a class or function that was defined in a notebook or script: move that into a module "
+            "of its own, put the module beside server.py, import it from there, train and save again"
+        )
+    if isinstance(error, AttributeError) and "<module 'model" in str(error):
+        return (
+            f"{text}. It was saved beside a module of yours that is named model, which is this server's package: "
+            "rename your module, put it beside server.py, train and save again"
+        )
+    if isinstance(error, (EOFError, pickle.UnpicklingError, IndexError, KeyError, ValueError)):
+        return f"{text}. The file is damaged, not complete, or not of the format that its suffix says"
+    return text
+
+
+def _run_in_one_thread(model: Any) -> None:
+    """Set each `n_jobs` to 1: the server runs a process for each core, and a pool costs more than a small predict."""
+    for estimator in estimators_in(model):
+        if getattr(estimator, "n_jobs", None) not in (None, 1):
+            estimator.n_jobs = 1
+
+
+def estimators_in(model: Any) -> Iterator[Any]:
+    """Yield the model and every estimator inside it, fitted or not, each once."""
+    seen: set[int] = set()
+    left = [model]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple)):
+            left.extend(value)
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif hasattr(value, "get_params") and not isinstance(value, type):
+            yield value
+            left.extend(vars(value).values())

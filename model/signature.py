@@ -1,0 +1,254 @@
+"""JSON rows → the array or data frame the model was fitted on, or what is wrong with them.
+
+signature, _ = learn(model)  # model/learning.py
+model.predict(signature.parse([[5.1, 3.5, 1.4, 0.2]]))
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["number", "text", "boolean", "any"]
+Layout = Literal["array", "frame", "texts", "numbers"]
+
+MAX_ERRORS = 20  # of one request that are listed; a caller mends the first few and tries again
+ACCEPTED: dict[Kind, set[type]] = {
+    "number": {int, float},
+    "text": {str},
+    "boolean": {bool},
+    "any": {int, float, str, bool},
+}
+_EXPECTED: dict[Kind, str] = {
+    "number": "a number",
+    "text": "a text",
+    "boolean": "true or false",
+    "any": "a number, a text, or true or false",
+}
+_JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+    int: "a number",
+    float: "a number",
+}
+
+
+class BadRows(ValueError):
+    """Rows that do not fit the model.
+
+    Attributes:
+        detail: what to mend, for the caller.
+        errors: where, as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; row and column optional.
+    """
+
+    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = list(errors)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input column of a model."""
+
+    name: str | None  # None where the model was fitted without names
+    kind: Kind = "number"
+    nullable: bool = False  # the model answers a row in which this value is missing
+    missing: float | None = math.nan  # what stands for a missing value at predict
+    examples: tuple[Any, ...] = ()  # values the model saw at fit, where it keeps them
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes.
+
+    Layouts: "array" a 2-D array, `(n_rows, n_columns)` float64 (object where a column is not of numbers); "frame" a
+    pandas data frame; "texts" and "numbers" a list of `n_rows` scalars. `columns` is None where the model does not tell
+    how many it takes, and empty for the one-dimensional layouts.
+    """
+
+    layout: Layout
+    columns: tuple[Column, ...] | None
+
+    def parse(self, data: Any) -> Any:
+        """Turn the decoded JSON value of `data` into what the model's `predict` takes.
+
+        Raises:
+            BadRows: naming the row and column, with at most `MAX_ERRORS` places.
+        """
+        if type(data) is not list:
+            raise BadRows(f"data is {_json_name(data)}; expected a list of rows, {self.example()}")
+        if not data:
+            raise BadRows("data has no rows")
+        if self.layout in ("texts", "numbers"):
+            return self._parse_scalars(data)
+        rows = self._in_column_order(data)
+        if self.layout == "array" and (self.columns is None or all(c.kind == "number" for c in self.columns)):
+            return self._number_array(rows)
+        return self._mixed(rows)
+
+    def example(self) -> str:
+        """Show the form of `data` with one row, as JSON."""
+        if self.layout == "texts":
+            return '["some text"]'
+        if self.layout == "numbers":
+            return "[0.5]"
+        if self.columns is None or len(self.columns) > 8:
+            return "[[1.0, 2.0, …]]" + (f" with {len(self.columns)} values each" if self.columns else "")
+        shown = {"number": "0.5", "text": '"text"', "boolean": "true", "any": "0.5"}
+        return "[[" + ", ".join(shown[c.kind] for c in self.columns) + "]]"
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the signature for people and programs, as JSON values."""
+        columns = None
+        if self.columns is not None:
+            columns = [{"name": c.name, "type": c.kind, "nullable": c.nullable} for c in self.columns]
+        return {"layout": self.layout, "columns": columns, "example": self.example()}
+
+    # --- rows as lists, in column order
+
+    def _in_column_order(self, data: list[Any]) -> list[list[Any]]:
+        """Return rows as lists or tuples of the right width, whichever way the caller wrote them."""
+        kind = type(data[0])
+        if kind is dict:
+            return self._from_objects(data)
+        if kind is not list:
+            raise BadRows(
+                f"data is a list of {_json_name(data[0], plural=True)}; this model takes a list of rows, so one "
+                f"row is written with two brackets: {self.example()}"
+            )
+        width = len(self.columns) if self.columns is not None else len(data[0])
+        if width == 0:
+            raise BadRows("row 0 has no values")
+        if set(map(type, data)) != {list} or set(map(len, data)) != {width}:
+            raise _bad(self._wrong_rows(data, width))
+        return data
+
+    def _wrong_rows(self, data: list[Any], width: int) -> Iterable[dict[str, Any]]:
+        for at, row in enumerate(data):
+            if type(row) is not list:
+                yield {"row": at, "detail": f"{_json_name(row)}; expected a list of {width} values, as row 0"}
+            elif len(row) != width:
+                yield {"row": at, "detail": f"{len(row)} values; expected {width}"}
+
+    def _from_objects(self, data: list[Any]) -> list[Any]:
+        if self.columns is None or any(c.name is None for c in self.columns):
+            raise BadRows(f"this model was fitted without column names; send each row as a list: {self.example()}")
+        names = [c.name for c in self.columns]
+        if set(map(type, data)) == {dict} and set(map(len, data)) == {len(names)}:
+            pick = itemgetter(*names)
+            try:
+                return [pick(row) for row in data] if len(names) > 1 else [[pick(row)] for row in data]
+            except KeyError:
+                pass
+        raise _bad(self._wrong_objects(data, names))
+
+    def _wrong_objects(self, data: list[Any], names: list[str | None]) -> Iterable[dict[str, Any]]:
+        for at, row in enumerate(data):
+            if type(row) is not dict:
+                yield {"row": at, "detail": f"{_json_name(row)}; expected an object, as row 0"}
+                continue
+            yield from ({"row": at, "column": name, "detail": "missing"} for name in names if name not in row)
+            yield from (
+                {"row": at, "column": name[:80], "detail": "not a column of this model"}
+                for name in row
+                if name not in names
+            )
+
+    # --- values
+
+    def _number_array(self, rows: list[Any]) -> Any:
+        kinds = set(map(type, itertools.chain.from_iterable(rows)))
+        if not kinds <= {int, float}:
+            self._check_values(rows)
+        return np.array(rows, dtype=np.float64)  # None becomes NaN
+
+    def _mixed(self, rows: list[Any]) -> Any:
+        assert self.columns is not None  # a model that does not tell its columns takes numbers
+        self._check_values(rows)
+        by_column = [
+            [c.missing if value is None else value for value in values]
+            for c, values in zip(self.columns, zip(*rows, strict=True), strict=True)
+        ]
+        if self.layout == "frame":
+            import pandas as pd
+
+            return pd.DataFrame(
+                {
+                    c.name: pd.Series(values, dtype=_dtype(c, values))
+                    for c, values in zip(self.columns, by_column, strict=True)
+                }
+            )
+        array = np.empty((len(rows), len(by_column)), dtype=object)
+        for at, values in enumerate(by_column):
+            array[:, at] = values
+        return array
+
+    def _check_values(self, rows: list[Any]) -> None:
+        """Check the type of each value; the rows have the right width."""
+        columns = self.columns or tuple(Column(None) for _ in rows[0])
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+            kinds = set(map(type, values))
+            if not kinds <= ACCEPTED[column.kind] | ({type(None)} if column.nullable else set()):
+                raise _bad(self._wrong_values(rows, columns))
+
+    def _wrong_values(self, rows: list[Any], columns: tuple[Column, ...]) -> Iterable[dict[str, Any]]:
+        for at, row in enumerate(rows):
+            for index, (column, value) in enumerate(zip(columns, row, strict=True)):
+                if type(value) in ACCEPTED[column.kind] or (value is None and column.nullable):
+                    continue
+                where = {"row": at, "column": index if column.name is None else column.name}
+                if value is None:
+                    yield where | {"detail": "null; this model does not take a missing value here"}
+                else:
+                    yield where | {"detail": f"{_json_name(value)}; expected {_EXPECTED[column.kind]}"}
+
+    def _parse_scalars(self, data: list[Any]) -> Any:
+        kind: Kind = "text" if self.layout == "texts" else "number"
+        if not set(map(type, data)) <= ACCEPTED[kind]:
+            raise _bad(
+                {"row": at, "detail": f"{_json_name(value)}; expected {_EXPECTED[kind]}: data is {self.example()}"}
+                for at, value in enumerate(data)
+                if type(value) not in ACCEPTED[kind]
+            )
+        return data if kind == "text" else np.array(data, dtype=np.float64)
+
+
+def _dtype(column: Column, values: list[Any]) -> Any:
+    """Choose the data frame's type for a column, so that it does not hang on the values of one request."""
+    if column.kind == "number":
+        return np.float64
+    if column.kind == "boolean":
+        return object if column.missing in values else bool
+    if column.kind == "text" and column.missing is not None:
+        import pandas as pd
+
+        return "str" if int(pd.__version__.split(".")[0]) >= 3 else object
+    return object  # None for a missing value stays None here
+
+
+def _bad(errors: Iterable[dict[str, Any]]) -> BadRows:
+    """Make the error from the first places and sum them up in one sentence."""
+    places = list(itertools.islice(errors, MAX_ERRORS + 1))
+    first = places[0]
+    where = f"row {first['row']}" + (f", column {first['column']!r}" if "column" in first else "")
+    more = {1: "", MAX_ERRORS + 1: f" (and more; the first {MAX_ERRORS} are listed)"}.get(
+        len(places), f" (and {len(places) - 1} more)"
+    )
+    return BadRows(f"{where}: {first['detail']}{more}", places[:MAX_ERRORS])
+
+
+def _json_name(value: Any, plural: bool = False) -> str:
+    name = _JSON_NAMES.get(type(value), "a value")
+    if not plural:
+        return name
+    return {"an object": "objects", "a list": "lists", "null": "nulls", "true or false": "true or false"}.get(
+        name, name[2:] + "s"
+    )

@@ -1,0 +1,200 @@
+"""The journal: one line for each prediction request, written before the first byte of its answer.
+
+    journal = Journal(Path("var/journal"), max_bytes=10**9)
+    log_monitor(0.0021, True, "", journal=journal, status=200, rows=1, …)
+
+`python -m report` reads it for people, and `python -m sls ship` (to come) for Alibaba Cloud's log service.
+"""
+
+import fcntl
+import itertools
+import logging
+import os
+import secrets
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+log = logging.getLogger(__name__)
+
+TOPIC = "model_service_monitor"  # in SLS
+SEGMENTS = "*.jsonl"
+SEGMENT_BYTES = 64 * 2**20  # a segment is closed at this size, or at a sixteenth of the journal's bound
+
+
+def log_monitor(response_time: float, success: bool, error: str, *, journal: "Journal", **fields: Any) -> None:
+    """Record one prediction request.
+
+    Args:
+        response_time: seconds from the request's arrival in the application to its answer.
+        success: whether it was answered with a status below 400.
+        error: what went wrong, in our own words (never a library's text: it may hold the caller's data); else "".
+        journal: where to.
+        fields: `error_type`, `status`, `path`, `method`, `rows`, `model_version`, `user`, `request_id`; as JSON values.
+    """
+    journal.append({"response_time": round(response_time, 6), "success": success, "error": error, **fields})
+
+
+class Journal:
+    """An append-only log of JSON lines, in segments, bounded in bytes.
+
+    Format: a directory of files `<nanoseconds when opened, 20 digits>-<pid>.jsonl`, so names sort by age. Each line is
+    one JSON object and holds at least `time` (seconds since 1970), `record_id` (unique) and `pid`; the line of a
+    request holds what `log_monitor` was given. A line with `dropped` instead says how many records were lost and why.
+    A line that does not parse was torn by a full disk or a power cut; the next one begins on a line of its own.
+
+    Concurrency: one writer a segment, which holds it with `flock` for as long as it may still write: a segment that
+    can be locked is finished. A line is one `write` with O_APPEND, so a killed writer loses nothing that it wrote.
+    Not synced to disk: a power cut may lose the last seconds. Past `max_bytes` the oldest finished segments go.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        """Remember where to write; the first record opens a segment."""
+        self._directory, self._max_bytes = directory, max_bytes
+        self._segment_bytes = min(SEGMENT_BYTES, max_bytes // 16)
+        self._fd: int | None = None
+        self._size = 0
+        self._torn = False
+        self._unreported = 0  # records lost since the last one that was written
+        self._complained = -60.0
+        self._name_writer()
+        _journals.add(self)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append one record. Never raises: serving goes on without a journal, and the loss is counted and reported."""
+        line = (
+            orjson.dumps(
+                {
+                    "time": round(time.time(), 6),
+                    "record_id": f"{self._prefix}-{next(self._count)}",
+                    "pid": self._pid,
+                    **record,
+                }
+            )
+            + b"\n"
+        )
+        try:
+            if self._fd is None or self._size >= self._segment_bytes:
+                self._open_segment()
+            if self._unreported:
+                self._write(self._dropped_line(self._unreported, "the journal could not be written"))
+                self._unreported = 0
+            self._write(line)
+        except OSError as error:
+            self._unreported += 1
+            if time.monotonic() - self._complained >= 60.0:  # seconds; a full disk would fill the log as well
+                self._complained = time.monotonic()
+                log.error("records are being lost, the journal in %s cannot be written: %s", self._directory, error)
+
+    def close(self) -> None:
+        """Finish the segment."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _after_fork(self) -> None:
+        self.close()  # closing the copy leaves the parent's lock in place
+        self._name_writer()
+
+    def _name_writer(self) -> None:
+        self._pid = os.getpid()
+        self._prefix = secrets.token_hex(8)
+        self._count = itertools.count()
+
+    def _write(self, line: bytes) -> None:
+        assert self._fd is not None
+        if self._torn:
+            line = b"\n" + line
+        written = os.write(self._fd, line)
+        self._size += written
+        self._torn = written < len(line)
+        if self._torn:
+            raise OSError("no space left for a whole line")
+
+    def _open_segment(self) -> None:
+        self.close()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"{time.time_ns():020d}-{os.getpid()}.jsonl"
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o640)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        self._fd, self._size, self._torn = fd, 0, False
+        lost = self._make_room()
+        if lost:
+            log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
+            self._write(self._dropped_line(lost, "the journal was full"))
+
+    def _make_room(self) -> int:
+        """Remove the oldest finished segments until a new one fits; return how many records went."""
+        lost = 0
+        sizes = {path: path.stat().st_size for path in segments(self._directory)}
+        excess = sum(sizes.values()) + self._segment_bytes - self._max_bytes
+        for path, size in sizes.items():
+            if excess <= 0:
+                break
+            if is_finished(path):
+                count = _records_in(path)
+                try:
+                    path.unlink()
+                except FileNotFoundError:  # another worker made room as well, and counts them
+                    continue
+                lost += count
+                excess -= size
+        return lost
+
+    def _dropped_line(self, count: int, reason: str) -> bytes:
+        line = {
+            "dropped": count,
+            "reason": reason,
+            "time": round(time.time(), 6),
+            "record_id": f"{self._prefix}-{next(self._count)}",
+            "pid": self._pid,
+        }
+        return orjson.dumps(line) + b"\n"
+
+
+def segments(directory: Path) -> list[Path]:
+    """List a journal's segments, the oldest first."""
+    return sorted(directory.glob(SEGMENTS))
+
+
+def is_finished(path: Path) -> bool:
+    """Tell whether a segment's writer is done with it, or dead."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _records_in(path: Path) -> int:
+    """Count the records that go with a segment, and those that it says went before."""
+    count = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.startswith(b'{"dropped":'):
+                count += orjson.loads(line)["dropped"]
+            else:
+                count += 1
+    return count
+
+
+# A fork without exec copies the descriptor, and with it the lock: a child that kept it would keep the segment open
+# after its writer's death, and write under the writer's name.
+_journals: "weakref.WeakSet[Journal]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for journal in _journals:
+        journal._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

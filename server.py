@@ -1,0 +1,343 @@
+"""The prediction server: a Flask application that gunicorn runs. Read this file first.
+
+    make run                        or: gunicorn server:app, with the settings in the environment (settings.py)
+
+    POST /predict                   {"data": [[5.1, 3.5, 1.4, 0.2]]} → {"prediction": [0]}       role predict
+    GET  /model                     what is served: version, signature, checksum                 role predict or admin
+    GET  /healthz                   the process answers                                          open
+    GET  /readyz                    the model is loaded and has answered its sample              open
+
+A request's way: auth → body → version (model.serving) → rows (model.signature) → predict → one line in the journal
+(monitor) → answer. Every error is answered as problem+json (RFC 9457).
+"""
+
+import itertools
+import logging
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from flask import Flask, Response, g, request
+from flask_httpauth import HTTPBasicAuth
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import (
+    Forbidden,
+    HTTPException,
+    InternalServerError,
+    ServiceUnavailable,
+    TooManyRequests,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from auth import Users
+from body import BodyReader, parse_call, unprocessable
+from model import METHODS, BadRows, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving
+from monitor import Journal, log_monitor
+from settings import Settings
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what we take over from a caller: safe in logs and headers
+SUMMARY_SECONDS = 60.0  # between the summary records of requests without a valid password
+
+
+def create_app(settings: Settings) -> Flask:
+    """Make the application. Nothing is loaded and no thread runs before its first request or `service.start()`."""
+    service = Service(settings)
+    app = Flask("server", static_folder=None)
+    app.extensions["service"] = service
+    app.before_request(service.begin)
+    app.add_url_rule("/predict", view_func=service.allow("predict")(service.predict), methods=["POST"])
+    app.add_url_rule("/model", view_func=service.allow("predict", "admin")(service.model))
+    app.add_url_rule("/healthz", view_func=service.healthz)
+    app.add_url_rule("/readyz", view_func=service.readyz)
+    app.register_error_handler(HTTPException, problem)
+    app.register_error_handler(Exception, fault)
+    app.after_request(service.finish)
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]  # Flask's own advice
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    """Make `server.app` on first access (PEP 562), so that importing this module reads nothing."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()["app"] = create_app(Settings.from_environ(os.environ))
+    return globals()["app"]
+
+
+class Service:
+    """What one worker process holds, and the views."""
+
+    def __init__(self, settings: Settings) -> None:
+        native = native_call()
+        self.max_rows = settings.max_rows
+        self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
+        self.journal = Journal(settings.journal_dir, settings.journal_max_bytes)
+        self.serving = Serving(settings.model_path, settings.model_dir, settings.allow_version_mismatch, native)
+        self.users = None if settings.auth == "off" else Users(settings.users_file, native)
+        self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
+        self._strangers_reported = 0
+        self._started_in: int | None = None
+        if self.users is None:
+            log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
+
+    def start(self) -> None:
+        """Load the model and begin to keep house, once in each process: threads do not survive a fork."""
+        if self._started_in != os.getpid():
+            self._started_in = os.getpid()
+            self.serving.start()
+            threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+
+    # --- views
+
+    def predict(self) -> Response:
+        """POST /predict: answer rows with the model's predictions."""
+        if not request.is_json:
+            raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
+        if "Content-Encoding" in request.headers:
+            raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+        model = self._choose()
+        data, method = parse_call(self.bodies.read(request))
+        if method not in model.methods:
+            raise unprocessable(
+                f"this model has no method {method!r}"
+                if method in METHODS
+                else f"method is none of {', '.join(model.methods)}"
+            )
+        if isinstance(data, list) and len(data) > self.max_rows:
+            raise unprocessable(f"data has {len(data)} rows; this server takes {self.max_rows} in one request")
+        g.record |= {"method": method}
+        answer = {"prediction": self._call(model, data, method)}
+        classes = model.classes_for(method)
+        if classes is not None:
+            answer["classes"] = classes
+        return json_response(answer)
+
+    def model(self) -> Response:
+        """GET /model: what is served."""
+        return json_response(self.serving.describe())
+
+    def healthz(self) -> Response:
+        """GET /healthz: the process answers."""
+        return json_response({"status": "ok"})
+
+    def readyz(self) -> Response:
+        """GET /readyz: the model is loaded and has answered its sample."""
+        self._choose()
+        return json_response({"status": "ready"})
+
+    # --- what every request goes through
+
+    def begin(self) -> None:
+        """Note when a request came and what it is called."""
+        g.began = time.perf_counter()
+        given = request.headers.get("X-Request-ID", "")
+        g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        g.record = {"error_type": "", "rows": 0, "model_version": "", "user": None, "method": ""}
+        g.error = ""
+        self.start()
+
+    def allow(self, *roles: str) -> Callable[[Callable[[], Response]], Callable[[], Response]]:
+        """Return a decorator that lets a view answer only users with one of the roles."""
+        if self.users is None:
+
+            def as_anybody(view: Callable[[], Response]) -> Callable[[], Response]:
+                def answer() -> Response:
+                    g.record["user"] = ""
+                    return view()
+
+                answer.__name__ = view.__name__  # Flask names the endpoint after it
+                return answer
+
+            return as_anybody
+        users = self.users
+        auth = HTTPBasicAuth(realm="predictions")
+
+        @auth.verify_password
+        def verify(name: str, password: str) -> str | None:
+            if not (name and users.verify(name, password, request.remote_addr or "")):
+                return None
+            g.record["user"] = name
+            return name
+
+        @auth.get_user_roles
+        def roles_of(name: str) -> list[str]:
+            return users.roles(name)
+
+        @auth.error_handler
+        def refuse(status: int) -> Response:
+            if status == 403:
+                raise Forbidden(f"this needs the role {' or '.join(roles)}, which your user does not have")
+            raise Unauthorized(
+                "a user name and a password are needed (HTTP basic auth), and these are not right"
+                if request.authorization
+                else "send a user name and a password (HTTP basic auth): curl -u NAME",
+                www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
+            )
+
+        return auth.login_required(role=list(roles))  # type: ignore[no-any-return]  # Flask-HTTPAuth has no types
+
+    def finish(self, response: Response) -> Response:
+        """Record a prediction request and complete its answer."""
+        self.bodies.finish(request, response)
+        response.headers["X-Request-ID"] = g.request_id
+        if g.record["model_version"]:
+            response.headers["X-Model-Version"] = g.record["model_version"]
+        if request.endpoint == "predict":
+            if g.record["user"] is not None:
+                log_monitor(
+                    time.perf_counter() - g.began,
+                    response.status_code < 400,
+                    g.error,
+                    journal=self.journal,
+                    status=response.status_code,
+                    path=request.path,
+                    request_id=g.request_id,
+                    **g.record,
+                )
+            elif response.status_code >= 400:
+                next(self._strangers)
+        return response
+
+    # --- helpers
+
+    def _choose(self) -> LoadedModel:
+        try:
+            model = self.serving.choose()
+        except ModelNotReady as reason:
+            raise mark("model", ServiceUnavailable(f"not ready: {reason}", retry_after=5)) from None
+        if request.endpoint == "predict":
+            g.record["model_version"] = model.version
+        return model
+
+    def _call(self, model: LoadedModel, data: Any, method: str) -> Any:
+        try:
+            rows = model.signature.parse(data)
+            g.record["rows"] = len(rows)
+            return model.predict(rows, method)
+        except BadRows as bad:
+            raise unprocessable(bad.detail, bad.errors) from None
+        except RowsRefused as refusal:
+            # The model's own words may hold the caller's values: they stay in this log.
+            log.warning("request %s: the model refused its rows", g.request_id, exc_info=refusal.__cause__)
+            raise unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
+        except ModelFailed as failure:
+            log.error("request %s: the model failed", g.request_id, exc_info=failure)
+            raise mark(
+                "model", InternalServerError("the model failed on this request; the server's log says why")
+            ) from None
+
+    def _keep_house(self) -> None:
+        """Do once a second what must not wait for a request, nor make one wait."""
+        summarised = time.monotonic()
+        while True:
+            time.sleep(1.0)
+            try:
+                self.bodies.sweep()
+                if self.users is not None:
+                    self.users.refresh()
+                if time.monotonic() - summarised >= SUMMARY_SECONDS:
+                    summarised = time.monotonic()
+                    self.summarise_strangers()
+            except Exception:  # one bad round must not be the last
+                log.exception("housekeeping failed")
+
+    def summarise_strangers(self) -> None:
+        """Record the requests without a valid password as one: a stranger must not be able to push real records out."""
+        count = next(self._strangers)
+        self._strangers = itertools.count()
+        if count:
+            log_monitor(
+                0.0,
+                False,
+                "requests without a valid password",
+                journal=self.journal,
+                error_type="auth",
+                status=401,
+                path="/predict",
+                method="",
+                rows=0,
+                model_version="",
+                user="",
+                request_id="",
+                requests=count,
+            )
+
+
+# --- answers
+
+
+def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
+    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null."""
+    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    return Response(body, status, content_type=content_type)
+
+
+def problem(error: HTTPException) -> Response:
+    """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
+    basis = error.get_response()
+    if basis.status_code < 400:
+        return basis  # type: ignore[return-value]  # a redirect
+    g.error = error.name
+    g.record["error_type"] = getattr(error, "error_type", None) or error_type(error)
+    content = {
+        "status": basis.status_code,
+        "title": error.name,
+        "detail": error.description,
+        "request_id": g.request_id,
+    }
+    if getattr(error, "errors", None):
+        content["errors"] = error.errors  # type: ignore[attr-defined]
+    response = json_response(content, basis.status_code, "application/problem+json")
+    for name, value in basis.headers:
+        if name not in ("Content-Type", "Content-Length"):
+            response.headers.add(name, value)
+    return response
+
+
+def error_type(error: HTTPException) -> str:
+    """Say whose fault an error is; alerts watch model, overload and internal."""
+    if isinstance(error, (Unauthorized, Forbidden, TooManyRequests)):
+        return "auth"
+    if isinstance(error, ServiceUnavailable):
+        return "overload"
+    return "client" if (error.code or 500) < 500 else "internal"
+
+
+def fault(error: Exception) -> Response:
+    """Answer an error of our own: the traceback goes to the log, never out."""
+    log.error("request %s: %s", g.request_id, type(error).__name__, exc_info=error)
+    return problem(InternalServerError("the server failed on this request; its log says why, under this request_id"))
+
+
+def mark(kind: str, error: HTTPException) -> HTTPException:
+    """Set whose fault an error is, where its class does not say."""
+    error.error_type = kind  # type: ignore[attr-defined]
+    return error
+
+
+# --- threads
+
+
+def native_call() -> Callable[..., Any]:
+    """Return how to run a function on a native thread and wait for its result while other requests go on.
+
+    Under gevent that is its thread pool; elsewhere requests have native threads of their own.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return lambda function, *arguments: function(*arguments)
+    from gevent import get_hub
+
+    return lambda function, *arguments: get_hub().threadpool.apply(function, arguments)

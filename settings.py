@@ -1,0 +1,137 @@
+"""Every setting of the server: one environment variable each, read once at start.
+
+    settings = Settings.from_environ(os.environ)
+
+A field is the variable of the same name in capitals: `max_rows` is `MAX_ROWS`. A value that does not fit stops the
+boot with the variable, the value and what was expected. An empty variable counts as unset.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class SettingsError(Exception):
+    """A setting that the server cannot start with. The message is for the operator."""
+
+
+def usable_cores() -> int:
+    """Count the cores this process may use: its CPU affinity, less what a container's quota takes away."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # cgroup v2: "<quota> <period>" in microseconds, or "max <period>"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _path(value: str) -> Path:
+    return Path(value).expanduser()
+
+
+def _number(lowest: float, highest: float, unit: str, kind: type = int) -> Callable[[str], Any]:
+    def parse(value: str) -> Any:
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is None or not lowest <= number <= highest:
+            what = "a whole number" if kind is int else "a number"
+            raise SettingsError(f"expected {what} of {unit} from {lowest} to {highest}")
+        return number
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise SettingsError("expected " + " or ".join(choices))
+        return value
+
+    return parse
+
+
+def _switch(value: str) -> bool:
+    if value not in ("0", "1"):
+        raise SettingsError("expected 1 (on) or 0 (off)")
+    return value == "1"
+
+
+def _setting(parse: Callable[[str], Any], default: Any) -> Any:
+    if callable(default):
+        return field(default_factory=default, metadata={"parse": parse})
+    return field(default=default, metadata={"parse": parse})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The server's settings. Tests make one directly or from a plain dict; nothing else reads the environment."""
+
+    # Where it listens
+    host: str = _setting(_text, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
+    port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
+    web_concurrency: int = _setting(_number(1, 1024, "worker processes"), usable_cores)
+    worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
+    graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
+    trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
+
+    # What it serves
+    model_path: Path | None = _setting(_path, None)  # one model file, without the version store
+    model_dir: Path = _setting(_path, Path("var/models"))  # the version store
+    allow_version_mismatch: bool = _setting(_switch, False)  # serve a model made by another scikit-learn
+
+    # Who may ask
+    auth: str = _setting(_one_of("basic", "off"), "basic")  # off only where a platform authenticates the caller
+    users_file: Path = _setting(_path, Path("var/users.json"))
+
+    # How much at once
+    max_rows: int = _setting(_number(1, 10_000_000, "rows"), 100_000)  # in one request
+    max_body_bytes: int = _setting(_number(1, 2**31, "bytes"), 16 * 2**20)  # of one request
+    body_timeout: float = _setting(_number(1, 3600, "seconds", float), 30.0)  # for a request's body to arrive
+
+    # What it records
+    journal_dir: Path = _setting(_path, Path("var/journal"))
+    journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the settings from `environ` and check that the server can start with them.
+
+        Raises:
+            SettingsError: a value that does not fit, two that contradict each other, or a file that is not there.
+        """
+        values = {}
+        for each in fields(cls):
+            name = each.name.upper()
+            text = environ.get(name, "")
+            if text:
+                try:
+                    values[each.name] = each.metadata["parse"](text)
+                except SettingsError as error:
+                    raise SettingsError(f"{name}={text!r}: {error}") from None
+        if environ.get("MODEL_PATH") and environ.get("MODEL_DIR"):
+            raise SettingsError(
+                "MODEL_PATH and MODEL_DIR are both set: unset MODEL_DIR to serve that one file, or "
+                "MODEL_PATH to serve from the version store"
+            )
+        settings = cls(**values)
+        settings._check_files()
+        return settings
+
+    def _check_files(self) -> None:
+        if self.model_path is not None and not self.model_path.is_file():
+            raise SettingsError(
+                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file; there is none"
+            )
+        if self.auth == "basic" and not self.users_file.is_file():
+            raise SettingsError(
+                f"USERS_FILE={str(self.users_file)!r}: there is no such file, so nobody could log in. "
+                "Make a user with: python -m auth add NAME --role predict"
+            )

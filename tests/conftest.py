@@ -1,0 +1,238 @@
+"""What the tests share: users, models in files, the test client, and a real gunicorn."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pytest
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from werkzeug.security import generate_password_hash
+
+from monitor import segments
+from server import create_app
+from settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PASSWORD = "correct horse"  # of every test user
+CHEAP = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # a real hash without the cost
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that left a test out where all must run (REQUIRE_ALL=1, as CI sets it)."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("REQUIRE_ALL") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def basic(user: str, password: str = PASSWORD) -> str:
+    """Return the value of an Authorization header."""
+    return "Basic " + b64encode(f"{user}:{password}".encode()).decode()
+
+
+def write_users(path: Path, password_hash: str = CHEAP) -> Path:
+    """Write a users file with one user for each role, named after it, and `nobody` without any."""
+    entries = {
+        role: {"password": password_hash, "roles": [role]} for role in ("predict", "admin", "monitor", "metrics")
+    }
+    path.write_text(json.dumps(entries | {"nobody": {"password": password_hash, "roles": []}}))
+    path.chmod(0o600)
+    return path
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """Read every record of a journal, in order of writing in each segment."""
+    return [json.loads(line) for path in segments(directory) for line in path.read_text().splitlines()]
+
+
+class Client:
+    """A Flask test client with a user, whose service has loaded its model."""
+
+    def __init__(self, settings: Settings, user: str = "predict") -> None:
+        self.app = create_app(settings)
+        self.service = self.app.extensions["service"]
+        self.service.start()
+        assert self.service.serving.finished.wait(60)
+        self.http = self.app.test_client()
+        self.headers = {"Authorization": basic(user)}
+        self.journal_dir = settings.journal_dir
+
+    def post(self, body: Any, path: str = "/predict", **headers: str) -> Any:
+        """POST a JSON value, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        given = (
+            {"Content-Type": "application/json"} | self.headers | {k.replace("_", "-"): v for k, v in headers.items()}
+        )
+        return self.http.post(path, data=data, headers=given)
+
+    def predict(self, data: Any, method: str | None = None) -> Any:
+        """POST rows, expect 200, return the decoded answer."""
+        answer = self.post({"data": data} if method is None else {"data": data, "method": method})
+        assert answer.status_code == 200, answer.text
+        return answer.json
+
+    def get(self, path: str) -> Any:
+        """GET a path as the user."""
+        return self.http.get(path, headers=self.headers)
+
+
+@pytest.fixture(scope="session")
+def iris_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A logistic regression on iris, fitted on a data frame, in a file."""
+    iris = load_iris(as_frame=True)
+    path = tmp_path_factory.mktemp("iris") / "iris.joblib"
+    joblib.dump(LogisticRegression(max_iter=1000).fit(iris.data, iris.target), path)
+    return path
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Any:
+    """Return a function that serves a fitted model, or a model file, through the test client."""
+    count = iter(range(1000))
+
+    def start(model: Any, **settings: Any) -> Client:
+        place = tmp_path / str(next(count))
+        place.mkdir()
+        path = model if isinstance(model, Path) else place / "model.joblib"
+        if path is not model:
+            joblib.dump(model, path)
+        users = write_users(place / "users.json")
+        return Client(Settings(model_path=path, users_file=users, journal_dir=place / "journal", **settings))
+
+    return start
+
+
+class Gunicorn:
+    """A running gunicorn with this project's configuration, and what a client needs of it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, place: Path, log: Path) -> None:
+        self.process, self.port, self.place, self.log = process, port, place, log
+        self.journal_dir = place / "journal"
+
+    def connect(self, timeout: float = 30.0) -> http.client.HTTPConnection:
+        """Open a connection."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any, Any]:
+        """Send one request on a connection of its own; return status, headers and body."""
+        connection = self.connect()
+        try:
+            connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def predict(self, data: Any, user: str = "predict") -> tuple[int, Any]:
+        """POST rows; return the status and the decoded answer."""
+        body = json.dumps({"data": data}).encode()
+        status, _, answer = self.ask(
+            "POST", "/predict", body, Content_Type="application/json", Authorization=basic(user)
+        )
+        return status, json.loads(answer)
+
+    def raw(self, sent: bytes, timeout: float = 30.0) -> bytes:
+        """Send bytes as they are, and return all that comes back until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
+            connection.sendall(sent)
+            return read_all(connection)
+
+    def workers(self) -> list[int]:
+        """Return the pids of the worker processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def wait_until(self, met: Any, seconds: float = 60.0) -> None:
+        """Wait until `met()` is true, while the server runs."""
+        deadline = time.monotonic() + seconds
+        while not met():
+            assert self.process.poll() is None, f"gunicorn ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain:\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    def is_ready(self) -> bool:
+        """Tell whether a worker answers that it is ready; each worker of several may still differ."""
+        try:
+            return self.ask("GET", "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def all_ready(self) -> bool:
+        """Tell whether every worker has said that it serves."""
+        return self.log.read_text().count("serving version") >= int(self.process.n_workers)  # type: ignore[attr-defined]
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 40.0) -> int:
+        """Stop the server and return its exit status."""
+        self.process.send_signal(how)
+        return self.process.wait(seconds)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Read until the other side closes or resets."""
+    received = b""
+    try:
+        while chunk := connection.recv(65536):
+            received += chunk
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def free_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) -> Iterator[Gunicorn]:
+    """Run a real gunicorn; settings are environment variables by their names in lower case.
+
+    It gets a port, a users file, a journal and a log in `place`, and a process group of its own that is ended with the
+    block. With `ready`, the block begins when all workers serve.
+    """
+    port = free_port()
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(place),  # for modules that a test's model needs
+        "PORT": str(port),
+        "WEB_CONCURRENCY": "1",
+        "USERS_FILE": str(place / "users.json"),
+        "JOURNAL_DIR": str(place / "journal"),
+    } | {name.upper(): str(value) for name, value in settings.items()}
+    if not Path(environ["USERS_FILE"]).exists():
+        write_users(Path(environ["USERS_FILE"]))
+    log = place / f"gunicorn-{port}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *arguments],
+            cwd=ROOT,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    process.n_workers = environ["WEB_CONCURRENCY"]  # type: ignore[attr-defined]
+    server = Gunicorn(process, port, place, log)
+    try:
+        if ready:
+            server.wait_until(server.all_ready)
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
