@@ -1,0 +1,205 @@
+"""The server as it runs: real gunicorn, real sockets and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pytest
+from conftest import ROOT, Gunicorn, basic, gunicorn, write_users
+from sklearn.datasets import load_iris
+
+IRIS = [[5.1, 3.5, 1.4, 0.2]]
+
+# A model that takes its time to load, once by sleeping and once by keeping Python busy.
+SLOW_MODULE = """
+import time
+
+class Slow:
+    n_features_in_ = 1
+
+    def __init__(self, seconds, busy=False):
+        self.seconds, self.busy = seconds, busy
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        until = time.monotonic() + self.seconds
+        while time.monotonic() < until:
+            sum(range(1000)) if self.busy else time.sleep(0.1)
+
+    def predict(self, rows):
+        time.sleep(getattr(self, "predict_seconds", 0))
+        return [row[0] for row in rows]
+"""
+
+
+@pytest.fixture
+def slow_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that saves a model whose class stands in a module of its own."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def save(seconds: float, busy: bool = False, predict_seconds: float = 0.0) -> Path:
+        from slow_module import Slow  # type: ignore[import-not-found]  # just written
+
+        model = Slow(seconds, busy)
+        model.predict_seconds = predict_seconds
+        path = tmp_path / "slow.joblib"
+        joblib.dump(model, path)
+        return path
+
+    yield save
+    sys.modules.pop("slow_module", None)
+
+
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("busy", [False, True], ids=["sleeping", "busy"])
+def test_worker_that_loads_for_longer_than_the_timeout_is_live_not_ready_and_not_killed(
+    tmp_path: Path, slow_model: Any, worker_class: str, busy: bool
+) -> None:
+    path = slow_model(6, busy)
+    with gunicorn(tmp_path, "--timeout", "2", ready=False, model_path=path, worker_class=worker_class) as server:
+        server.wait_until(lambda: "Booting worker" in server.log.read_text())
+        workers = server.workers()
+        while not server.all_ready():
+            assert server.ask("GET", "/healthz")[0] == 200
+            status, headers, body = server.ask("GET", "/readyz")
+            if status == 200:  # it became ready between the two looks
+                break
+            assert (status, headers["Content-Type"]) == (503, "application/problem+json")
+            assert "loading" in json.loads(body)["detail"]
+            status, answer = server.predict([[1.0]])
+            assert status in (503, 200)
+            time.sleep(0.2)
+        server.wait_until(server.is_ready)
+        assert server.predict([[1.5]]) == (200, {"prediction": [1.5]})
+        assert server.workers() == workers
+
+
+def test_file_that_does_not_load_leaves_the_worker_live_not_ready_and_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "broken.joblib"
+    path.write_bytes(b"not a model")
+    with gunicorn(tmp_path, ready=False, model_path=path) as server:
+        server.wait_until(lambda: "NOT READY" in server.log.read_text())
+        assert "broken.joblib does not load" in server.log.read_text()
+        assert server.ask("GET", "/healthz")[0] == 200
+        for status, body in (server.ask("GET", "/readyz")[::2], server.predict(IRIS)):
+            assert status == 503
+            assert "broken.joblib" not in str(body)  # the way to it and its name are the operator's affair
+        status, _, body = server.ask("GET", "/model", Authorization=basic("admin"))
+        assert status == 200
+        assert "broken.joblib does not load" in json.loads(body)["error"]
+
+
+def test_two_masters_do_not_disturb_each_other(tmp_path: Path, iris_file: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with gunicorn(tmp_path / "a", model_path=iris_file) as first:
+        with gunicorn(tmp_path / "b", model_path=iris_file) as second:
+            assert first.predict(IRIS)[0] == second.predict(IRIS)[0] == 200
+            assert second.stop() == 0
+        assert first.predict(IRIS)[0] == 200
+        first.process.send_signal(signal.SIGHUP)
+        first.wait_until(lambda: first.log.read_text().count("serving version") == 2)
+        assert first.predict(IRIS)[0] == 200
+
+
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+def test_requests_in_flight_at_sigterm_are_answered_and_recorded(
+    tmp_path: Path, slow_model: Any, worker_class: str
+) -> None:
+    path = slow_model(0, predict_seconds=2.0)
+    with gunicorn(tmp_path, model_path=path, worker_class=worker_class) as server:
+        answers: list[Any] = []
+        caller = threading.Thread(target=lambda: answers.append(server.predict([[1.0]])))
+        caller.start()
+        time.sleep(1.0)
+        assert server.stop() == 0
+        caller.join()
+        assert answers == [(200, {"prediction": [1.0]})]
+        assert len(recorded_ids(server)) == 1
+
+
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+def test_reload_under_load_fails_no_request(tmp_path: Path, iris_file: Path, worker_class: str) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2, worker_class=worker_class) as server:
+        with Load(server) as load:
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_until(lambda: server.log.read_text().count("serving version") >= 4)
+            time.sleep(1.0)
+        # A new worker answers 503 until its model is loaded; the old ones are gone by then. That gap closes when
+        # versions are swapped in place, without a restart.
+        assert set(load.statuses) <= {200, 503}
+        assert load.errors == []
+        assert load.statuses[-1] == 200
+
+
+class Load:
+    """Callers in threads of their own that ask one request after the other, each on a new connection."""
+
+    def __init__(self, server: Gunicorn, callers: int = 3) -> None:
+        self.statuses: list[int] = []
+        self.errors: list[OSError] = []
+        self._server, self._ending = server, threading.Event()
+        self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
+
+    def _call(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self.statuses.append(self._server.predict(IRIS)[0])
+            except OSError as error:
+                self.errors.append(error)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def recorded_ids(server: Gunicorn) -> list[str]:
+    """Return the request ids in the server's journal."""
+    lines = [line for path in server.journal_dir.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return [json.loads(line)["request_id"] for line in lines]
+
+
+@pytest.mark.parametrize("command", [["-m", "gunicorn", "server:app"], ["-m", "flask", "--app", "server", "run"]])
+def test_classic_ways_to_start_it_serve(tmp_path: Path, iris_file: Path, command: list[str]) -> None:
+    with gunicorn(tmp_path, model_path=iris_file) as reference:  # for a port that was free and the helper's requests
+        port = reference.port
+        reference.stop()
+        environ = os.environ | {
+            "MODEL_PATH": str(iris_file),
+            "USERS_FILE": str(write_users(tmp_path / "users.json")),
+            "JOURNAL_DIR": str(tmp_path / "classic"),
+            "PORT": str(port),
+        }
+        arguments = [sys.executable, *command, *(["--port", str(port)] if "flask" in command else [])]
+        with subprocess.Popen(
+            arguments, cwd=ROOT, env=environ, stderr=subprocess.PIPE, start_new_session=True
+        ) as process:
+            try:
+                deadline = time.monotonic() + 60
+                while not reference.is_ready() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                assert reference.predict(IRIS) == (200, {"prediction": [0]})
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_predictions_of_several_workers_are_the_models_own(tmp_path: Path, iris_file: Path) -> None:
+    iris = load_iris(as_frame=True)
+    expected = joblib.load(iris_file).predict(iris.data).tolist()
+    with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2) as server:
+        for _ in range(10):
+            assert server.predict(iris.data.to_numpy().tolist()) == (200, {"prediction": expected})
