@@ -9,13 +9,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import orjson
 from flask import Request, Response
-from werkzeug.exceptions import BadRequest, HTTPException, RequestTimeout, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, UnprocessableEntity
 
 from model import METHODS
 
@@ -42,8 +42,8 @@ class BodyReader:
         with self._deadline(request.environ, self.timeout) as in_time:
             try:
                 body = request.get_data(cache=False)
-            except HTTPException:
-                raise
+            except RequestEntityTooLarge:
+                raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes") from None
             except Exception:  # whatever the server raises for a bad chunk or a lost connection
                 broken = True
         whole = not broken and len(body) >= (request.content_length or 0)
@@ -102,12 +102,20 @@ def _shut(environ: dict[str, Any], how: int) -> None:
 # --- JSON
 
 
+class Unprocessable(UnprocessableEntity):
+    """422: JSON, but not of the right form; `errors` says where, as in `model.BadRows`."""
+
+    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(detail)
+        self.errors = errors
+
+
 def parse_call(body: bytes) -> tuple[Any, str]:
     """Decode a request's body to its `data` and `method`.
 
     Raises:
         BadRequest: not JSON.
-        UnprocessableEntity: JSON of another form.
+        Unprocessable: JSON of another form.
     """
     form = 'send {"data": [[…], …]}'
     if not body:
@@ -117,17 +125,17 @@ def parse_call(body: bytes) -> tuple[Any, str]:
     except orjson.JSONDecodeError as error:
         raise BadRequest(_explain_json(body, error)) from None
     if type(call) is not dict:
-        raise unprocessable(f"the body is not an object; {form}")
+        raise Unprocessable(f"the body is not an object; {form}")
     if _has_duplicate_key(body, call):
-        raise unprocessable("an object has the same key twice, so it is not clear which value is meant")
+        raise Unprocessable("an object has the same key twice, so it is not clear which value is meant")
     for key in call:
         if key not in ("data", "method"):
-            raise unprocessable(f"unknown key {key[:80]!r}; the body has data and may have method")
+            raise Unprocessable(f"unknown key {key[:80]!r}; the body has data and may have method")
     if "data" not in call:
-        raise unprocessable(f"data is missing; {form}")
+        raise Unprocessable(f"data is missing; {form}")
     method = call.get("method", "predict")
     if not isinstance(method, str):
-        raise unprocessable(f"method is not a text; expected one of {', '.join(METHODS)}")
+        raise Unprocessable(f"method is not a text; expected one of {', '.join(METHODS)}")
     return call["data"], method
 
 
@@ -162,10 +170,3 @@ def _has_duplicate_key(body: bytes, call: dict[str, Any]) -> bool:
 
     json.loads(body, object_pairs_hook=note)
     return bool(duplicates)
-
-
-def unprocessable(detail: str, errors: list[dict[str, Any]] | None = None) -> UnprocessableEntity:
-    """Make the error for a body that is JSON, but not of the right form."""
-    error = UnprocessableEntity(detail)
-    error.errors = errors  # type: ignore[attr-defined]
-    return error

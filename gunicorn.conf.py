@@ -92,3 +92,9 @@ def _shown(path):
 def post_worker_init(worker):
     """Load the model now, not at the first request."""
     worker.wsgi.extensions["service"].start()
+
+
+def worker_exit(server, worker):
+    """Record what a worker that ends has counted since its last summary."""
+    if getattr(worker, "wsgi", None):  # it may end because the application did not load
+        worker.wsgi.extensions["service"].summarise_strangers()

@@ -30,6 +30,8 @@ from werkzeug.exceptions import (
     Forbidden,
     HTTPException,
     InternalServerError,
+    MethodNotAllowed,
+    NotFound,
     ServiceUnavailable,
     TooManyRequests,
     Unauthorized,
@@ -38,7 +40,7 @@ from werkzeug.exceptions import (
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users
-from body import BodyReader, parse_call, unprocessable
+from body import BodyReader, Unprocessable, parse_call
 from model import METHODS, BadRows, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving
 from monitor import Journal, log_monitor
 from settings import Settings
@@ -87,7 +89,6 @@ class Service:
         self.serving = Serving(settings.model_path, settings.model_dir, settings.allow_version_mismatch, native)
         self.users = None if settings.auth == "off" else Users(settings.users_file, native)
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
-        self._strangers_reported = 0
         self._started_in: int | None = None
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
@@ -110,13 +111,13 @@ class Service:
         model = self._choose()
         data, method = parse_call(self.bodies.read(request))
         if method not in model.methods:
-            raise unprocessable(
+            raise Unprocessable(
                 f"this model has no method {method!r}"
                 if method in METHODS
                 else f"method is none of {', '.join(model.methods)}"
             )
         if isinstance(data, list) and len(data) > self.max_rows:
-            raise unprocessable(f"data has {len(data)} rows; this server takes {self.max_rows} in one request")
+            raise Unprocessable(f"data has {len(data)} rows; this server takes {self.max_rows} in one request")
         g.record |= {"method": method}
         answer = {"prediction": self._call(model, data, method)}
         classes = model.classes_for(method)
@@ -216,7 +217,7 @@ class Service:
         try:
             model = self.serving.choose()
         except ModelNotReady as reason:
-            raise mark("model", ServiceUnavailable(f"not ready: {reason}", retry_after=5)) from None
+            raise NotReady(f"not ready: {reason}", retry_after=5) from None
         if request.endpoint == "predict":
             g.record["model_version"] = model.version
         return model
@@ -227,16 +228,14 @@ class Service:
             g.record["rows"] = len(rows)
             return model.predict(rows, method)
         except BadRows as bad:
-            raise unprocessable(bad.detail, bad.errors) from None
+            raise Unprocessable(bad.detail, bad.errors) from None
         except RowsRefused as refusal:
             # The model's own words may hold the caller's values: they stay in this log.
-            log.warning("request %s: the model refused its rows", g.request_id, exc_info=refusal.__cause__)
-            raise unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
+            log.warning("request %s: the model refused its rows: %r", g.request_id, refusal.__cause__)
+            raise Unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
         except ModelFailed as failure:
             log.error("request %s: the model failed", g.request_id, exc_info=failure)
-            raise mark(
-                "model", InternalServerError("the model failed on this request; the server's log says why")
-            ) from None
+            raise ModelFault("the model failed on this request; the server's log says why") from None
 
     def _keep_house(self) -> None:
         """Do once a second what must not wait for a request, nor make one wait."""
@@ -284,21 +283,29 @@ def json_response(value: Any, status: int = 200, content_type: str = "applicatio
     return Response(body, status, content_type=content_type)
 
 
+class NotReady(ServiceUnavailable):
+    """503: no model is loaded."""
+
+
+class ModelFault(InternalServerError):
+    """500: the model raised, or returned what is not one prediction a row."""
+
+
 def problem(error: HTTPException) -> Response:
     """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
     basis = error.get_response()
     if basis.status_code < 400:
         return basis  # type: ignore[return-value]  # a redirect
     g.error = error.name
-    g.record["error_type"] = getattr(error, "error_type", None) or error_type(error)
-    content = {
-        "status": basis.status_code,
-        "title": error.name,
-        "detail": error.description,
-        "request_id": g.request_id,
-    }
-    if getattr(error, "errors", None):
-        content["errors"] = error.errors  # type: ignore[attr-defined]
+    g.record["error_type"] = error_type(error)
+    detail = error.description
+    if isinstance(error, NotFound):
+        detail = "there is nothing at this path; predictions are at POST /predict"
+    elif isinstance(error, MethodNotAllowed):
+        detail = f"this path does not take {request.method}; use {basis.headers['Allow']}"
+    content = {"status": basis.status_code, "title": error.name, "detail": detail, "request_id": g.request_id}
+    if isinstance(error, Unprocessable) and error.errors:
+        content["errors"] = error.errors
     response = json_response(content, basis.status_code, "application/problem+json")
     for name, value in basis.headers:
         if name not in ("Content-Type", "Content-Length"):
@@ -308,6 +315,8 @@ def problem(error: HTTPException) -> Response:
 
 def error_type(error: HTTPException) -> str:
     """Say whose fault an error is; alerts watch model, overload and internal."""
+    if isinstance(error, (NotReady, ModelFault)):
+        return "model"
     if isinstance(error, (Unauthorized, Forbidden, TooManyRequests)):
         return "auth"
     if isinstance(error, ServiceUnavailable):
@@ -319,12 +328,6 @@ def fault(error: Exception) -> Response:
     """Answer an error of our own: the traceback goes to the log, never out."""
     log.error("request %s: %s", g.request_id, type(error).__name__, exc_info=error)
     return problem(InternalServerError("the server failed on this request; its log says why, under this request_id"))
-
-
-def mark(kind: str, error: HTTPException) -> HTTPException:
-    """Set whose fault an error is, where its class does not say."""
-    error.error_type = kind  # type: ignore[attr-defined]
-    return error
 
 
 # --- threads
