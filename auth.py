@@ -18,11 +18,14 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
+import shlex
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +39,10 @@ log = logging.getLogger(__name__)
 
 ROLES = ("predict", "admin", "monitor", "metrics")
 
-MAX_WAITING = 32  # callers that wait for a hash check; more are told to come back
+# The hashes that werkzeug makes: method and parameters, salt, digest.
+HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$]+\$[0-9a-f]+")
+
+MAX_WAITING = 32  # passwords that wait to be checked; callers with others are told to come back
 FAILURES_ALLOWED = 10.0  # wrong passwords in a row from one address …
 REFILL = 6.0  # … and the seconds until one more is allowed
 MAX_ADDRESSES = 10_000  # whose failures are remembered; about 1 MB
@@ -60,24 +66,29 @@ def read_users(path: Path) -> dict[str, User]:
     Raises:
         UsersFileError: it is not readable, or not of the form above; the message holds no hash.
     """
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsersFileError(f"{path}: {error}") from None
-    if not isinstance(entries, dict):
-        raise UsersFileError(f"{path}: expected an object of users by name")
     users = {}
-    for name, entry in entries.items():
+    for name, entry in _read_entries(path).items():
         password = entry.get("password") if isinstance(entry, dict) else None
         roles = entry.get("roles") if isinstance(entry, dict) else None
-        if not isinstance(password, str) or password.count("$") != 2:
+        if not isinstance(password, str) or not HASH.fullmatch(password):
             raise UsersFileError(
-                f"{path}: user {name!r} has no password hash; set one with `python -m auth passwd {name}`"
+                f"{path}: user {name!r} has no password hash; set one with: python -m auth passwd {shlex.quote(name)}"
             )
-        if not isinstance(roles, list) or not set(roles) <= set(ROLES):
+        if not isinstance(roles, list) or not all(role in ROLES for role in roles):
             raise UsersFileError(f"{path}: user {name!r}: expected roles to be a list of {', '.join(ROLES)}")
         users[name] = User(password, tuple(roles))
     return users
+
+
+def _read_entries(path: Path) -> dict[str, Any]:
+    """Read a users file as it is, its entries unchecked."""
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsersFileError(f"{path}: {error}") from None
+    if not isinstance(entries, dict):
+        raise UsersFileError(f"{path}: expected an object of users by name")
+    return entries
 
 
 class Users:
@@ -102,7 +113,7 @@ class Users:
         self._proved: dict[str, tuple[bytes, str]] = {}  # name → (digest of the password, hash it was checked against)
         self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
         self._checking = threading.Semaphore(1)
-        self._waiting = 0
+        self._waiting: Counter[bytes] = Counter()  # digest → callers that wait for its check
         # An unknown name is checked against this, so that it takes as long as a known one.
         self._nobody = User(native(generate_password_hash, secrets.token_hex(16)), ())
 
@@ -123,9 +134,9 @@ class Users:
         if self._is_proved(name, user, digest):
             return True
         self._refuse_throttled(address)
-        if self._waiting >= MAX_WAITING:
+        if digest not in self._waiting and len(self._waiting) >= MAX_WAITING:
             raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
-        self._waiting += 1
+        self._waiting[digest] += 1
         try:
             with self._checking:
                 # While this caller waited, another may have proved the pair, or this address may have failed often.
@@ -134,7 +145,9 @@ class Users:
                 self._refuse_throttled(address)
                 good = self._native(check_password_hash, (user or self._nobody).password, password)
         finally:
-            self._waiting -= 1
+            self._waiting[digest] -= 1
+            if not self._waiting[digest]:
+                del self._waiting[digest]
         if user is not None and good:
             self._proved[name] = (digest, user.password)
             return True
@@ -189,7 +202,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino  # ctime: owner and mode as well
 
 
 # --- the command line
@@ -200,13 +213,11 @@ def _changing(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the users as in the file, and replace the file by what they were made into, keeping its owner and mode."""
     import fcntl
 
+    path = path.resolve()  # what a link leads to is changed, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: one waits
-        users: dict[str, Any] = {}
-        if path.exists():
-            read_users(path)
-            users = json.loads(path.read_text("utf-8"))
+        users = _read_entries(path) if path.exists() else {}
         yield users
         fd, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
         try:
@@ -228,22 +239,27 @@ def _changing(path: Path) -> Iterator[dict[str, Any]]:
 
 def _ask_password() -> str:
     """Ask for a new password twice, or read one line where standard input is not a terminal."""
-    if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\n")
-    else:
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
-            raise UsersFileError("the two passwords differ; nothing was changed")
+    try:
+        if not sys.stdin.isatty():
+            password = sys.stdin.readline().rstrip("\r\n")
+        else:
+            password = getpass.getpass("Password: ")
+            if getpass.getpass("Again: ") != password:
+                raise UsersFileError("the two passwords differ; nothing was changed")
+        password.encode()  # what is not UTF-8 comes in as surrogates
+    except (EOFError, KeyboardInterrupt):
+        raise UsersFileError("no password given; nothing was changed") from None
+    except UnicodeError:
+        raise UsersFileError("the password is not UTF-8; nothing was changed") from None
     if not password:
         raise UsersFileError("an empty password; nothing was changed")
     return password
 
 
-def _check_name(name: str) -> str:
+def _check_name(name: str) -> None:
     # A colon ends the name in basic auth; the rest would make logs and listings hard to read.
     if not name or len(name) > 64 or ":" in name or not name.isprintable():
         raise UsersFileError(f"{name!r} is not a user name: expected 1 to 64 printable characters without a colon")
-    return name
 
 
 def _make_demo(path: Path) -> None:
@@ -260,6 +276,31 @@ def _make_demo(path: Path) -> None:
                 "".join(f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost"))
             )
     print(f"made the user demo; its password is in {netrc}")
+
+
+def _change(path: Path, command: str, name: str, roles: list[str]) -> None:
+    """Add, remove or give a new password to a user."""
+
+    def check(users: dict[str, Any]) -> None:
+        if command == "add" and name in users:
+            raise UsersFileError(f"there is a user {name!r} already; for another password: python -m auth passwd")
+        if command != "add" and name not in users:
+            raise UsersFileError(f"there is no user {name!r} in {path}")
+
+    if command == "add":
+        _check_name(name)
+    check(_read_entries(path) if path.exists() else {})  # before asking; and again when nobody else can change the file
+    hashed = None if command == "remove" else generate_password_hash(_ask_password())
+    with _changing(path) as users:
+        check(users)
+        if command == "remove":
+            del users[name]
+        elif command == "add":
+            users[name] = {"password": hashed, "roles": sorted(set(roles))}
+        elif isinstance(users[name], dict):
+            users[name]["password"] = hashed
+        else:
+            users[name] = {"password": hashed, "roles": []}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,22 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}\t{','.join(user.roles)}")
         elif given.command == "demo":
             _make_demo(path)
-        elif given.command == "add":
-            name = _check_name(given.name)
-            if path.exists() and name in read_users(path):
-                raise UsersFileError(f"there is a user {name} already; see `python -m auth passwd {name}`")
-            hashed = generate_password_hash(_ask_password())
-            with _changing(path) as users:
-                users[name] = {"password": hashed, "roles": sorted(set(given.roles))}
         else:
-            if given.name not in read_users(path):
-                raise UsersFileError(f"there is no user {given.name!r} in {path}")
-            new = generate_password_hash(_ask_password()) if given.command == "passwd" else None
-            with _changing(path) as users:
-                if new is None:
-                    users.pop(given.name, None)
-                elif given.name in users:
-                    users[given.name]["password"] = new
+            _change(path, given.command, given.name, getattr(given, "roles", []))
     except (UsersFileError, OSError) as error:
         print(f"auth: {error}", file=sys.stderr)
         return 1

@@ -19,6 +19,7 @@ from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeou
 
 from model import METHODS
 
+PIECE = 2**14  # bytes that are read at a time
 LINGER = 2.0  # seconds that a refused body is read on, so that the caller can finish sending and see the answer
 
 
@@ -37,16 +38,24 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        request.max_content_length = self.max_bytes
-        body, broken = b"", False
+        length, stream = request.content_length, request.environ["wsgi.input"]
+        if length is None:
+            length = self.max_bytes + 1 if "HTTP_TRANSFER_ENCODING" in request.environ else 0
+        if length > self.max_bytes and request.content_length is not None:
+            raise self._too_large()
+        pieces, broken = [], False
         with self._deadline(request.environ, self.timeout) as in_time:
             try:
-                body = request.get_data(cache=False)
-            except RequestEntityTooLarge:
-                raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes") from None
+                for piece in _pieces(stream, length):
+                    pieces.append(piece)
+                    if not in_time():
+                        break
             except Exception:  # whatever the server raises for a bad chunk or a lost connection
                 broken = True
-        whole = not broken and len(body) >= (request.content_length or 0)
+        body = b"".join(pieces)
+        if len(body) > self.max_bytes:
+            raise self._too_large()
+        whole = not broken and in_time() and len(body) >= (request.content_length or 0)
         request.environ["body.whole"] = whole
         if whole:
             return body
@@ -54,24 +63,30 @@ class BodyReader:
             raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
         raise BadRequest("the body breaks off before its end, or its chunks are malformed")
 
+    def _too_large(self) -> RequestEntityTooLarge:
+        return RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
+
     def finish(self, request: Request, response: Response) -> None:
         """See to it that what is left of a body after an early answer is not taken for the next request."""
-        environ = request.environ
-        if environ.get("body.whole") or not (request.content_length or "HTTP_TRANSFER_ENCODING" in environ):
+        environ, length = request.environ, request.content_length  # the request itself is gone when the callback runs
+        if environ.get("body.whole") or not (length or "HTTP_TRANSFER_ENCODING" in environ):
             return
         if "body.whole" in environ:  # it broke off, or was too slow
             response.call_on_close(lambda: _shut(environ, socket.SHUT_RDWR))
         else:
-            response.call_on_close(lambda: self._discard(environ, request.content_length))
+            response.call_on_close(lambda: self._discard(environ, length))
 
     def _discard(self, environ: dict[str, Any], length: int | None) -> None:
         """Read on a little, then shut the connection. Closed with data unread it is reset: the answer may be lost."""
-        count, chunk = 0, b"unread"
+        count, ended = 0, False
         with suppress(Exception), self._deadline(environ, LINGER) as in_time:
-            while chunk and count < self.max_bytes and in_time():
-                chunk = environ["wsgi.input"].read(2**16)
-                count += len(chunk)
-        if chunk or length not in (None, count):
+            for piece in _pieces(environ["wsgi.input"], self.max_bytes + 1):
+                count += len(piece)
+                if not in_time():
+                    break
+            else:
+                ended = count <= self.max_bytes
+        if not ended or length not in (None, count):
             _shut(environ, socket.SHUT_RDWR)
 
     def sweep(self) -> None:
@@ -89,6 +104,20 @@ class BodyReader:
             yield lambda: time.monotonic() < deadline
         finally:
             self._reading.pop(token, None)
+
+
+def _pieces(stream: Any, length: int) -> Iterator[bytes]:
+    """Yield at most `length` bytes of a body as they come, giving way to other requests in between.
+
+    gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
+    """
+    gave_way = time.monotonic()
+    while length > 0 and (piece := stream.read(min(length, PIECE))):
+        length -= len(piece)
+        yield piece
+        if time.monotonic() - gave_way > 0.01:
+            time.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
+            gave_way = time.monotonic()
 
 
 def _shut(environ: dict[str, Any], how: int) -> None:
@@ -168,5 +197,8 @@ def _has_duplicate_key(body: bytes, call: dict[str, Any]) -> bool:
         if len({key for key, _ in pairs}) < len(pairs):
             duplicates.append(True)
 
-    json.loads(body, object_pairs_hook=note)
+    try:
+        json.loads(body, object_pairs_hook=note)
+    except RecursionError:  # it gives up a little before orjson does
+        raise BadRequest("nested too deeply") from None
     return bool(duplicates)

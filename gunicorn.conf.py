@@ -7,11 +7,14 @@ import socket
 import sys
 from pathlib import Path
 
+from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
 
 try:
     _settings = Settings.from_environ(os.environ)
-except SettingsError as _error:
+    if _settings.auth == "basic":
+        read_users(_settings.users_file)  # what is wrong with it is said once, here, and not by each worker
+except (SettingsError, UsersFileError) as _error:
     sys.exit(f"cannot start: {_error}")
 
 wsgi_app = "server:app"
@@ -61,11 +64,10 @@ def on_starting(server):
                 try:
                     probe.bind(address)
                 except OSError as error:
-                    if error.errno == errno.EADDRINUSE:
-                        sys.exit(
-                            f"port {address[1]} is taken (on macOS by AirPlay). Name another: "
-                            f"PORT={address[1] + 1} make run"
-                        )
+                    if error.errno != errno.EADDRINUSE:
+                        sys.exit(f"cannot listen at HOST={address[0]} PORT={address[1]}: {error.strerror}")
+                    other = address[1] + 1 if address[1] < 65535 else 5001
+                    sys.exit(f"port {address[1]} is taken (on macOS by AirPlay). Name another: PORT={other} make run")
 
 
 def when_ready(server):

@@ -6,13 +6,17 @@
 `python -m report` reads it for people, and `python -m sls ship` (to come) for Alibaba Cloud's log service.
 """
 
+import errno
 import fcntl
 import itertools
 import logging
 import os
 import secrets
+import threading
 import time
 import weakref
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,36 +62,29 @@ class Journal:
         self._fd: int | None = None
         self._size = 0
         self._torn = False
-        self._unreported = 0  # records lost since the last one that was written
+        self._lost: Counter[str] = Counter()  # reason → records lost, and not yet reported in the journal
+        self._lock = threading.Lock()
         self._complained = -60.0
         self._name_writer()
         _journals.add(self)
 
     def append(self, record: dict[str, Any]) -> None:
         """Append one record. Never raises: serving goes on without a journal, and the loss is counted and reported."""
-        line = (
-            orjson.dumps(
-                {
-                    "time": round(time.time(), 6),
-                    "record_id": f"{self._prefix}-{next(self._count)}",
-                    "pid": self._pid,
-                    **record,
-                }
-            )
-            + b"\n"
-        )
-        try:
-            if self._fd is None or self._size >= self._segment_bytes:
-                self._open_segment()
-            if self._unreported:
-                self._write(self._dropped_line(self._unreported, "the journal could not be written"))
-                self._unreported = 0
-            self._write(line)
-        except OSError as error:
-            self._unreported += 1
-            if time.monotonic() - self._complained >= 60.0:  # seconds; a full disk would fill the log as well
-                self._complained = time.monotonic()
-                log.error("records are being lost, the journal in %s cannot be written: %s", self._directory, error)
+        with self._lock:
+            try:
+                # A segment that someone deleted still takes writes, which nobody would ever read.
+                if self._fd is None or self._size >= self._segment_bytes or not os.fstat(self._fd).st_nlink:
+                    self._open_segment()
+                while self._lost:
+                    reason, count = next(iter(self._lost.items()))
+                    self._write({"dropped": count, "reason": reason})
+                    del self._lost[reason]
+                self._write(record)
+            except OSError as error:
+                self._lost["the journal could not be written"] += 1
+                if time.monotonic() - self._complained >= 60.0:  # seconds; a full disk would fill the log as well
+                    self._complained = time.monotonic()
+                    log.error("records are being lost, the journal in %s cannot be written: %s", self._directory, error)
 
     def close(self) -> None:
         """Finish the segment."""
@@ -96,7 +93,9 @@ class Journal:
             self._fd = None
 
     def _after_fork(self) -> None:
-        self.close()  # closing the copy leaves the parent's lock in place
+        self.close()  # closing the copy leaves the parent's flock in place
+        self._lock = threading.Lock()  # a thread of the parent may have held it
+        self._lost.clear()
         self._name_writer()
 
     def _name_writer(self) -> None:
@@ -104,55 +103,54 @@ class Journal:
         self._prefix = secrets.token_hex(8)
         self._count = itertools.count()
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         assert self._fd is not None
+        ours = {"time": round(time.time(), 6), "record_id": f"{self._prefix}-{next(self._count)}", "pid": self._pid}
+        line = orjson.dumps(record | ours) + b"\n"
         if self._torn:
             line = b"\n" + line
         written = os.write(self._fd, line)
         self._size += written
         self._torn = written < len(line)
-        if self._torn:
-            raise OSError("no space left for a whole line")
+        if written < len(line) - 1:  # without its last byte a line is still whole
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open_segment(self) -> None:
         self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{time.time_ns():020d}-{os.getpid()}.jsonl"
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o640)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        path = self._directory / f"{time.time_ns():020d}-{self._pid}.jsonl"
+        beside = path.with_suffix(".new")  # until it is locked: others take an unlocked segment for a finished one
+        fd = os.open(beside, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.rename(beside, path)
+        except BaseException:
+            os.close(fd)
+            raise
         self._fd, self._size, self._torn = fd, 0, False
         lost = self._make_room()
         if lost:
             log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
-            self._write(self._dropped_line(lost, "the journal was full"))
+            self._lost["the journal was full"] += lost
 
     def _make_room(self) -> int:
         """Remove the oldest finished segments until a new one fits; return how many records went."""
         lost = 0
-        sizes = {path: path.stat().st_size for path in segments(self._directory)}
+        sizes = {}
+        for path in segments(self._directory):
+            with suppress(FileNotFoundError):  # here and below: another worker makes room as well, and counts
+                sizes[path] = path.stat().st_size
         excess = sum(sizes.values()) + self._segment_bytes - self._max_bytes
         for path, size in sizes.items():
             if excess <= 0:
                 break
-            if is_finished(path):
-                count = _records_in(path)
-                try:
+            with suppress(FileNotFoundError):
+                if is_finished(path):
+                    count = _records_in(path)
                     path.unlink()
-                except FileNotFoundError:  # another worker made room as well, and counts them
-                    continue
-                lost += count
-                excess -= size
+                    lost += count
+                    excess -= size
         return lost
-
-    def _dropped_line(self, count: int, reason: str) -> bytes:
-        line = {
-            "dropped": count,
-            "reason": reason,
-            "time": round(time.time(), 6),
-            "record_id": f"{self._prefix}-{next(self._count)}",
-            "pid": self._pid,
-        }
-        return orjson.dumps(line) + b"\n"
 
 
 def segments(directory: Path) -> list[Path]:
@@ -162,10 +160,7 @@ def segments(directory: Path) -> list[Path]:
 
 def is_finished(path: Path) -> bool:
     """Tell whether a segment's writer is done with it, or dead."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+    fd = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,6 +175,8 @@ def _records_in(path: Path) -> int:
     count = 0
     with path.open("rb") as file:
         for line in file:
+            if not line.endswith(b"}\n"):
+                continue  # torn, and counted as lost by its writer
             if line.startswith(b'{"dropped":'):
                 count += orjson.loads(line)["dropped"]
             else:

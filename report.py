@@ -32,12 +32,14 @@ def read(directory: Path, since: float) -> Iterator[dict[str, Any]]:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break  # being written just now, or cut off by a kill before its request was answered
+                    if line == b"\n":
+                        continue
                     try:
                         record = orjson.loads(line)
-                    except orjson.JSONDecodeError:
-                        record = {"torn": 1, "time": since}
-                    if line != b"\n" and record["time"] >= since:
-                        yield record
+                        if record["time"] >= since:
+                            yield record
+                    except (ValueError, TypeError, KeyError):
+                        yield {"torn": 1}
         except FileNotFoundError:  # shipped, or dropped to make room
             continue
 
@@ -56,7 +58,13 @@ class Summary:
     torn: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
-        """Count one record."""
+        """Count one record; one that lacks something counts as torn."""
+        try:
+            self._add(record)
+        except (KeyError, TypeError):
+            self.torn += 1
+
+    def _add(self, record: dict[str, Any]) -> None:
         if "torn" in record:
             self.torn += 1
         elif "dropped" in record:

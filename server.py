@@ -123,7 +123,10 @@ class Service:
         classes = model.classes_for(method)
         if classes is not None:
             answer["classes"] = classes
-        return json_response(answer)
+        try:
+            return json_response(answer)
+        except TypeError as error:  # orjson's: a complex number, a set, half a surrogate pair
+            raise self._model_fault(error) from None
 
     def model(self) -> Response:
         """GET /model: what is served."""
@@ -147,6 +150,8 @@ class Service:
         g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         g.record = {"error_type": "", "rows": 0, "model_version": "", "user": None, "method": ""}
         g.error = ""
+        if not request.headers.get("Authorization", "").isascii():
+            del request.environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
         self.start()
 
     def allow(self, *roles: str) -> Callable[[Callable[[], Response]], Callable[[], Response]]:
@@ -167,7 +172,9 @@ class Service:
 
         @auth.verify_password
         def verify(name: str, password: str) -> str | None:
-            if not (name and users.verify(name, password, request.remote_addr or "")):
+            # Flask-HTTPAuth would take the credentials under any scheme.
+            is_basic = request.headers.get("Authorization", "")[:6].lower() == "basic "
+            if not (is_basic and name and users.verify(name, password, request.remote_addr or "")):
                 return None
             g.record["user"] = name
             return name
@@ -234,8 +241,11 @@ class Service:
             log.warning("request %s: the model refused its rows: %r", g.request_id, refusal.__cause__)
             raise Unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
         except ModelFailed as failure:
-            log.error("request %s: the model failed", g.request_id, exc_info=failure)
-            raise ModelFault("the model failed on this request; the server's log says why") from None
+            raise self._model_fault(failure) from None
+
+    def _model_fault(self, error: Exception) -> "ModelFault":
+        log.error("request %s: the model failed", g.request_id, exc_info=error)
+        return ModelFault("the model failed on this request; the server's log says why")
 
     def _keep_house(self) -> None:
         """Do once a second what must not wait for a request, nor make one wait."""

@@ -32,7 +32,17 @@ def _text(value: str) -> str:
 
 
 def _path(value: str) -> Path:
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # no such user: then there will be no such file either
+        return Path(value)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, or a directory that is closed to us
+        return False
 
 
 def _number(lowest: float, highest: float, unit: str, kind: type = int) -> Callable[[str], Any]:
@@ -126,12 +136,12 @@ class Settings:
         return settings
 
     def _check_files(self) -> None:
-        if self.model_path is not None and not self.model_path.is_file():
+        if self.model_path is not None and not _is_file(self.model_path):
             raise SettingsError(
-                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file; there is none"
+                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file, and none can be read there"
             )
-        if self.auth == "basic" and not self.users_file.is_file():
+        if self.auth == "basic" and not _is_file(self.users_file):
             raise SettingsError(
-                f"USERS_FILE={str(self.users_file)!r}: there is no such file, so nobody could log in. "
+                f"USERS_FILE={str(self.users_file)!r}: there is no such file that can be read, so nobody could log in. "
                 "Make a user with: python -m auth add NAME --role predict"
             )

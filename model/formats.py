@@ -122,13 +122,14 @@ def estimators_in(model: Any) -> Iterator[Any]:
     left = [model]
     while left:
         value = left.pop()
-        if id(value) in seen:
+        if id(value) in seen or isinstance(value, type):
             continue
         seen.add(id(value))
         if isinstance(value, (list, tuple)):
             left.extend(value)
         elif isinstance(value, dict):
             left.extend(value.values())
-        elif hasattr(value, "get_params") and not isinstance(value, type):
-            yield value
-            left.extend(vars(value).values())
+        elif hasattr(value, "get_params") or type(value).__module__.startswith("sklearn."):
+            if hasattr(value, "get_params"):
+                yield value
+            left.extend(getattr(value, "__dict__", {}).values())

@@ -32,16 +32,21 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
     """
     failure: Exception | None = None
     for signature in _candidates(model, sample):
+        open_to_all = _all_nullable(signature)
         for rows in [sample] if sample else _synthetic(signature):
             try:
-                model.predict(signature.parse(rows))
+                model.predict(open_to_all.parse(rows))
             except Exception as error:  # a model may raise anything at a row that it does not know
                 failure = failure or error
             else:
                 return _with_nullable(model, signature, rows), rows
+    if sample:
+        raise ModelLoadError(
+            f"the model refuses its recorded sample ({type(failure).__name__}: {failure})"
+        ) from failure
     raise ModelLoadError(
-        f"the model answered {'its recorded sample' if sample else 'no row that could be made up for it'} "
-        f"({type(failure).__name__}: {failure})"
+        f"the model answered no row that could be made up for it ({type(failure).__name__}: {failure}). "
+        "A recorded sample of rows would tell what it takes"
     ) from failure
 
 
@@ -52,8 +57,9 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
         if _takes_texts(model):
             yield Signature("texts", ())
             return
-        yield Signature("array", None)
-        yield Signature("texts", ())
+        if not _tag(model, "one_d_array"):
+            yield Signature("array", None)
+            yield Signature("texts", ())
         yield Signature("numbers", ())
         return
     names = [str(name) for name in getattr(model, "feature_names_in_", ())]
@@ -67,13 +73,27 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
     # What a step of the user's own wants cannot be read off it. Such columns are tried as numbers, then as text.
     unknown = [at for at, s in enumerate(seen) if framed and not s.known]
     if sample and unknown:
-        yield Signature(layout, tuple(_as_in_sample(columns, unknown, sample)))
-        return
-    for kinds in itertools.islice(itertools.product(("number", "text"), repeat=len(unknown)), 256):
+        columns = _as_in_sample(columns, unknown, sample)
+        unknown = []
+    for kinds in _guesses(len(unknown)):
         tried = list(columns)
         for at, kind in zip(unknown, kinds, strict=True):
-            tried[at] = replace(tried[at], kind=kind)
+            tried[at] = replace(tried[at], kind=kind, dtype="")
         yield Signature(layout, tuple(tried))
+    yield Signature(layout, tuple(columns), precision="float32")
+
+
+def _guesses(count: int) -> Iterable[tuple[Kind, ...]]:
+    """Guess the kinds of so many unknown columns: every combination of a few; of many, all alike or all but one."""
+    if count <= 6:
+        yield from itertools.product(("number", "text"), repeat=count)
+        return
+    pairs: list[tuple[Kind, Kind]] = [("number", "text"), ("text", "number")]
+    for most, _ in pairs:
+        yield (most,) * count
+    for most, one in pairs:
+        for at in range(min(count, 64)):
+            yield (*(most,) * at, one, *(most,) * (count - at - 1))
 
 
 def _forget_names(model: Any) -> None:
@@ -83,12 +103,16 @@ def _forget_names(model: Any) -> None:
         vars(part).pop("feature_names_in_", None)
 
 
-def _as_in_sample(columns: list[Column], unknown: list[int], sample: list[Any]) -> Iterable[Column]:
-    for at, column in enumerate(columns):
-        values = [row[column.name] if isinstance(row, dict) else row[at] for row in sample]
-        kinds = {type(value) for value in values} - {type(None)}
-        fitting: list[Kind] = [kind for kind, accepted in ACCEPTED.items() if kinds <= accepted]
-        yield replace(column, kind=fitting[0]) if at in unknown and fitting else column
+def _as_in_sample(columns: list[Column], unknown: list[int], sample: list[Any]) -> list[Column]:
+    """Give the unknown columns the kind of their values in a sample; a row that does not fit tells nothing."""
+    found = list(columns)
+    given = sample if isinstance(sample, list) else []
+    rows = [list(map(row.get, (c.name for c in columns))) if isinstance(row, dict) else row for row in given]
+    for at in unknown:
+        kinds = {type(row[at]) for row in rows if isinstance(row, list) and len(row) > at} - {type(None)}
+        kind: Kind = next((kind for kind, accepted in ACCEPTED.items() if kinds and kinds <= accepted), "number")
+        found[at] = replace(columns[at], kind=kind, dtype="")
+    return found
 
 
 def _synthetic(signature: Signature) -> Iterable[list[Any]]:
@@ -101,16 +125,19 @@ def _synthetic(signature: Signature) -> Iterable[list[Any]]:
         if signature.layout == "numbers":
             yield [number]
         else:
-            yield [[c.examples[0] if c.examples else blank[c.kind] for c in signature.columns or (Column(None),)]]
+            columns = signature.columns or (Column(None),)
+            yield [[blank[c.kind] if c.example is None else c.example for c in columns]]
+
+
+def _all_nullable(signature: Signature) -> Signature:
+    return replace(signature, columns=signature.columns and tuple(replace(c, nullable=True) for c in signature.columns))
 
 
 def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signature:
     """Find which columns may be missing by leaving each out once. An imputer's tags cannot be trusted on this."""
     if not signature.columns:
         return signature
-    open_to_all = replace(signature, columns=tuple(replace(c, nullable=True) for c in signature.columns))
-    row = rows[0]
-    values = [row[c.name] for c in signature.columns] if isinstance(row, dict) else list(row)
+    values, open_to_all = _whole_row(signature, rows), _all_nullable(signature)
 
     def answers(indices: range) -> bool:
         probes = [[*values[:at], None, *values[at + 1 :]] for at in indices]
@@ -120,6 +147,8 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
             return False
         return True
 
+    # With very many columns the last few are not told apart, and a group in which one is refused is refused.
+    finest = 1 if len(values) <= 256 else 8
     nullable: set[int] = set()
     # Many columns in one call, halved where it fails: a model takes missing values nearly everywhere or nowhere.
     left = [range(at, min(at + 64, len(values))) for at in range(0, len(values), 64)]
@@ -127,7 +156,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
         indices = left.pop()
         if answers(indices):
             nullable.update(indices)
-        elif len(indices) > 1:
+        elif len(indices) > finest:
             middle = len(indices) // 2
             left += [indices[:middle], indices[middle:]]
     return replace(
@@ -135,31 +164,44 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     )
 
 
+def _whole_row(signature: Signature, rows: list[Any]) -> list[Any]:
+    """Put a row together from those that the model answered, without missing values where some row has the value."""
+    names = [c.name for c in signature.columns or ()]
+    listed = [list(map(row.get, names)) if isinstance(row, dict) else row for row in rows]
+    return [next((value for value in column if value is not None), None) for column in zip(*listed, strict=True)]
+
+
 @dataclass
 class _Seen:
     """What the model's parts tell about one raw column."""
 
     kind: Kind | None = None
-    values: tuple[Any, ...] = ()
+    dtype: str = ""
+    example: Any = None
     none_is_missing: bool = False
+    dropped: bool = False  # by some part; what no part keeps never reaches the model
 
     @property
     def known(self) -> bool:
-        return self.kind is not None
+        return self.kind is not None or self.dropped
 
     def learn(self, values: Any) -> None:
         """Learn from values seen at fit: an encoder's categories or an imputer's replacement."""
-        present = [v for v in np.asarray(values).ravel().tolist() if v is not None and v == v]
-        self.none_is_missing |= any(v is None for v in np.asarray(values, dtype=object).ravel())
+        array = np.asarray(values)
+        present = [v for v in array.ravel().tolist() if v is not None and v == v]
+        self.none_is_missing |= any(v is None for v in array.astype(object).ravel())
         kinds = {type(v) for v in present}
         if self.kind is None and kinds:
             self.kind = next((kind for kind, accepted in ACCEPTED.items() if kinds <= accepted), "any")
         if self.kind is not None and kinds <= ACCEPTED[self.kind]:
-            self.values = tuple(present[:1])
+            self.example = present[0] if present else None
+            if self.kind == "number" and array.dtype.kind in "iuO":
+                self.dtype = "object" if array.dtype.kind == "O" else "int64"
 
     def column(self, name: str | None) -> Column:
-        missing = None if self.none_is_missing else math.nan
-        return Column(name, self.kind or "number", missing=missing, examples=self.values)
+        kind: Kind = self.kind or ("any" if self.dropped else "number")
+        dtype = "object" if self.none_is_missing else self.dtype
+        return Column(name, kind, missing=None if self.none_is_missing else math.nan, dtype=dtype, example=self.example)
 
 
 def _look(part: Any, seen: list[_Seen]) -> None:
@@ -176,7 +218,7 @@ def _look(part: Any, seen: list[_Seen]) -> None:
             columns = [seen[at] for at in part._transformer_to_input_indices[name]]
             if inner == "drop":
                 for column in columns:
-                    column.kind = column.kind or "any"  # it never reaches the model
+                    column.dropped = True
             else:
                 _look(inner, columns)
     elif hasattr(part, "categories_"):
@@ -184,14 +226,16 @@ def _look(part: Any, seen: list[_Seen]) -> None:
             column.learn(values)
     elif hasattr(part, "statistics_"):
         for column, value in zip(seen, part.statistics_, strict=False):
+            column.none_is_missing |= getattr(part, "missing_values", 0) is None
             column.learn([value])
     elif _takes_texts(part):
         for column in seen:
             column.kind = column.kind or "text"
     else:
-        for inner in _inner_estimators(part):
+        inside = list(_inner_estimators(part))
+        for inner in inside:
             _look(inner, seen)
-        if type(part).__module__.startswith("sklearn.") and not hasattr(part, "func"):
+        if not inside and type(part).__module__.startswith("sklearn.") and not hasattr(part, "inverse_func"):
             for column in seen:
                 column.kind = column.kind or "number"
 
@@ -203,10 +247,19 @@ def _inner_estimators(part: Any) -> Iterable[Any]:
         if inner is not None:
             yield inner
     for name in ("calibrated_classifiers_", "estimators_"):
-        for inner in np.ravel(np.asarray(getattr(part, name, ()), dtype=object))[:1]:
+        # A few are enough of a forest, and are all of a vote between models of different columns.
+        for inner in itertools.islice(_flat(getattr(part, name, ())), 10):
             yield getattr(inner, "estimator", inner) if name == "calibrated_classifiers_" else inner
     for _, inner in getattr(part, "transformer_list", ()):
         yield inner
+
+
+def _flat(values: Any) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, (list, np.ndarray)):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _takes_texts(part: Any) -> bool:
@@ -226,5 +279,14 @@ def _selects_columns(model: Any) -> bool:
         not type(part).__module__.startswith("sklearn.")
         or hasattr(part, "_transformer_to_input_indices")
         or hasattr(part, "inverse_func")  # FunctionTransformer
+        or hasattr(part, "_sklearn_output_config")  # hands on data frames, if it was asked to
         for part in parts
     )
+
+
+def _tag(model: Any, name: str) -> bool:
+    """Look up one of scikit-learn's input tags."""
+    try:
+        return bool(getattr(model.__sklearn_tags__().input_tags, name))
+    except AttributeError:
+        return False

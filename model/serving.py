@@ -47,6 +47,7 @@ class LoadedModel:
     signature: Signature
     methods: tuple[str, ...]
     classes: Any  # as the estimator's classes_; None where it has none
+    scores_pairs: bool  # its decision_function has a column for each pair of classes (an SVC with "ovo")
     about: dict[str, Any]  # for GET /model
 
     def predict(self, rows: Any, method: str = "predict") -> Any:
@@ -56,16 +57,20 @@ class LoadedModel:
             RowsRefused, ModelFailed: see there.
         """
         try:
-            return as_json(getattr(self.estimator, method)(rows), len(rows))
+            result = getattr(self.estimator, method)(rows)
         except (ValueError, TypeError) as error:
             raise RowsRefused(type(error).__name__) from error
-        except ModelFailed:
-            raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # let out, a SystemExit would end the worker, or the whole server
             raise ModelFailed(f"{type(error).__name__} in {method}") from error
+        try:
+            return as_json(result, len(rows))
+        except Exception as error:
+            raise ModelFailed(f"{method} returned what is not one prediction a row") from error
 
     def classes_for(self, method: str) -> Any:
         """Return the classes, in the order of the columns of the method's result, or None where they say nothing."""
+        if method == "decision_function" and self.scores_pairs:
+            return None
         return self.classes if method in _WITH_CLASSES else None
 
 
@@ -197,7 +202,9 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
     signature, rows = learn(estimator, manifest.sample)
     methods = tuple(method for method in METHODS if callable(getattr(estimator, method, None)))
     version = manifest.version or sha256[:12]
-    model = LoadedModel(version, estimator, signature, methods, _as_lists(getattr(estimator, "classes_", None)), {})
+    classes = _as_lists(getattr(estimator, "classes_", None))
+    pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in formats.estimators_in(estimator))
+    model = LoadedModel(version, estimator, signature, methods, classes, pairs, {})
     if manifest.predictions is not None and not same_predictions(
         model.predict(signature.parse(rows)), manifest.predictions
     ):

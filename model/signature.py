@@ -23,6 +23,7 @@ ACCEPTED: dict[Kind, set[type]] = {
     "boolean": {bool},
     "any": {int, float, str, bool},
 }
+_DTYPES: dict[Kind, str] = {"number": "float64", "text": "str", "boolean": "bool", "any": "object"}
 _EXPECTED: dict[Kind, str] = {
     "number": "a number",
     "text": "a text",
@@ -62,7 +63,11 @@ class Column:
     kind: Kind = "number"
     nullable: bool = False  # the model answers a row in which this value is missing
     missing: float | None = math.nan  # what stands for a missing value at predict
-    examples: tuple[Any, ...] = ()  # values the model saw at fit, where it keeps them
+    dtype: str = ""  # at predict: float64, int64 (where the values are whole), str, bool or object; "" by its kind
+    example: Any = None  # a value the model saw at fit, where it keeps one
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.dtype or _DTYPES[self.kind])
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Signature:
 
     layout: Layout
     columns: tuple[Column, ...] | None
+    precision: str = "float64"  # of an array of numbers; some models take only the float32 they were fitted on
 
     def parse(self, data: Any) -> Any:
         """Turn the decoded JSON value of `data` into what the model's `predict` takes.
@@ -90,8 +96,9 @@ class Signature:
         if self.layout in ("texts", "numbers"):
             return self._parse_scalars(data)
         rows = self._in_column_order(data)
-        if self.layout == "array" and (self.columns is None or all(c.kind == "number" for c in self.columns)):
-            return self._number_array(rows)
+        if self.columns is None or all(c.dtype == "float64" for c in self.columns):
+            numbers = self._number_array(rows)
+            return self._frame(numbers) if self.layout == "frame" else numbers
         return self._mixed(rows)
 
     def example(self) -> str:
@@ -168,7 +175,12 @@ class Signature:
         kinds = set(map(type, itertools.chain.from_iterable(rows)))
         if not kinds <= {int, float}:
             self._check_values(rows)
-        return np.array(rows, dtype=np.float64)  # None becomes NaN
+        return _numpy(rows, self.precision)  # None becomes NaN
+
+    def _frame(self, numbers: Any) -> Any:
+        import pandas as pd
+
+        return pd.DataFrame(numbers, columns=[c.name for c in self.columns or ()])
 
     def _mixed(self, rows: list[Any]) -> Any:
         assert self.columns is not None  # a model that does not tell its columns takes numbers
@@ -180,12 +192,10 @@ class Signature:
         if self.layout == "frame":
             import pandas as pd
 
-            return pd.DataFrame(
-                {
-                    c.name: pd.Series(values, dtype=_dtype(c, values))
-                    for c, values in zip(self.columns, by_column, strict=True)
-                }
-            )
+            series = {c.name: _series(values, c) for c, values in zip(self.columns, by_column, strict=True)}
+            return pd.DataFrame(series)
+        if all(c.dtype in ("float64", "int64") for c in self.columns):
+            return np.column_stack([_numpy(values, _whole(values)) for values in by_column])
         array = np.empty((len(rows), len(by_column)), dtype=object)
         for at, values in enumerate(by_column):
             array[:, at] = values
@@ -218,20 +228,30 @@ class Signature:
                 for at, value in enumerate(data)
                 if type(value) not in ACCEPTED[kind]
             )
-        return data if kind == "text" else np.array(data, dtype=np.float64)
+        return data if kind == "text" else _numpy(data, self.precision)
 
 
-def _dtype(column: Column, values: list[Any]) -> Any:
-    """Choose the data frame's type for a column, so that it does not hang on the values of one request."""
-    if column.kind == "number":
-        return np.float64
-    if column.kind == "boolean":
-        return object if column.missing in values else bool
-    if column.kind == "text" and column.missing is not None:
-        import pandas as pd
+def _numpy(values: list[Any], dtype: str) -> Any:
+    try:
+        return np.array(values, dtype=dtype)
+    except OverflowError:
+        raise BadRows("data holds a whole number that is too large for a 64-bit float") from None
 
-        return "str" if int(pd.__version__.split(".")[0]) >= 3 else object
-    return object  # None for a missing value stays None here
+
+def _whole(values: list[Any]) -> str:
+    """Choose int64 for whole numbers, which an encoder may tell apart where their floats are equal."""
+    return "int64" if all(type(value) is int and -(2**63) <= value < 2**63 for value in values) else "float64"
+
+
+def _series(values: list[Any], column: Column) -> Any:
+    """Make a column of a data frame. Its type does not hang on the values of one request, but for whole numbers."""
+    import pandas as pd
+
+    if column.dtype in ("float64", "int64"):
+        return _numpy(values, _whole(values) if column.dtype == "int64" else "float64")
+    if column.dtype == "str" and int(pd.__version__.split(".")[0]) >= 3:
+        return pd.Series(values, dtype="str")
+    return pd.Series(values, dtype=bool if column.dtype == "bool" and column.missing not in values else object)
 
 
 def _bad(errors: Iterable[dict[str, Any]]) -> BadRows:
@@ -242,7 +262,7 @@ def _bad(errors: Iterable[dict[str, Any]]) -> BadRows:
     more = {1: "", MAX_ERRORS + 1: f" (and more; the first {MAX_ERRORS} are listed)"}.get(
         len(places), f" (and {len(places) - 1} more)"
     )
-    return BadRows(f"{where}: {first['detail']}{more}", places[:MAX_ERRORS])
+    return BadRows(f"{where[:200]}: {first['detail']}{more}", places[:MAX_ERRORS])
 
 
 def _json_name(value: Any, plural: bool = False) -> str:
