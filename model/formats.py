@@ -4,7 +4,7 @@ Loading a pickle runs whatever code its author put in it: serve only files that 
 is the exception: its types are checked before anything is built.
 """
 
-import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +31,8 @@ def load(path: Path, *, allow_version_mismatch: bool = False) -> Any:
         raise
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
+    if isinstance(model, type):
+        raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
     if not callable(getattr(model, "predict", None)):
         raise ModelLoadError(
             f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
@@ -48,14 +50,26 @@ def _load_joblib(path: Path) -> Any:
 def _load_skops(path: Path) -> Any:
     import skops.io
 
-    unknown = skops.io.get_untrusted_types(file=path)
+    trusted = [name for name in skops.io.get_untrusted_types(file=path) if name.startswith(_COMPILED)]
+    unknown = [name for name in skops.io.get_untrusted_types(file=path) if name not in trusted]
     if unknown:
         raise ModelLoadError(
             f"{path.name} holds types that are not known to be safe: {', '.join(unknown)}. "
             "Where you trust its author, save the model with joblib instead"
         )
-    return skops.io.load(path, trusted=[])
+    return skops.io.load(path, trusted=trusted)
 
+
+# scikit-learn's compiled parts: arrays with methods. skops knows its Python classes and leaves these to the user.
+_COMPILED = (
+    "sklearn.tree._tree.",
+    "sklearn.ensemble._hist_gradient_boosting.",
+    "sklearn.metrics._dist_metrics.",
+    "sklearn.neighbors._kd_tree.",
+    "sklearn.neighbors._ball_tree.",
+    "sklearn._loss.",
+    "sklearn.linear_model._sgd_fast.",
+)
 
 _LOADERS: dict[str, Callable[[Path], Any]] = {
     ".joblib": _load_joblib,
@@ -89,24 +103,41 @@ def _with_version_check(load_it: Callable[[], Any], allowed: bool) -> Any:
 def _explain(path: Path, error: Exception) -> str:
     """Say in plain words why a file did not load. The usual causes each have their own mend."""
     text = f"{path.name} does not load: {type(error).__name__}: {error}"
+    module = ""  # that something was looked for in
     if isinstance(error, ModuleNotFoundError):
-        return (
-            f"{text}. The model needs the library {str(error.name).partition('.')[0]!r}: add it to requirements.in "
-            "and run `make lock`, or install it beside the server"
-        )
-    if isinstance(error, AttributeError) and "__main__" in str(error):
+        module = str(error.name)
+    elif isinstance(error, AttributeError) and (found := re.search(r"<module '([^']+)'", str(error))):
+        module = found[1]
+    root = module.partition(".")[0]
+    if module.endswith("__main__"):
         return (
             f"{text}. It uses a class or function that was defined in a notebook or script: move that into a module "
             "of its own, put the module beside server.py, import it from there, train and save again"
         )
-    if isinstance(error, AttributeError) and "<module 'model" in str(error):
+    if root in _OURS:
         return (
-            f"{text}. It was saved beside a module of yours that is named model, which is this server's package: "
+            f"{text}. It was saved beside a module of yours that is named {root}, which is one of this server's: "
             "rename your module, put it beside server.py, train and save again"
         )
-    if isinstance(error, (EOFError, pickle.UnpicklingError, IndexError, KeyError, ValueError)):
-        return f"{text}. The file is damaged, not complete, or not of the format that its suffix says"
-    return text
+    if root in ("sklearn", "numpy", "scipy") or "incompatible dtype" in str(error):
+        return (
+            f"{text}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
+            "train and save it again with the versions in requirements.txt"
+        )
+    if isinstance(error, ModuleNotFoundError) and root.isidentifier():
+        return (
+            f"{text}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
+            "install it beside the server"
+        )
+    if isinstance(error, (AttributeError, ImportError, OSError, MemoryError)) and not isinstance(
+        error, ModuleNotFoundError
+    ):
+        return text
+    return f"{text}. The file is damaged, not complete, or not of the format that its suffix says"
+
+
+# The server's own modules: a pickle that names one of them means a module of its author's.
+_OURS = ("auth", "body", "model", "monitor", "report", "server", "settings")
 
 
 def _run_in_one_thread(model: Any) -> None:

@@ -8,6 +8,7 @@ model, the second is tried out, one missing value at a time.
 import itertools
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,8 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
             except Exception as error:  # a model may raise anything at a row that it does not know
                 failure = failure or error
             else:
+                if not sample:
+                    signature, rows = _as_numbers(model, signature, rows)
                 return _with_nullable(model, signature, rows), rows
     if sample:
         raise ModelLoadError(
@@ -84,7 +87,7 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 
 
 def _guesses(count: int) -> Iterable[tuple[Kind, ...]]:
-    """Guess the kinds of so many unknown columns: every combination of a few; of many, all alike or all but one."""
+    """Guess the kinds of so many unknown columns: each combination of a few; of more, all alike or all but one."""
     if count <= 6:
         yield from itertools.product(("number", "text"), repeat=count)
         return
@@ -92,7 +95,7 @@ def _guesses(count: int) -> Iterable[tuple[Kind, ...]]:
     for most, _ in pairs:
         yield (most,) * count
     for most, one in pairs:
-        for at in range(min(count, 64)):
+        for at in range(count if count <= 64 else 0):
             yield (*(most,) * at, one, *(most,) * (count - at - 1))
 
 
@@ -129,6 +132,21 @@ def _synthetic(signature: Signature) -> Iterable[list[Any]]:
             yield [[blank[c.kind] if c.example is None else c.example for c in columns]]
 
 
+def _as_numbers(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
+    """Make numbers of the columns that were only guessed to be text, wherever the model does without the guess."""
+    for at, column in enumerate(signature.columns or ()):
+        if column.kind != "text" or column.example is not None:
+            continue
+        columns = list(signature.columns or ())
+        columns[at] = replace(column, kind="number", dtype="")
+        fewer = replace(signature, columns=tuple(columns))
+        row = [*rows[0][:at], 0.0, *rows[0][at + 1 :]]
+        with suppress(Exception):  # any refusal means that it is text
+            model.predict(fewer.parse([row]))
+            signature, rows = fewer, [row]
+    return signature, rows
+
+
 def _all_nullable(signature: Signature) -> Signature:
     return replace(signature, columns=signature.columns and tuple(replace(c, nullable=True) for c in signature.columns))
 
@@ -148,7 +166,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
         return True
 
     # With very many columns the last few are not told apart, and a group in which one is refused is refused.
-    finest = 1 if len(values) <= 256 else 8
+    finest = 1 if len(values) <= 256 else 16
     nullable: set[int] = set()
     # Many columns in one call, halved where it fails: a model takes missing values nearly everywhere or nowhere.
     left = [range(at, min(at + 64, len(values))) for at in range(0, len(values), 64)]
@@ -235,7 +253,8 @@ def _look(part: Any, seen: list[_Seen]) -> None:
         inside = list(_inner_estimators(part))
         for inner in inside:
             _look(inner, seen)
-        if not inside and type(part).__module__.startswith("sklearn.") and not hasattr(part, "inverse_func"):
+        of_sklearn = type(part).__module__.startswith("sklearn.") and not hasattr(part, "inverse_func")
+        if not inside and of_sklearn and hasattr(part, "n_features_in_"):  # fitted: some carry their blueprint along
             for column in seen:
                 column.kind = column.kind or "number"
 

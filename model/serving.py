@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class LoadedModel:
             raise ModelFailed(f"{type(error).__name__} in {method}") from error
         try:
             return as_json(result, len(rows))
+        except ModelFailed:
+            raise
         except Exception as error:
             raise ModelFailed(f"{method} returned what is not one prediction a row") from error
 
@@ -85,21 +88,28 @@ def as_json(result: Any, n_rows: int) -> Any:
     Raises:
         ModelFailed: the result does not have one entry a row.
     """
-    if (
-        isinstance(result, list)
-        and result
-        and all(isinstance(each, np.ndarray) for each in result)
-        and (len(result) != n_rows or result[0].ndim == 2)
-    ):
-        return [as_json(each, n_rows) for each in result]
+    if isinstance(result, list):
+        arrays = bool(result) and all(isinstance(each, np.ndarray) for each in result)
+        if arrays and (len(result) != n_rows or result[0].ndim == 2):
+            return [as_json(each, n_rows) for each in result]
+        _check_length(len(result), n_rows)
+        return result
     if hasattr(result, "toarray"):
         result = result.toarray()
     array = np.asarray(result.to_numpy() if hasattr(result, "to_numpy") else result)
-    if array.ndim == 0 or len(array) != n_rows:
-        found = "a single value" if array.ndim == 0 else f"{len(array)} results"
+    _check_length(len(array) if array.ndim else "a single value", n_rows)
+    if array.dtype.kind in "biuf":
+        # orjson encodes arrays of numbers itself, in the machine's byte order, NaN and infinities as null.
+        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+        return np.ascontiguousarray(array, dtype=native)
+    if array.dtype.kind == "M":
+        array = array.astype("datetime64[us]")  # nanoseconds would become plain numbers
+    return array.tolist()
+
+
+def _check_length(found: int | str, n_rows: int) -> None:
+    if found != n_rows:
         raise ModelFailed(f"the model returned {found} for {n_rows} rows")
-    # orjson encodes number arrays itself, NaN and infinities as null; texts and objects it takes as Python values.
-    return np.ascontiguousarray(array) if array.dtype.kind in "biuf" else array.tolist()
 
 
 class Serving:
@@ -192,8 +202,12 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
         ModelLoadError: saying what is wrong with it.
     """
     path = manifest.artifact
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        what = f"version {manifest.version}: " if manifest.version else ""
+        raise ModelLoadError(f"{what}{path} cannot be read: {error}") from error
     if manifest.sha256 and sha256 != manifest.sha256:
         raise ModelLoadError(
             f"{path} is not the file that was published: its sha256 is {sha256}, its manifest says {manifest.sha256}"
@@ -205,9 +219,11 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
     classes = _as_lists(getattr(estimator, "classes_", None))
     pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in formats.estimators_in(estimator))
     model = LoadedModel(version, estimator, signature, methods, classes, pairs, {})
-    if manifest.predictions is not None and not same_predictions(
-        model.predict(signature.parse(rows)), manifest.predictions
-    ):
+    try:
+        predictions = model.predict(signature.parse(rows))
+    except (ModelFailed, RowsRefused) as error:
+        raise ModelLoadError(f"version {version} does not answer row by row: {error}") from error
+    if manifest.predictions is not None and not same_predictions(predictions, manifest.predictions):
         raise ModelLoadError(f"version {version} answers its recorded sample otherwise than when it was published")
     model.about.update(
         {
@@ -229,12 +245,12 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
 
 def same_predictions(now: Any, recorded: Any) -> bool:
     """Compare predictions: labels exactly, floats within 1e-9 relative (another CPU may round the last bits)."""
-    left, right = np.asarray(now), np.asarray(recorded)
-    if left.shape != right.shape:
-        return False
-    if left.dtype.kind == "f" or right.dtype.kind == "f":
-        return bool(np.allclose(left.astype(float), right.astype(float), rtol=1e-9, atol=1e-12, equal_nan=True))
-    return bool(np.array_equal(left, right))
+    now = now.tolist() if hasattr(now, "tolist") else now
+    if isinstance(now, list) and isinstance(recorded, list):
+        return len(now) == len(recorded) and all(map(same_predictions, now, recorded))
+    if isinstance(now, float) and isinstance(recorded, (int, float)):
+        return math.isclose(now, recorded, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(now) and math.isnan(recorded))
+    return bool(now == recorded)
 
 
 def _as_lists(classes: Any) -> Any:

@@ -173,7 +173,9 @@ class Signature:
 
     def _number_array(self, rows: list[Any]) -> Any:
         kinds = set(map(type, itertools.chain.from_iterable(rows)))
-        if not kinds <= {int, float}:
+        if not kinds <= {int, float} and not (
+            kinds <= {int, float, type(None)} and self.columns and all(c.nullable for c in self.columns)
+        ):
             self._check_values(rows)
         return _numpy(rows, self.precision)  # None becomes NaN
 

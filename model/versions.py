@@ -55,9 +55,12 @@ class Manifest:
         path = directory / version / "manifest.json"
         try:
             known = json.loads(path.read_text("utf-8"))
-            artifact = directory / version / Path(known["artifact"]).name
-            return cls(artifact, version, known["sha256"], known["sample"], known["predictions"], known["libraries"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            name, sha256 = known["artifact"], known["sha256"]
+            if not _VERSION.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", sha256):
+                raise ValueError("artifact is not the name of a file here, or sha256 is not one")
+            artifact = directory / version / name
+            return cls(artifact, version, sha256, known["sample"], known["predictions"], known["libraries"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelLoadError(
                 f"version {version}: {path} cannot be used: {type(error).__name__}: {error}"
             ) from error
@@ -84,7 +87,7 @@ def stable(directory: Path) -> Manifest:
 
 def publish(directory: Path, artifact: Path, version: str, sample: list[Any], predictions: list[Any]) -> None:
     """Copy an artifact into the store as a new version, with a manifest that proves it."""
-    if not _VERSION.fullmatch(version):
+    if not _VERSION.fullmatch(version) or version == "routing.json":
         raise ValueError(f"version {version!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
     directory.mkdir(parents=True, exist_ok=True)
     place = directory / version

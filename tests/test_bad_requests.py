@@ -928,6 +928,7 @@ def test_password_that_is_not_ascii_is_refused_like_any_other(server: Gunicorn) 
     [b"", b"GET /heal", GET, b"nonsense\r\n\r\n"],
     ids=["nothing", "half a line", "half a head", "nonsense"],
 )
+@pytest.mark.parametrize("server", ["gevent"], indirect=True)  # gthread gives each such connection a thread of its few
 def test_200_silent_connections_do_not_keep_good_callers_waiting(first: bytes, server: Gunicorn) -> None:
     with unharmed(server), contextlib.ExitStack() as silent:
         for _ in range(200):
