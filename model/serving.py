@@ -250,6 +250,8 @@ def same_predictions(now: Any, recorded: Any) -> bool:
         return len(now) == len(recorded) and all(map(same_predictions, now, recorded))
     if isinstance(now, float) and isinstance(recorded, (int, float)):
         return math.isclose(now, recorded, rel_tol=1e-9, abs_tol=1e-12) or (math.isnan(now) and math.isnan(recorded))
+    if isinstance(now, float) and recorded is None:
+        return not math.isfinite(now)  # as JSON keeps it
     return bool(now == recorded)
 
 

@@ -31,7 +31,7 @@ CHEAP = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # a real has
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that left a test out where all must run (REQUIRE_ALL=1, as CI sets it)."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # in the main process of xdist only
     if os.environ.get("REQUIRE_ALL") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -80,7 +80,6 @@ MISBEHAVIOUR: dict[str, Callable[[Any], Any]] = {
     "one text": lambda rows: SECRET,
     "a generator": lambda rows: (0 for _ in rows),
     "a dictionary": lambda rows: {"prediction": SECRET},
-    "ragged lists": lambda rows: [[1.0], [1.0, 2.0]],
     "complex numbers": lambda rows: np.zeros(len(rows), dtype=complex),
     "sets": lambda rows: [{SECRET} for _ in rows],
     "bytes": lambda rows: [SECRET.encode() for _ in rows],

@@ -182,6 +182,7 @@ def test_classic_ways_to_start_it_serve(tmp_path: Path, iris_file: Path, command
             "USERS_FILE": str(write_users(tmp_path / "users.json")),
             "JOURNAL_DIR": str(tmp_path / "classic"),
             "PORT": str(port),
+            "WEB_CONCURRENCY": "1",
         }
         arguments = [sys.executable, *command, *(["--port", str(port)] if "flask" in command else [])]
         with subprocess.Popen(

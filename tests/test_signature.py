@@ -396,6 +396,15 @@ def test_long_whole_numbers_as_categories_stay_apart(encoder: Any) -> None:
     learned(make_pipeline(encoder(), RandomForestClassifier(5, random_state=0)), x, np.arange(N) % 4)
 
 
+@pytest.mark.filterwarnings("ignore:Found unknown categories:UserWarning")
+@pytest.mark.parametrize("beside", [None, 1.5, 2**64 - 1], ids=str)
+def test_long_whole_number_is_not_rounded_for_what_another_row_holds(beside: Any) -> None:
+    x = pd.DataFrame({"id": [2**60 + at % 4 for at in range(N)]})
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(x, np.arange(N) % 4)
+    signature, _ = learn(model)
+    assert model.predict(signature.parse([[2**60 + 1], [beside]]))[0] == 1
+
+
 # The imputer says at each call that it drops the column.
 @pytest.mark.filterwarnings("ignore:Skipping features without any observed values:UserWarning")
 def test_column_without_any_value_does_not_shift_the_others() -> None:
@@ -613,9 +622,9 @@ def test_sample_that_the_model_does_not_take_is_a_load_error(model: Any, sample:
 
 # --- wide models
 
-WIDE = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2000)), columns=[f"column {at}" for at in range(2000)])
+WIDE = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 1000)), columns=[f"column {at}" for at in range(1000)])
 LIMIT = (
-    15.0  # seconds of this process to learn 2,000 columns: a server that takes minutes to be ready is restarted by then
+    15.0  # seconds of this process to learn 1,000 columns: a server that takes minutes to be ready is restarted by then
 )
 
 
@@ -636,14 +645,22 @@ def in_time(monkeypatch: pytest.MonkeyPatch) -> Any:
     return limit
 
 
+def test_column_of_text_is_found_among_very_many_in_reasonable_time(in_time: Any) -> None:
+    model = make_pipeline(TextLength(["note"]), LogisticRegression())
+    model.fit(WIDE.assign(note=TABLE["note"]), np.arange(60) % 2)
+    in_time(type(model))
+    signature, _ = learn(model)
+    assert [c.name for c in signature.columns if c.kind == "text"] == ["note"]
+
+
 @pytest.mark.parametrize(
     ("model", "names", "nullable"),
     [
         (LogisticRegression(), False, 0),
-        (RandomForestClassifier(5), True, 2000),
-        (make_pipeline(SimpleImputer(), KNeighborsClassifier()), True, 2000),
+        (RandomForestClassifier(5), True, 1000),
+        (make_pipeline(SimpleImputer(), KNeighborsClassifier()), True, 1000),
         (on((StandardScaler(), slice(0, None))), True, 0),
-        (on((SimpleImputer(), slice(0, 992)), ("passthrough", slice(992, None))), False, 992),
+        (on((SimpleImputer(), slice(0, 496)), ("passthrough", slice(496, None))), False, 496),
     ],
     ids=["regression", "forest", "imputer", "scaler by name", "half imputed"],
 )
@@ -674,6 +691,9 @@ SIGNATURES = {
     "numbers": UNNAMED,
     "table": MIXED,
     "objects": Signature("array", (Column(None, "text"), Column(None))),
+    "whole numbers": Signature("frame", (Column("a", dtype="int64"), Column("b", dtype="int64", nullable=True))),
+    "whole numbers without names": Signature("array", (Column(None, dtype="int64"), Column(None, dtype="object"))),
+    "single precision": Signature("array", (Column("a"), Column("b", nullable=True)), precision="float32"),
     "untold": Signature("array", None),
     "texts": Signature("texts", ()),
     "scalars": Signature("numbers", ()),
