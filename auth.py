@@ -12,6 +12,7 @@ are for /metrics and /monitor.
 """
 
 import argparse
+import functools
 import getpass
 import hashlib
 import hmac
@@ -114,8 +115,6 @@ class Users:
         self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
         self._checking = threading.Semaphore(1)
         self._waiting: Counter[bytes] = Counter()  # digest → callers that wait for its check
-        # An unknown name is checked against this, so that it takes as long as a known one.
-        self._nobody = User(native(generate_password_hash, secrets.token_hex(16)), ())
 
     def roles(self, name: str) -> list[str]:
         """Return a user's roles."""
@@ -143,7 +142,7 @@ class Users:
                 if self._is_proved(name, user, digest):
                     return True
                 self._refuse_throttled(address)
-                good = self._native(check_password_hash, (user or self._nobody).password, password)
+                good = self._native(check_password_hash, user.password if user else _hash_of_nobody(), password)
         finally:
             self._waiting[digest] -= 1
             if not self._waiting[digest]:
@@ -194,6 +193,12 @@ class Users:
         self._failures[address] = (count, time.monotonic())
         if len(self._failures) > MAX_ADDRESSES:
             del self._failures[next(iter(self._failures))]
+
+
+@functools.cache
+def _hash_of_nobody() -> str:
+    """Make the hash that an unknown name is checked against, so that it takes as long as a known one."""
+    return generate_password_hash(secrets.token_hex(16))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

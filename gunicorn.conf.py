@@ -80,7 +80,8 @@ def when_ready(server):
             host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
             url = f"http://{f'[{host}]' if ':' in host else host}:{address[1]}/predict"
             password = "" if _settings.auth == "off" else f"--netrc-file {_shown(netrc)} " if netrc else "-u NAME "
-            data = "" if _settings.model_path else """ -d '{"data": [[5.1, 3.5, 1.4, 0.2]]}'"""
+            # The demo's row; what another model takes, GET /model shows.
+            data = """ -d '{"data": [[…]]}'""" if _settings.model_path else """ -d '{"data": [[5.1, 3.5, 1.4, 0.2]]}'"""
             server.log.info("serving; try\n\n  curl %s-H 'Content-Type: application/json'%s %s\n", password, data, url)
 
 

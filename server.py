@@ -130,7 +130,10 @@ class Service:
 
     def model(self) -> Response:
         """GET /model: what is served."""
-        return json_response(self.serving.describe())
+        found = self.serving.describe()
+        if found["error"] and self.users and "admin" not in self.users.roles(g.record["user"]):
+            found["error"] = "the model did not load; the server's log says why"  # with paths and a library's words
+        return json_response(found)
 
     def healthz(self) -> Response:
         """GET /healthz: the process answers."""

@@ -7,8 +7,7 @@ model, the second is tried out, one missing value at a time.
 
 import itertools
 import math
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,17 +133,35 @@ def _synthetic(signature: Signature) -> Iterable[list[Any]]:
 
 def _as_numbers(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
     """Make numbers of the columns that were only guessed to be text, wherever the model does without the guess."""
-    for at, column in enumerate(signature.columns or ()):
-        if column.kind != "text" or column.example is not None:
-            continue
-        columns = list(signature.columns or ())
-        columns[at] = replace(column, kind="number", dtype="")
+
+    def does_without(indices: list[int]) -> bool:
+        nonlocal signature, rows
+        columns, row = list(signature.columns or ()), list(rows[0])
+        for at in indices:
+            columns[at], row[at] = replace(columns[at], kind="number", dtype=""), 0.0
         fewer = replace(signature, columns=tuple(columns))
-        row = [*rows[0][:at], 0.0, *rows[0][at + 1 :]]
-        with suppress(Exception):  # any refusal means that it is text
+        try:
             model.predict(fewer.parse([row]))
-            signature, rows = fewer, [row]
+        except Exception:  # any refusal means that one of them is text
+            return False
+        signature, rows = fewer, [row]
+        return True
+
+    guessed = [at for at, c in enumerate(signature.columns or ()) if c.kind == "text" and c.example is None]
+    list(_accepted(guessed, does_without))
     return signature, rows
+
+
+def _accepted(indices: list[int], accepts: Callable[[list[int]], bool], finest: int = 1) -> Iterator[int]:
+    """Yield the indices that are accepted, asking for many at once and halving what is refused, down to `finest`."""
+    left = [indices[at : at + 64] for at in range(0, len(indices), 64)]
+    while left:
+        group = left.pop()
+        if accepts(group):
+            yield from group
+        elif len(group) > finest:
+            middle = len(group) // 2
+            left += [group[:middle], group[middle:]]
 
 
 def _all_nullable(signature: Signature) -> Signature:
@@ -157,7 +174,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
         return signature
     values, open_to_all = _whole_row(signature, rows), _all_nullable(signature)
 
-    def answers(indices: range) -> bool:
+    def answers(indices: list[int]) -> bool:
         probes = [[*values[:at], None, *values[at + 1 :]] for at in indices]
         try:
             model.predict(open_to_all.parse(probes))
@@ -166,17 +183,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
         return True
 
     # With very many columns the last few are not told apart, and a group in which one is refused is refused.
-    finest = 1 if len(values) <= 256 else 16
-    nullable: set[int] = set()
-    # Many columns in one call, halved where it fails: a model takes missing values nearly everywhere or nowhere.
-    left = [range(at, min(at + 64, len(values))) for at in range(0, len(values), 64)]
-    while left:
-        indices = left.pop()
-        if answers(indices):
-            nullable.update(indices)
-        elif len(indices) > finest:
-            middle = len(indices) // 2
-            left += [indices[:middle], indices[middle:]]
+    nullable = set(_accepted(list(range(len(values))), answers, finest=1 if len(values) <= 256 else 16))
     return replace(
         signature, columns=tuple(replace(c, nullable=at in nullable) for at, c in enumerate(signature.columns))
     )

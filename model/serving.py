@@ -93,7 +93,7 @@ def as_json(result: Any, n_rows: int) -> Any:
         if arrays and (len(result) != n_rows or result[0].ndim == 2):
             return [as_json(each, n_rows) for each in result]
         _check_length(len(result), n_rows)
-        return result
+        return [each.tolist() if isinstance(each, np.ndarray) else each for each in result]
     if hasattr(result, "toarray"):
         result = result.toarray()
     array = np.asarray(result.to_numpy() if hasattr(result, "to_numpy") else result)
@@ -234,6 +234,7 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
             "methods": methods,
             "classes": model.classes,
             "signature": signature.describe(),
+            "example": {"data": rows[:1]},
             "proved_with": "its recorded sample"
             if manifest.sample
             else "a synthetic row (the file has no recorded sample)",

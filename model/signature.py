@@ -117,7 +117,7 @@ class Signature:
         columns = None
         if self.columns is not None:
             columns = [{"name": c.name, "type": c.kind, "nullable": c.nullable} for c in self.columns]
-        return {"layout": self.layout, "columns": columns, "example": self.example()}
+        return {"layout": self.layout, "columns": columns, "form": self.example()}
 
     # --- rows as lists, in column order
 
@@ -197,7 +197,10 @@ class Signature:
             series = {c.name: _series(values, c) for c, values in zip(self.columns, by_column, strict=True)}
             return pd.DataFrame(series)
         if all(c.dtype in ("float64", "int64") for c in self.columns):
-            return np.column_stack([_numpy(values, _whole(values)) for values in by_column])
+            whole = all(map(_are_whole, by_column))
+            return np.column_stack(
+                [_numbers(values, c, whole) for c, values in zip(self.columns, by_column, strict=True)]
+            )
         array = np.empty((len(rows), len(by_column)), dtype=object)
         for at, values in enumerate(by_column):
             array[:, at] = values
@@ -240,17 +243,28 @@ def _numpy(values: list[Any], dtype: str) -> Any:
         raise BadRows("data holds a whole number that is too large for a 64-bit float") from None
 
 
-def _whole(values: list[Any]) -> str:
-    """Choose int64 for whole numbers, which an encoder may tell apart where their floats are equal."""
-    return "int64" if all(type(value) is int and -(2**63) <= value < 2**63 for value in values) else "float64"
+def _are_whole(values: list[Any]) -> bool:
+    return all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
+
+
+def _numbers(values: list[Any], column: Column, whole: bool) -> Any:
+    """Make an array of a column's numbers. An encoder may tell whole numbers apart whose floats are equal."""
+    if whole and column.dtype == "int64":
+        return np.array(values, dtype=np.int64)
+    if column.dtype == "int64" and any(type(value) is int and abs(value) > 2**53 for value in values):
+        raise BadRows(
+            f"column {column.name!r}: a whole number beyond 2**53 is not exact beside a missing, fractional or larger "
+            "value; send those rows in a request of their own"
+        )
+    return _numpy(values, "float64")
 
 
 def _series(values: list[Any], column: Column) -> Any:
-    """Make a column of a data frame. Its type does not hang on the values of one request, but for whole numbers."""
+    """Make a column of a data frame, of a type that does not hang on the values of one request."""
     import pandas as pd
 
     if column.dtype in ("float64", "int64"):
-        return _numpy(values, _whole(values) if column.dtype == "int64" else "float64")
+        return _numbers(values, column, whole=_are_whole(values))
     if column.dtype == "str" and int(pd.__version__.split(".")[0]) >= 3:
         return pd.Series(values, dtype="str")
     return pd.Series(values, dtype=bool if column.dtype == "bool" and column.missing not in values else object)

@@ -422,8 +422,9 @@ def test_about_says_what_is_served(store: Path) -> None:
         "signature": {
             "layout": "array",
             "columns": [{"name": name, "type": "number", "nullable": False} for name in IRIS.feature_names],
-            "example": "[[0.5, 0.5, 0.5, 0.5]]",
+            "form": "[[0.5, 0.5, 0.5, 0.5]]",
         },
+        "example": {"data": stable(store).sample[:1]},
         "proved_with": "its recorded sample",
         "made_with": None,
     }

@@ -402,7 +402,9 @@ def test_long_whole_number_is_not_rounded_for_what_another_row_holds(beside: Any
     x = pd.DataFrame({"id": [2**60 + at % 4 for at in range(N)]})
     model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(x, np.arange(N) % 4)
     signature, _ = learn(model)
-    assert model.predict(signature.parse([[2**60 + 1], [beside]]))[0] == 1
+    assert model.predict(signature.parse([[2**60 + 1], [2**60]])).tolist() == [1, 0]
+    with pytest.raises(BadRows, match="request of their own"):
+        signature.parse([[2**60 + 1], [beside]])
 
 
 # The imputer says at each call that it drops the column.
