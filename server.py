@@ -44,6 +44,7 @@ from body import BodyReader, Unprocessable, parse_call
 from model import METHODS, BadRows, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving
 from monitor import Journal, log_monitor
 from settings import Settings
+from sls import Presence
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Service:
         self.users = None if settings.auth == "off" else Users(settings.users_file, native)
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
         self._started_in: int | None = None
+        self._ships = settings.ships
+        self._journal_dir = settings.journal_dir
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
 
@@ -253,10 +256,13 @@ class Service:
     def _keep_house(self) -> None:
         """Do once a second what must not wait for a request, nor make one wait."""
         summarised = time.monotonic()
+        presence = Presence(self._journal_dir) if self._ships else None
         while True:
             time.sleep(1.0)
             try:
                 self.bodies.sweep()
+                if presence:
+                    presence.tick()
                 if self.users is not None:
                     self.users.refresh()
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:

@@ -110,9 +110,20 @@ class Settings:
     journal_dir: Path = _setting(_path, Path("var/journal"))
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
 
+    # Where the records go (sls.py); shipping is on when the first three are set
+    sls_endpoint: str = _setting(_text, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
+    sls_project: str = _setting(_text, "")
+    sls_logstore: str = _setting(_text, "")
+    sls_region: str = _setting(_text, "")  # such as cn-hangzhou; then requests are signed with version 4
+
+    @property
+    def ships(self) -> bool:
+        """Whether records are shipped to SLS."""
+        return bool(self.sls_endpoint and self.sls_project and self.sls_logstore)
+
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
-        """Read the settings from `environ` and check that the server can start with them.
+    def from_environ(cls, environ: Mapping[str, str], serving: bool = True) -> "Settings":
+        """Read the settings from `environ` and, if `serving`, check that the server can start with them.
 
         Raises:
             SettingsError: a value that does not fit, two that contradict each other, or a file that is not there.
@@ -132,7 +143,11 @@ class Settings:
                 "MODEL_PATH to serve from the version store"
             )
         settings = cls(**values)
-        settings._check_files()
+        sls = (settings.sls_endpoint, settings.sls_project, settings.sls_logstore)
+        if any(sls) and not all(sls):
+            raise SettingsError("SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE: expected all three, or none")
+        if serving:
+            settings._check_files()
         return settings
 
     def _check_files(self) -> None:
