@@ -29,8 +29,8 @@ format: $(VENV)/dev.done
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done
-	cd $(CURDIR) && $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" requirements.in -o requirements.txt
-	cd $(CURDIR) && $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command "make lock" requirements-dev.in -o requirements-dev.txt
+	for name in requirements requirements-dev; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --custom-compile-command "make lock" $$name.in -o $$name.txt || exit 1; done
 
 clean:
 	rm -rf $(VENV)

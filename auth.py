@@ -16,6 +16,7 @@ import functools
 import getpass
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -102,19 +103,18 @@ class Users:
     """
 
     def __init__(self, path: Path, native: Callable[..., Any]) -> None:
-        """Read the users file.
-
-        Raises:
-            UsersFileError: it cannot be used.
-        """
+        """Read the users file. One that cannot be used is said in the log, and nobody can log in until it is mended."""
         self._path, self._native = path, native
-        self._stamp = _stamp(path)
-        self._users = read_users(path)
+        self._stamp: tuple[int, ...] | None = ()  # of the file as it was last read
+        self._complained: tuple[int, ...] | None = ()  # of the file as it could not be used
+        self._users: dict[str, User] = {}
         self._key = secrets.token_bytes(32)
         self._proved: dict[str, tuple[bytes, str]] = {}  # name → (digest of the password, hash it was checked against)
         self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
         self._checking = threading.Semaphore(1)
-        self._waiting: Counter[bytes] = Counter()  # digest → callers that wait for its check
+        self._waiting: Counter[bytes] = Counter()  # digest of name and password → callers that wait for its check
+        self._refused: set[bytes] = set()  # of those, what was found wrong meanwhile
+        self.refresh()
 
     def roles(self, name: str) -> list[str]:
         """Return a user's roles."""
@@ -129,9 +129,11 @@ class Users:
             ServiceUnavailable: too many callers wait for a check.
         """
         user = self._users.get(name)
-        digest = hashlib.blake2b(password.encode("utf-8", "surrogatepass"), key=self._key).digest()
+        pair = f"{name}:{password}".encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(pair, key=self._key).digest()
         if self._is_proved(name, user, digest):
             return True
+        address = _network(address)
         self._refuse_throttled(address)
         if digest not in self._waiting and len(self._waiting) >= MAX_WAITING:
             raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
@@ -142,29 +144,36 @@ class Users:
                 if self._is_proved(name, user, digest):
                     return True
                 self._refuse_throttled(address)
+                if digest in self._refused:  # one check for all who wait with the same wrong password
+                    self._note_failure(address)
+                    return False
                 good = self._native(check_password_hash, user.password if user else _hash_of_nobody(), password)
+                if not (user and good):
+                    self._refused.add(digest)
+                    self._note_failure(address)
+                    return False
+                self._proved[name] = (digest, user.password)
+                return True
         finally:
             self._waiting[digest] -= 1
             if not self._waiting[digest]:
                 del self._waiting[digest]
-        if user is not None and good:
-            self._proved[name] = (digest, user.password)
-            return True
-        self._note_failure(address)
-        return False
+                self._refused.discard(digest)
 
     def refresh(self) -> None:
         """Read the users file again if it changed. A file that cannot be used keeps the last good users."""
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             self._users = read_users(self._path)
+            self._stamp = stamp
             self._proved = {name: proof for name, proof in self._proved.items() if name in self._users}
             log.info("read %s again: %d users", self._path, len(self._users))
-        except UsersFileError as error:
-            log.error("the users stay as they were: %s", error)
+        except UsersFileError as error:  # tried again, since it may have been the reading that failed
+            if stamp != self._complained:
+                self._complained = stamp
+                log.error("the %d users stay as they were: %s", len(self._users), error)
 
     def _is_proved(self, name: str, user: User | None, digest: bytes) -> bool:
         proof = self._proved.get(name)
@@ -193,6 +202,14 @@ class Users:
         self._failures[address] = (count, time.monotonic())
         if len(self._failures) > MAX_ADDRESSES:
             del self._failures[next(iter(self._failures))]
+
+
+def _network(address: str) -> str:
+    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6."""
+    try:
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
+    except ValueError:  # IPv4, a unix socket's "", or what a proxy made up
+        return address
 
 
 @functools.cache
@@ -326,7 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("list", help="list the users and their roles")
     commands.add_parser("demo", help="make the user demo with a random password, where there is no users file")
     given = parser.parse_args(arguments)
-    path: Path = given.file
+    path: Path = given.file.expanduser()
     try:
         if given.command == "list":
             for name, user in sorted(read_users(path).items()):

@@ -28,7 +28,7 @@ class BodyReader:
 
     def __init__(self, max_bytes: int, timeout: float) -> None:
         self.max_bytes, self.timeout = max_bytes, timeout
-        self._reading: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, socket)
+        self._reading: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, WSGI environ)
 
     def read(self, request: Request) -> bytes:
         """Read the whole body.
@@ -139,7 +139,7 @@ class Unprocessable(UnprocessableEntity):
         self.errors = errors
 
 
-def parse_call(body: bytes) -> tuple[Any, str]:
+def parse_call(body: bytes, max_rows: int) -> tuple[Any, str]:
     """Decode a request's body to its `data` and `method`.
 
     Raises:
@@ -155,6 +155,9 @@ def parse_call(body: bytes) -> tuple[Any, str]:
         raise BadRequest(_explain_json(body, error)) from None
     if type(call) is not dict:
         raise Unprocessable(f"the body is not an object; {form}")
+    data = call.get("data")
+    if isinstance(data, list) and len(data) > max_rows:
+        raise Unprocessable(f"data has {len(data)} rows; this server takes {max_rows} in one request")
     if _has_duplicate_key(body, call):
         raise Unprocessable("an object has the same key twice, so it is not clear which value is meant")
     for key in call:

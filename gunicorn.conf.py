@@ -12,9 +12,7 @@ from settings import Settings, SettingsError, usable_cores
 
 try:
     _settings = Settings.from_environ(os.environ)
-    if _settings.auth == "basic":
-        read_users(_settings.users_file)  # what is wrong with it is said once, here, and not by each worker
-except (SettingsError, UsersFileError) as _error:
+except SettingsError as _error:
     sys.exit(f"cannot start: {_error}")
 
 wsgi_app = "server:app"
@@ -28,8 +26,8 @@ threads = 32
 # Connections of one worker, idle ones counted too; one more waits in the kernel without an answer.
 worker_connections = 4000
 
-# Seconds an idle connection is kept. It must be longer than nginx keeps its own (10 s in deploy/nginx), or nginx sends
-# a POST into a connection that is being closed; and shorter than graceful_timeout, since a stop waits for idle ones.
+# Seconds an idle connection is kept. It must be longer than nginx keeps its own (say 10 s), or nginx sends
+# a POST into a connection that is being closed; and better shorter than graceful_timeout: a stop waits for idle ones.
 keepalive = 20
 
 # Seconds that requests in flight have to finish at SIGTERM or SIGHUP.
@@ -54,7 +52,18 @@ logging.basicConfig(
 
 
 def on_starting(server):
-    """Name the way out when the port is taken; gunicorn would try five times and only say that it is."""
+    """Refuse to start where it cannot work, and say why once. Not at a reload: a running server goes on."""
+    try:
+        _settings.check_files()
+        if _settings.auth == "basic":
+            read_users(_settings.users_file)
+    except (SettingsError, UsersFileError) as error:
+        sys.exit(f"cannot start: {error}")
+    _check_addresses(server)
+
+
+def _check_addresses(server):
+    """Name the way out when a port is taken; gunicorn would try five times and only say that it is."""
     if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
         return  # the socket is handed in
     for address in server.address:

@@ -1,4 +1,4 @@
-"""The journal for people: rate, success, response times and errors.
+"""The journal for people: rate, success, response times and errors, and what waits to be shipped.
 
 python -m report                    the last hour
 python -m report --since 15m        s, m, h or d; `all` for the whole journal
@@ -102,6 +102,25 @@ class Summary:
         return lines
 
 
+def shipping(directory: Path) -> list[tuple[str, str]]:
+    """Return the lines on what waits to be shipped to SLS, where a shipper has been at work."""
+    try:
+        state = orjson.loads((directory / "ship.json").read_bytes())
+        offsets, error = state["offsets"], state["error"]
+        waiting = {path: path.stat().st_size - offsets.get(path.name, 0) for path in segments(directory)}
+        oldest = min((path.name[:20] for path, size in waiting.items() if size > 0), default=None)
+        lines = [("records shipped", f"{state['shipped']}"), ("bytes waiting", f"{sum(waiting.values())}")]
+        if oldest:  # when its segment was opened: the record itself may be younger
+            lines.append(("waiting since at most", f"{time.time() - int(oldest) / 1e9:.0f} s"))
+        if state["refused"]:
+            lines.append(("records refused by SLS", f"{state['refused']}"))
+        if error:
+            lines.append(("SLS, last error", f"{error['message']}"))
+        return lines
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def percentile(ordered: list[float], q: float) -> float:
     """Return the nearest-rank percentile of ascending values: the smallest that at least q % do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
@@ -126,13 +145,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--since", type=duration, default="1h", metavar="TIME", help="how far back: 90s, 15m, 1h (default), 7d or all"
     )
     given = parser.parse_args(arguments)
+    given.dir = given.dir.expanduser()
     if not given.dir.is_dir():
         print(f"report: {given.dir} is not a journal: there is no such directory", file=sys.stderr)
         return 1
     summary = Summary()
     for record in read(given.dir, 0.0 if given.since is None else time.time() - given.since):
         summary.add(record)
-    lines = summary.table(given.since)
+    lines = summary.table(given.since) + shipping(given.dir)
     width = max(len(name) for name, _ in lines)
     right = max(len(value) for _, value in lines)
     for name, value in lines:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -49,6 +50,7 @@ from sls import Presence
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what we take over from a caller: safe in logs and headers
+LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 SUMMARY_SECONDS = 60.0  # between the summary records of requests without a valid password
 
 
@@ -83,10 +85,10 @@ class Service:
     """What one worker process holds, and the views."""
 
     def __init__(self, settings: Settings) -> None:
-        native = native_call()
+        self.native = native = native_call()
         self.max_rows = settings.max_rows
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
-        self.journal = Journal(settings.journal_dir, settings.journal_max_bytes)
+        self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.serving = Serving(settings.model_path, settings.model_dir, settings.allow_version_mismatch, native)
         self.users = None if settings.auth == "off" else Users(settings.users_file, native)
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
@@ -112,15 +114,15 @@ class Service:
         if "Content-Encoding" in request.headers:
             raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
         model = self._choose()
-        data, method = parse_call(self.bodies.read(request))
+        body = self.bodies.read(request)
+        decode = partial(parse_call, body, self.max_rows)
+        data, method = self.native(decode) if len(body) > LARGE_BODY else decode()
         if method not in model.methods:
             raise Unprocessable(
                 f"this model has no method {method!r}"
                 if method in METHODS
                 else f"method is none of {', '.join(model.methods)}"
             )
-        if isinstance(data, list) and len(data) > self.max_rows:
-            raise Unprocessable(f"data has {len(data)} rows; this server takes {self.max_rows} in one request")
         g.record |= {"method": method}
         answer = {"prediction": self._call(model, data, method)}
         classes = model.classes_for(method)
@@ -134,7 +136,7 @@ class Service:
     def model(self) -> Response:
         """GET /model: what is served."""
         found = self.serving.describe()
-        if found["error"] and self.users and "admin" not in self.users.roles(g.record["user"]):
+        if found["error"] and not (self.users and "admin" in self.users.roles(g.record["user"])):
             found["error"] = "the model did not load; the server's log says why"  # with paths and a library's words
         return json_response(found)
 
@@ -239,7 +241,8 @@ class Service:
         try:
             rows = model.signature.parse(data)
             g.record["rows"] = len(rows)
-            return model.predict(rows, method)
+            predict = partial(model.predict, rows, method)
+            return self.native(predict) if model.is_slow(rows) else predict()
         except BadRows as bad:
             raise Unprocessable(bad.detail, bad.errors) from None
         except RowsRefused as refusal:
@@ -313,8 +316,6 @@ class ModelFault(InternalServerError):
 def problem(error: HTTPException) -> Response:
     """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
     basis = error.get_response()
-    if basis.status_code < 400:
-        return basis  # type: ignore[return-value]  # a redirect
     g.error = error.name
     g.record["error_type"] = error_type(error)
     detail = error.description
@@ -362,4 +363,16 @@ def native_call() -> Callable[..., Any]:
         return lambda function, *arguments: function(*arguments)
     from gevent import get_hub
 
-    return lambda function, *arguments: get_hub().threadpool.apply(function, arguments)
+    def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+        try:
+            return function(*arguments), None
+        except BaseException as error:  # gevent would print it as well as raise it
+            return None, error
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        value, error = get_hub().threadpool.apply(guarded, (function, arguments))
+        if error is not None:
+            raise error
+        return value
+
+    return call

@@ -82,7 +82,7 @@ def _setting(parse: Callable[[str], Any], default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """The server's settings. Tests make one directly or from a plain dict; nothing else reads the environment."""
+    """The server's settings. Tests make one directly or from a plain dict."""
 
     # Where it listens
     host: str = _setting(_text, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
@@ -122,11 +122,11 @@ class Settings:
         return bool(self.sls_endpoint and self.sls_project and self.sls_logstore)
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str], serving: bool = True) -> "Settings":
-        """Read the settings from `environ` and, if `serving`, check that the server can start with them.
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the settings from `environ`.
 
         Raises:
-            SettingsError: a value that does not fit, two that contradict each other, or a file that is not there.
+            SettingsError: a value that does not fit, or two that contradict each other.
         """
         values = {}
         for each in fields(cls):
@@ -146,11 +146,14 @@ class Settings:
         sls = (settings.sls_endpoint, settings.sls_project, settings.sls_logstore)
         if any(sls) and not all(sls):
             raise SettingsError("SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE: expected all three, or none")
-        if serving:
-            settings._check_files()
         return settings
 
-    def _check_files(self) -> None:
+    def check_files(self) -> None:
+        """Check that the files to start with are there. Later ones are not reasons to stop: see `auth` and `model`.
+
+        Raises:
+            SettingsError: the model file or the users file is not there.
+        """
         if self.model_path is not None and not _is_file(self.model_path):
             raise SettingsError(
                 f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file, and none can be read there"

@@ -385,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level="INFO", format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")
     try:
-        return ship(Settings.from_environ(os.environ, serving=False), os.environ, given.forever)
+        return ship(Settings.from_environ(os.environ), os.environ, given.forever)
     except SettingsError as error:
         print(f"sls: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,12 @@
 """Everything about a model: files, signature, versions, and the versions in memory. Knows nothing of HTTP.
 
-serving = Serving(model_path=Path("model.joblib"))
-serving.start()
-model = serving.choose()
-model.predict(model.signature.parse(rows), "predict")
+    serving = Serving(model_path=Path("model.joblib"))
+    serving.start()
+    serving.finished.wait()
+    model = serving.choose()
+    model.predict(model.signature.parse(rows), "predict")
+
+Arrows run one way: serving → versions, formats, learning → signature.
 """
 
 from .formats import ModelLoadError

@@ -50,14 +50,14 @@ def _load_joblib(path: Path) -> Any:
 def _load_skops(path: Path) -> Any:
     import skops.io
 
-    trusted = [name for name in skops.io.get_untrusted_types(file=path) if name.startswith(_COMPILED)]
-    unknown = [name for name in skops.io.get_untrusted_types(file=path) if name not in trusted]
+    found = skops.io.get_untrusted_types(file=path)
+    unknown = [name for name in found if not name.startswith(_COMPILED)]
     if unknown:
         raise ModelLoadError(
             f"{path.name} holds types that are not known to be safe: {', '.join(unknown)}. "
             "Where you trust its author, save the model with joblib instead"
         )
-    return skops.io.load(path, trusted=trusted)
+    return skops.io.load(path, trusted=found)
 
 
 # scikit-learn's compiled parts: arrays with methods. skops knows its Python classes and leaves these to the user.
@@ -153,7 +153,7 @@ def estimators_in(model: Any) -> Iterator[Any]:
     left = [model]
     while left:
         value = left.pop()
-        if id(value) in seen or isinstance(value, type):
+        if isinstance(value, (str, int, float, type)) or id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, (list, tuple)):

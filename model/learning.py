@@ -31,7 +31,7 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
         ModelLoadError: the model answered none of the rows that could be made up.
     """
     failure: Exception | None = None
-    for signature in _candidates(model, sample):
+    for signature, guessed in _candidates(model, sample):
         open_to_all = _all_nullable(signature)
         for rows in [sample] if sample else _synthetic(signature):
             try:
@@ -39,8 +39,8 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
             except Exception as error:  # a model may raise anything at a row that it does not know
                 failure = failure or error
             else:
-                if not sample:
-                    signature, rows = _as_numbers(model, signature, rows)
+                if guessed:
+                    signature, rows = _as_numbers(model, signature, rows, guessed)
                 return _with_nullable(model, signature, rows), rows
     if sample:
         raise ModelLoadError(
@@ -52,17 +52,17 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
     ) from failure
 
 
-def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
-    """Yield the signatures the model may have, the likeliest first."""
+def _candidates(model: Any, sample: list[Any] | None) -> Iterable[tuple[Signature, list[int]]]:
+    """Yield the signatures the model may have, the likeliest first, each with the columns whose kind is a guess."""
     width = getattr(model, "n_features_in_", None)
     if width is None:
         if _takes_texts(model):
-            yield Signature("texts", ())
+            yield Signature("texts", ()), []
             return
         if not _tag(model, "one_d_array"):
-            yield Signature("array", None)
-            yield Signature("texts", ())
-        yield Signature("numbers", ())
+            yield Signature("array", None), []
+            yield Signature("texts", ()), []
+        yield Signature("numbers", ()), []
         return
     names = [str(name) for name in getattr(model, "feature_names_in_", ())]
     seen: list[_Seen] = [_Seen() for _ in range(width)]
@@ -81,8 +81,8 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
         tried = list(columns)
         for at, kind in zip(unknown, kinds, strict=True):
             tried[at] = replace(tried[at], kind=kind, dtype="")
-        yield Signature(layout, tuple(tried))
-    yield Signature(layout, tuple(columns), precision="float32")
+        yield Signature(layout, tuple(tried)), unknown
+    yield Signature(layout, tuple(columns), precision="float32"), []
 
 
 def _guesses(count: int) -> Iterable[tuple[Kind, ...]]:
@@ -131,7 +131,7 @@ def _synthetic(signature: Signature) -> Iterable[list[Any]]:
             yield [[blank[c.kind] if c.example is None else c.example for c in columns]]
 
 
-def _as_numbers(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
+def _as_numbers(model: Any, signature: Signature, rows: list[Any], guessed: list[int]) -> tuple[Signature, list[Any]]:
     """Make numbers of the columns that were only guessed to be text, wherever the model does without the guess."""
 
     def does_without(indices: list[int]) -> bool:
@@ -147,8 +147,8 @@ def _as_numbers(model: Any, signature: Signature, rows: list[Any]) -> tuple[Sign
         signature, rows = fewer, [row]
         return True
 
-    guessed = [at for at, c in enumerate(signature.columns or ()) if c.kind == "text" and c.example is None]
-    list(_accepted(guessed, does_without))
+    texts = [at for at in guessed if signature.columns and signature.columns[at].kind == "text"]
+    list(_accepted(texts, does_without))
     return signature, rows
 
 

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # What a caller may ask for in "method", where the model has it.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
+SLOW = 0.002  # seconds of a predict; handing it to a native thread costs 0.15 ms
+MANY_ROWS = 500  # even a fast model takes milliseconds for them
 _WITH_CLASSES = ("predict_proba", "predict_log_proba", "decision_function")
 
 
@@ -49,6 +51,7 @@ class LoadedModel:
     methods: tuple[str, ...]
     classes: Any  # as the estimator's classes_; None where it has none
     scores_pairs: bool  # its decision_function has a column for each pair of classes (an SVC with "ovo")
+    seconds: float  # that one predict of the proving rows took
     about: dict[str, Any]  # for GET /model
 
     def predict(self, rows: Any, method: str = "predict") -> Any:
@@ -69,6 +72,10 @@ class LoadedModel:
             raise
         except Exception as error:
             raise ModelFailed(f"{method} returned what is not one prediction a row") from error
+
+    def is_slow(self, rows: Any) -> bool:
+        """Tell whether a predict would hold up an event loop for more than a few milliseconds."""
+        return self.seconds > SLOW or len(rows) > MANY_ROWS
 
     def classes_for(self, method: str) -> Any:
         """Return the classes, in the order of the columns of the method's result, or None where they say nothing."""
@@ -218,9 +225,13 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
     version = manifest.version or sha256[:12]
     classes = _as_lists(getattr(estimator, "classes_", None))
     pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in formats.estimators_in(estimator))
-    model = LoadedModel(version, estimator, signature, methods, classes, pairs, {})
+    model = LoadedModel(version, estimator, signature, methods, classes, pairs, 0.0, {})
     try:
-        predictions = model.predict(signature.parse(rows))
+        parsed = signature.parse(rows)
+        predictions = model.predict(parsed)
+        began = time.perf_counter()
+        model.predict(parsed)  # again: the first call pays for what is made only once
+        model = replace(model, seconds=time.perf_counter() - began)
     except (ModelFailed, RowsRefused) as error:
         raise ModelLoadError(f"version {version} does not answer row by row: {error}") from error
     if manifest.predictions is not None and not same_predictions(predictions, manifest.predictions):
@@ -235,6 +246,7 @@ def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = F
             "classes": model.classes,
             "signature": signature.describe(),
             "example": {"data": rows[:1]},
+            "predict_seconds": round(model.seconds, 6),
             "proved_with": "its recorded sample"
             if manifest.sample
             else "a synthetic row (the file has no recorded sample)",

@@ -78,7 +78,7 @@ def stable(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise ModelLoadError(
             f"{directory} holds no version to serve ({path} is not there). Make the demo model with "
-            "`python -m model.demo`, or serve a file with MODEL_PATH=/path/to/model.joblib"
+            f"`python -m model.demo {directory}`, or serve a file with MODEL_PATH=/path/to/model.joblib"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{path} cannot be used: {type(error).__name__}: {error}") from error

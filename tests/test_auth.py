@@ -365,10 +365,31 @@ def test_broken_users_file_is_explained_at_start(tmp_path: Path, content: str | 
     path = tmp_path / "users.json"
     replace_file(path, content)
     with pytest.raises(UsersFileError) as refusal:
-        Users(path, Native())
+        read_users(path)  # as the master does before it starts
     assert str(path) in str(refusal.value)
     assert CHEAP not in str(refusal.value)
     assert PASSWORD not in str(refusal.value)
+    # A worker that is started again meanwhile serves on: nobody can log in until the file is mended.
+    users = Users(path, Native())
+    assert not users.verify("predict", PASSWORD, "192.0.2.1")
+    replace_file(path, json.dumps({"predict": entry()}))
+    users.refresh()
+    assert users.verify("predict", PASSWORD, "192.0.2.1")
+
+
+def test_many_callers_with_the_same_wrong_password_share_a_hash_check(proving: Proving) -> None:
+    proving.native.hold = lambda: time.sleep(0.05)
+    results = at_once(64, lambda n: proving.verify(password="wrong", address=f"2001:db8:{n}::1"))
+    assert results == {False: 64}
+    assert proving.checks() <= 2
+
+
+def test_addresses_of_one_ipv6_network_count_as_one(proving: Proving, clock: SimpleNamespace) -> None:
+    results = at_once(
+        1, lambda _: [proving.verify(password=f"wrong {n}", address=f"2001:db8::{n:x}") for n in range(40)]
+    )
+    assert results == {TooManyRequests: 1}
+    assert proving.verify(address="2001:db8:0:1::1")
 
 
 def test_vanished_users_file_keeps_the_last_good_users(proving: Proving, caplog: pytest.LogCaptureFixture) -> None:

@@ -109,6 +109,26 @@ def test_two_masters_do_not_disturb_each_other(tmp_path: Path, iris_file: Path) 
         assert first.predict(IRIS)[0] == 200
 
 
+def test_files_that_break_while_serving_end_neither_worker_nor_server(tmp_path: Path, iris_file: Path) -> None:
+    model = tmp_path / "model.joblib"
+    model.write_bytes(iris_file.read_bytes())
+    with gunicorn(tmp_path, model_path=model) as server:
+        good = (tmp_path / "users.json").read_text()
+        (tmp_path / "users.json").write_text("{")
+        server.wait_until(lambda: "users stay as they were" in server.log.read_text())
+        assert server.predict(IRIS)[0] == 200
+        (old,) = server.workers()
+        os.kill(old, signal.SIGKILL)
+        server.wait_until(lambda: server.log.read_text().count("serving version") == 2)
+        assert server.predict(IRIS)[0] == 401  # nobody is let in on the word of a file that cannot be read
+        model.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_until(lambda: "NOT READY" in server.log.read_text())
+        (tmp_path / "users.json").write_text(good)
+        server.wait_until(lambda: server.predict(IRIS)[0] == 503)
+        assert server.ask("GET", "/healthz")[0] == 200
+
+
 @pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
 def test_requests_in_flight_at_sigterm_are_answered_and_recorded(
     tmp_path: Path, slow_model: Any, worker_class: str
@@ -123,6 +143,18 @@ def test_requests_in_flight_at_sigterm_are_answered_and_recorded(
         caller.join()
         assert answers == [(200, {"prediction": [1.0]})]
         assert len(recorded_ids(server)) == 1
+
+
+def test_slow_predict_does_not_keep_probes_waiting(tmp_path: Path, slow_model: Any) -> None:
+    with gunicorn(tmp_path, model_path=slow_model(0, predict_seconds=1.5)) as server:
+        answers: list[Any] = []
+        caller = threading.Thread(target=lambda: answers.append(server.predict([[1.0]])))
+        caller.start()
+        time.sleep(0.5)
+        assert server.ask("GET", "/healthz")[0] == 200
+        assert answers == []  # the probe overtook it
+        caller.join()
+        assert answers == [(200, {"prediction": [1.0]})]
 
 
 @pytest.mark.parametrize("worker_class", ["gevent", "gthread"])

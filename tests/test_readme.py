@@ -24,7 +24,7 @@ def test_settings_table_has_each_setting_with_its_default() -> None:
         if each.default is MISSING:
             assert shown == "usable cores"
         else:
-            default = {None: "none", False: "`0`"}.get(each.default, f"`{each.default}`")  # type: ignore[call-overload]
+            default = {None: "none", "": "none", False: "`0`"}.get(each.default, f"`{each.default}`")  # type: ignore[call-overload]
             assert shown.replace(".0`", "`") == default.replace(".0`", "`")
 
 
