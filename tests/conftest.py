@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -116,8 +118,8 @@ def serve(tmp_path: Path) -> Any:
 class Gunicorn:
     """A running gunicorn with this project's configuration, and what a client needs of it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", port: int, place: Path, log: Path) -> None:
-        self.process, self.port, self.place, self.log = process, port, place, log
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, place: Path, log: Path, count: int) -> None:
+        self.process, self.port, self.place, self.log, self.count = process, port, place, log, count
         self.journal_dir = place / "journal"
 
     def connect(self, timeout: float = 30.0) -> http.client.HTTPConnection:
@@ -170,12 +172,51 @@ class Gunicorn:
 
     def all_ready(self) -> bool:
         """Tell whether every worker has said that it serves."""
-        return self.log.read_text().count("serving version") >= int(self.process.n_workers)  # type: ignore[attr-defined]
+        return self.log.read_text().count("serving version") >= self.count
 
     def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 40.0) -> int:
         """Stop the server and return its exit status."""
         self.process.send_signal(how)
         return self.process.wait(seconds)
+
+
+class Load:
+    """Callers in threads of their own that ask one request after the other, each on a connection of its own.
+
+    `statuses` holds what they were answered, `answered` the ids of the requests that got a 200, and `errors` what came
+    instead of an answer.
+    """
+
+    def __init__(self, server: Gunicorn, callers: int = 3, pause: float = 0.01) -> None:
+        self.statuses: list[int] = []
+        self.answered: list[str] = []
+        self.errors: list[Exception] = []
+        self._server, self._pause, self._ending = server, pause, threading.Event()
+        self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
+
+    def _call(self) -> None:
+        body = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+        while not self._ending.wait(self._pause):
+            name = uuid.uuid4().hex
+            headers = {"Content_Type": "application/json", "Authorization": basic("predict"), "X_Request_ID": name}
+            try:
+                status = self._server.ask("POST", "/predict", body, **headers)[0]
+            except (OSError, http.client.HTTPException) as error:
+                self.errors.append(error)
+            else:
+                self.statuses.append(status)
+                if status == 200:
+                    self.answered.append(name)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -226,8 +267,7 @@ def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) 
             stderr=file,
             start_new_session=True,
         )
-    process.n_workers = environ["WEB_CONCURRENCY"]  # type: ignore[attr-defined]
-    server = Gunicorn(process, port, place, log)
+    server = Gunicorn(process, port, place, log, int(environ["WEB_CONCURRENCY"]))
     try:
         if ready:
             server.wait_until(server.all_ready)

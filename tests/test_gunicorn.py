@@ -12,7 +12,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import ROOT, Gunicorn, basic, gunicorn, write_users
+from conftest import ROOT, Gunicorn, Load, basic, gunicorn, write_users
 from sklearn.datasets import load_iris
 
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
@@ -169,33 +169,6 @@ def test_reload_under_load_fails_no_request(tmp_path: Path, iris_file: Path, wor
         assert set(load.statuses) <= {200, 503}
         assert load.errors == []
         assert load.statuses[-1] == 200
-
-
-class Load:
-    """Callers in threads of their own that ask one request after the other, each on a new connection."""
-
-    def __init__(self, server: Gunicorn, callers: int = 3) -> None:
-        self.statuses: list[int] = []
-        self.errors: list[OSError] = []
-        self._server, self._ending = server, threading.Event()
-        self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
-
-    def _call(self) -> None:
-        while not self._ending.is_set():
-            try:
-                self.statuses.append(self._server.predict(IRIS)[0])
-            except OSError as error:
-                self.errors.append(error)
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        for thread in self._threads:
-            thread.join()
 
 
 def recorded_ids(server: Gunicorn) -> list[str]:
