@@ -1,6 +1,7 @@
 """The README tells the truth: its settings, its files, its first commands, the snippet that it mends."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -33,6 +34,7 @@ def test_linked_files_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl: sudo apt install curl")
 def test_first_curl_is_the_one_that_the_server_prints_and_answers_as_shown(tmp_path: Path) -> None:
     for module in ("auth", "model.demo"):
         arguments = ["--file", "var/users.json", "demo"] if module == "auth" else ["var/models"]
