@@ -37,8 +37,8 @@ graceful_timeout = _settings.graceful_timeout
 # does not count.
 timeout = 30
 
-# gunicorn's own HTTP parser, also where gunicorn_h1c is installed: its releases up to 0.6.9 take folded headers and bare
-# line feeds, which a proxy in front may read otherwise; gunicorn itself asks for 0.6.14.
+# gunicorn's own HTTP parser, also where gunicorn_h1c is installed: up to release 0.6.9 that takes folded headers and
+# bare line feeds, which a proxy in front may read otherwise; gunicorn itself asks for 0.6.14.
 http_parser = "python"
 
 # Two masters on one machine would share the default control socket's path, and one would delete the other's.
