@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 from auth import UsersFileError, read_users
@@ -106,8 +107,19 @@ def _shown(path):
 
 
 def post_worker_init(worker):
-    """Load the model now, not at the first request."""
-    worker.wsgi.extensions["service"].start()
+    """Load the model now, not at the first request.
+
+    A worker that takes another's place, after a reload or a death, waits for its model before it accepts connections:
+    until then they wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that
+    probes are answered; and not at the first start, when there is nobody whose place it takes.
+    """
+    service = worker.wsgi.extensions["service"]
+    service.start()
+    deadline = time.monotonic() + 10.0  # seconds
+    while worker.age > worker.cfg.workers and time.monotonic() < deadline:
+        worker.notify()
+        if service.serving.finished.wait(0.5):
+            break
 
 
 def worker_exit(server, worker):
