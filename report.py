@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from monitor import segments
+from sls import Progress
 
 
 def read(directory: Path, since: float) -> Iterator[dict[str, Any]]:
@@ -102,23 +103,16 @@ class Summary:
         return lines
 
 
-def shipping(directory: Path) -> list[tuple[str, str]]:
-    """Return the lines on what waits to be shipped to SLS, where a shipper has been at work."""
-    try:
-        state = orjson.loads((directory / "ship.json").read_bytes())
-        offsets, error = state["offsets"], state["error"]
-        waiting = {path: path.stat().st_size - offsets.get(path.name, 0) for path in segments(directory)}
-        oldest = min((path.name[:20] for path, size in waiting.items() if size > 0), default=None)
-        lines = [("records shipped", f"{state['shipped']}"), ("bytes waiting", f"{sum(waiting.values())}")]
-        if oldest:  # when its segment was opened: the record itself may be younger
-            lines.append(("waiting since at most", f"{time.time() - int(oldest) / 1e9:.0f} s"))
-        if state["refused"]:
-            lines.append(("records refused by SLS", f"{state['refused']}"))
-        if error:
-            lines.append(("SLS, last error", f"{error['message']}"))
-        return lines
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def shipping(progress: Progress) -> list[tuple[str, str]]:
+    """Return the lines on what waits to be shipped to SLS."""
+    lines = [("records shipped", f"{progress.shipped}"), ("bytes waiting", f"{progress.waiting}")]
+    if progress.oldest is not None:
+        lines.append(("waiting for", f"{max(0.0, time.time() - progress.oldest):.0f} s"))
+    if progress.refused:
+        lines.append(("records refused by SLS", f"{progress.refused}"))
+    if progress.error:
+        lines.append(("SLS, last error", progress.error))
+    return lines
 
 
 def percentile(ordered: list[float], q: float) -> float:
@@ -152,7 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     summary = Summary()
     for record in read(given.dir, 0.0 if given.since is None else time.time() - given.since):
         summary.add(record)
-    lines = summary.table(given.since) + shipping(given.dir)
+    progress = Progress.read(given.dir)
+    lines = summary.table(given.since) + (shipping(progress) if progress else [])
     width = max(len(name) for name, _ in lines)
     right = max(len(value) for _, value in lines)
     for name, value in lines:

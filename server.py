@@ -264,13 +264,13 @@ class Service:
             time.sleep(1.0)
             try:
                 self.bodies.sweep()
-                if presence:
-                    presence.tick()
                 if self.users is not None:
                     self.users.refresh()
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:
                     summarised = time.monotonic()
                     self.summarise_strangers()
+                if presence:
+                    presence.tick()
             except Exception:  # one bad round must not be the last
                 log.exception("housekeeping failed")
 

@@ -18,7 +18,7 @@ from conftest import ROOT, Gunicorn, Load, gunicorn, records
 from loopback_sls import LoopbackSLS
 
 from monitor import Journal, segments
-from sls import Shipper
+from sls.shipper import Shipper
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def shippers(journal: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"sls.py" in (process / "cmdline").read_bytes() and any(
+            if b"\0sls\0ship" in (process / "cmdline").read_bytes() and any(
                 os.readlink(fd) == str(journal / "ship.lock") for fd in (process / "fd").iterdir()
             ):
                 found.append(int(process.name))
@@ -214,7 +214,7 @@ def test_torn_line_and_broken_state_stop_nothing(tmp_path: Path) -> None:
         b'{"time":1.5,"n":1}\n{"ti\n\n[1]\n{"time":2.5,"n":2}\n{"time":3'
     )
     sent: list[Any] = []
-    Shipper(directory, sent.extend, drain=1.0).run()
+    Shipper(directory, sent.extend).run()
     assert [record["n"] for record in sent] == [1, 2]
     assert segments(directory) == []
 
@@ -231,7 +231,7 @@ def shipper(place: Path, sls: LoopbackSLS, *arguments: str, graceful_timeout: st
     """Run `python -m sls ship` by hand."""
     environ = {"JOURNAL_DIR": str(place / "journal"), "GRACEFUL_TIMEOUT": graceful_timeout} | sls.environ()
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sls.py"), "ship", *arguments], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "sls", "ship", *arguments], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL
     )
     try:
         yield process

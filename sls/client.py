@@ -1,0 +1,184 @@
+"""The wire to SLS: its SDK's client with our errors, and credentials that are renewed while it runs."""
+
+import configparser
+import json
+import socket
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import requests
+from aliyun.log import LogClient, LogException
+from aliyun.log.credentials import Credentials, CredentialsProvider
+from aliyun.log.log_logs_raw_pb2 import LogGroupRaw
+
+from monitor import TOPIC
+from settings import Settings
+from sls.shipper import SLSError
+
+METADATA = "http://100.100.100.200/latest"  # of an ECS instance
+RENEW = 600.0  # seconds before they expire that temporary credentials are renewed, or at half their life
+
+
+class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
+    """The SDK's client, which raises SLSError instead of LogException.
+
+    It is raised where the SDK first sees an error, so the SDK's own retries (ten, a second apart) are off.
+    """
+
+    def __init__(self, settings: Settings, credentials: "Renewed") -> None:
+        endpoint = settings.sls_endpoint
+        super().__init__(
+            endpoint if "://" in endpoint else f"https://{endpoint}",
+            source=socket.gethostname(),  # without it, the SDK looks its own name up
+            auth_version="v4" if settings.sls_region else "v1",
+            region=settings.sls_region,
+            credentials_provider=credentials,
+        )
+        self.timeout = (3, 10)  # seconds to connect, and to answer
+        self._credentials = credentials
+
+    def _sendRequest(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802  # the SDK's name
+        try:
+            return super()._sendRequest(*arguments, **named)
+        except LogException as error:
+            if error.get_resp_status() in (401, 403):
+                self._credentials.forget()  # they may have been replaced before their time
+            message = self._credentials.hide(str(error.get_error_message()))
+            raise SLSError(error.get_error_code(), message[:500], error.get_resp_status()) from None
+
+
+def connect(settings: Settings, environ: Mapping[str, str]) -> Client:
+    """Return a client; the first request finds out whether it works."""
+    return Client(settings, Renewed(find_credentials(environ)))
+
+
+def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]], None]:
+    """Return a function that sends records in one call, or raises SLSError."""
+    source = socket.gethostname()
+
+    def send(records: list[dict[str, Any]]) -> None:
+        group = LogGroupRaw(Topic=TOPIC, Source=source)
+        for record in records:
+            nanoseconds = round(record["time"] * 1e6) * 1000
+            entry = group.Logs.add(Time=nanoseconds // 10**9, Time_ns=nanoseconds % 10**9)
+            for key, value in record.items():
+                if key != "time":
+                    entry.Contents.add(Key=key, Value=_as_text(value).encode())
+        client.put_log_raw(settings.sls_project, settings.sls_logstore, group)
+
+    return send
+
+
+def _as_text(value: Any) -> str:
+    """Write a value as SLS takes it: it has texts only."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "" if value is None else str(value)
+
+
+# --- credentials
+
+
+class Found(NamedTuple):
+    """Credentials, and for how many seconds they are to be used."""
+
+    credentials: Credentials
+    renew_in: float = float("inf")
+    expire_in: float = float("inf")
+
+
+def find_credentials(environ: Mapping[str, str]) -> Callable[[], Found]:
+    """Return how to get credentials, by the first of Alibaba Cloud's conventional variables that is set.
+
+    ALIBABA_CLOUD_ACCESS_KEY_ID and ..._SECRET, with ALIBABA_CLOUD_SECURITY_TOKEN where they are temporary;
+    ALIBABA_CLOUD_CREDENTIALS_FILE: an INI file, read again while we run, whose section ALIBABA_CLOUD_PROFILE
+    (`default`) holds `access_key_id`, `access_key_secret` and perhaps `security_token`;
+    ALIBABA_CLOUD_CREDENTIALS_URI: where a GET answers them in the form of the ECS metadata service;
+    else the RAM role of this ECS instance, ALIBABA_CLOUD_ECS_METADATA or whichever it has.
+    """
+    if environ.get("ALIBABA_CLOUD_ACCESS_KEY_ID"):
+        names = [f"ALIBABA_CLOUD_{name}" for name in ("ACCESS_KEY_ID", "ACCESS_KEY_SECRET", "SECURITY_TOKEN")]
+        return lambda: Found(_credentials(environ, *names))
+    if path := environ.get("ALIBABA_CLOUD_CREDENTIALS_FILE"):
+        return lambda: _from_file(Path(path).expanduser(), environ.get("ALIBABA_CLOUD_PROFILE") or "default")
+    if uri := environ.get("ALIBABA_CLOUD_CREDENTIALS_URI"):
+        return lambda: _from_answer(_ask("GET", uri))
+    return lambda: _from_ecs(environ.get("ALIBABA_CLOUD_ECS_METADATA", ""))
+
+
+def _credentials(found: Mapping[str, str], key_id: str, secret: str, token: str) -> Credentials:
+    if not (found.get(key_id) and found.get(secret)):
+        raise KeyError(f"{key_id} and {secret} are not both there")
+    return Credentials(found[key_id], found[secret], found.get(token) or "")
+
+
+def _from_file(path: Path, section: str) -> Found:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(path.read_text("utf-8"))
+    return Found(_credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), renew_in=5.0)
+
+
+def _from_ecs(role: str) -> Found:
+    # The token is what a hardened instance asks for, and what others take no harm from.
+    token = _ask("PUT", f"{METADATA}/api/token", **{"X-aliyun-ecs-metadata-token-ttl-seconds": "60"})
+    proof = {"X-aliyun-ecs-metadata-token": token}
+    roles = f"{METADATA}/meta-data/ram/security-credentials/"
+    return _from_answer(_ask("GET", roles + (role or _ask("GET", roles, **proof).strip()), **proof))
+
+
+def _from_answer(text: str) -> Found:
+    """Read the metadata service's JSON: AccessKeyId, AccessKeySecret, SecurityToken, Expiration (UTC)."""
+    answer = json.loads(text)
+    expires = datetime.strptime(answer["Expiration"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    left = expires.timestamp() - time.time()
+    found = _credentials(answer, "AccessKeyId", "AccessKeySecret", "SecurityToken")
+    return Found(found, renew_in=max(left / 2, left - RENEW), expire_in=left)
+
+
+def _ask(method: str, url: str, **headers: str) -> str:
+    with requests.Session() as session:
+        session.trust_env = False  # credentials do not go through a proxy
+        answer = session.request(method, url, headers=headers, timeout=(1, 5))
+    answer.raise_for_status()
+    return answer.text
+
+
+class Renewed(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are left out
+    """Credentials that are fetched again before they expire; where that fails, the old ones while they last."""
+
+    def __init__(self, fetch: Callable[[], Found]) -> None:
+        self._fetch = fetch
+        self._found: Found | None = None
+        self._fetched = 0.0
+        self._seen: set[str] = set()  # every key that was ever used here
+
+    def get_credentials(self) -> Credentials:
+        """Return credentials that are good now; the SDK calls this for each signature. Raises: SLSError."""
+        age = time.monotonic() - self._fetched
+        if self._found is None or age >= self._found.renew_in:
+            try:
+                self._found = self._fetch()
+                self._fetched = time.monotonic()
+                found = self._found.credentials
+                self._seen |= {found.get_access_key_id(), found.get_access_key_secret(), found.get_security_token()}
+            except (OSError, ValueError, LookupError, TypeError, configparser.Error) as error:
+                if self._found is None or age >= self._found.expire_in:
+                    # A parser's text would quote what it could not read.
+                    said = error.args[0] if isinstance(error, KeyError) else getattr(error, "strerror", None)
+                    why = f"{type(error).__name__}{f', {said}' if said else ''}"
+                    raise SLSError("NoCredentials", f"there are no credentials ({why})", 0) from None
+        return self._found.credentials
+
+    def forget(self) -> None:
+        """Fetch them again for the next request."""
+        if self._found is not None:
+            self._found = self._found._replace(renew_in=0.0)
+
+    def hide(self, text: str) -> str:
+        """Return a text without the keys."""
+        for secret in sorted(self._seen - {""}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
