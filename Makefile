@@ -1,5 +1,6 @@
 # make run       serve the demo model, or yours: MODEL_PATH=/path/to/model.joblib make run
-# make test      the whole test suite
+# make test      the tests, in a few minutes
+# make test-all  those that take their time as well: failures under load
 # make check     format, lint and types
 # make lock      write the exact, hashed requirements from the ranges in requirements*.in
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check format lock clean
+.PHONY: run test test-all check format lock clean
 
 run: $(VENV)/run.done
 	@$(BIN)/python -m auth demo
@@ -17,6 +18,9 @@ run: $(VENV)/run.done
 # PYTEST_ARGS narrows the run: make test PYTEST_ARGS=tests/test_auth.py
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/dev.done
+	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
 
 check: $(VENV)/dev.done
 	$(BIN)/ruff format --check .

@@ -115,7 +115,7 @@ def post_worker_init(worker):
     """
     service = worker.wsgi.extensions["service"]
     service.start()
-    deadline = time.monotonic() + 10.0  # seconds
+    deadline = time.monotonic() + 25.0  # seconds
     while worker.age > worker.cfg.workers and time.monotonic() < deadline:
         worker.notify()
         if service.serving.finished.wait(0.5):

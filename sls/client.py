@@ -40,12 +40,18 @@ class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
         self.timeout = (3, 10)  # seconds to connect, and to answer
         self._credentials = credentials
 
+    def _send(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return super()._send(*arguments, **named)
+        except SLSError as error:
+            if error.status not in (401, 403) or not self._credentials.renew():
+                raise
+            return super()._send(*arguments, **named)  # they were replaced before their time
+
     def _sendRequest(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802  # the SDK's name
         try:
             return super()._sendRequest(*arguments, **named)
         except LogException as error:
-            if error.get_resp_status() in (401, 403):
-                self._credentials.forget()  # they may have been replaced before their time
             message = self._credentials.hide(str(error.get_error_message()))
             raise SLSError(error.get_error_code(), message[:500], error.get_resp_status()) from None
 
@@ -115,6 +121,10 @@ def _credentials(found: Mapping[str, str], key_id: str, secret: str, token: str)
     return Credentials(found[key_id], found[secret], found.get(token) or "")
 
 
+def _parts(found: Credentials) -> set[str]:
+    return {found.get_access_key_id(), found.get_access_key_secret(), found.get_security_token()}
+
+
 def _from_file(path: Path, section: str) -> Found:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(path.read_text("utf-8"))
@@ -162,8 +172,7 @@ class Renewed(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are
             try:
                 self._found = self._fetch()
                 self._fetched = time.monotonic()
-                found = self._found.credentials
-                self._seen |= {found.get_access_key_id(), found.get_access_key_secret(), found.get_security_token()}
+                self._seen |= _parts(self._found.credentials)
             except (OSError, ValueError, LookupError, TypeError, configparser.Error) as error:
                 if self._found is None or age >= self._found.expire_in:
                     # A parser's text would quote what it could not read.
@@ -172,10 +181,13 @@ class Renewed(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are
                     raise SLSError("NoCredentials", f"there are no credentials ({why})", 0) from None
         return self._found.credentials
 
-    def forget(self) -> None:
-        """Fetch them again for the next request."""
-        if self._found is not None:
-            self._found = self._found._replace(renew_in=0.0)
+    def renew(self) -> bool:
+        """Fetch them again; return whether others came than those at hand."""
+        old = self._found
+        if old is not None:
+            self._found = old._replace(renew_in=0.0)
+        new = self.get_credentials()
+        return old is not None and _parts(new) != _parts(old.credentials)
 
     def hide(self, text: str) -> str:
         """Return a text without the keys."""

@@ -115,6 +115,15 @@ def serve(tmp_path: Path) -> Any:
     return start
 
 
+@pytest.fixture
+def sls() -> Iterator[Any]:
+    """A loopback SLS that is up."""
+    from loopback_sls import LoopbackSLS  # imports the SDK, which most tests do without
+
+    with LoopbackSLS() as running:
+        yield running
+
+
 class Gunicorn:
     """A running gunicorn with this project's configuration, and what a client needs of it."""
 

@@ -1,191 +1,97 @@
-"""Every answered request is stored in SLS, whatever happens on the way: real gunicorn, real SDK, a loopback SLS."""
+"""The shipper by itself, with the real SDK and a loopback SLS: what each failure does, progress, credentials."""
 
 import json
-import os
+import logging
 import re
-import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Gunicorn, Load, gunicorn, records
+from conftest import ROOT, records
+from ecs_metadata import EcsMetadata
 from loopback_sls import LoopbackSLS
+from sls_tools import shipper, shippers, state, stored
 
 from monitor import Journal, segments
-from sls.shipper import Shipper
+from settings import Settings
+from sls import Progress
+from sls.client import connect, sender
+from sls.shipper import Shipper, SLSError
 
 
-@pytest.fixture
-def sls() -> Iterator[LoopbackSLS]:
-    with LoopbackSLS() as running:
-        yield running
-
-
-@contextmanager
-def shipping(place: Path, model: Path, sls: LoopbackSLS, **settings: Any) -> Iterator[Gunicorn]:
-    """Run a gunicorn of two workers that ships to the loopback SLS; its shipper is ended with the block."""
-    given = {"model_path": model, "web_concurrency": 2, "graceful_timeout": 10} | sls.environ() | settings
-    try:
-        with gunicorn(place, **given) as server:
-            yield server
-    finally:
-        for pid in shippers(place / "journal"):
-            os.kill(pid, signal.SIGKILL)
-
-
-def shippers(journal: Path) -> list[int]:
-    """Return the pids of the processes that hold the journal's shipper lock open."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"\0sls\0ship" in (process / "cmdline").read_bytes() and any(
-                os.readlink(fd) == str(journal / "ship.lock") for fd in (process / "fd").iterdir()
-            ):
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
-
-
-def stored(sls: LoopbackSLS) -> Counter[str]:
-    """Count how often each request is stored."""
-    return Counter(entry["request_id"] for entry in list(sls.logs) if entry.get("request_id"))
-
-
-def assert_all_arrive(sls: LoopbackSLS, answered: list[str], seconds: float = 40.0) -> None:
-    """Wait until each answered request is stored."""
-    sls.wait_until(lambda: set(answered) <= set(stored(sls)), seconds)
-    assert len(answered) > 10
-
-
-def test_records_arrive_as_sls_takes_them_and_segments_that_are_sent_go(
-    tmp_path: Path, iris_file: Path, sls: LoopbackSLS
-) -> None:
-    with shipping(tmp_path, iris_file, sls) as server:
-        with Load(server) as load:
-            time.sleep(2)
-        assert_all_arrive(sls, load.answered)
-        assert max(stored(sls).values()) == 1
-        entry = next(entry for entry in sls.logs if entry["request_id"] == load.answered[0])
-        assert entry["__topic__"] == "model_service_monitor"
-        assert abs(entry["__time__"] - time.time()) < 120  # seconds, where milliseconds would be in the year 50,000
-        assert (entry["success"], entry["error"], entry["status"], entry["user"]) == ("true", "", "200", "predict")
-        server.wait_until(lambda: len(segments(server.journal_dir)) <= 2)  # those that the workers still write
-
-
-@pytest.mark.parametrize(
-    "mode", ["throttled", "quota", "error500", "busy", "reset", "wrong key", "no logstore", "skew"]
-)
-def test_what_sls_does_not_take_waits_until_it_does(tmp_path: Path, sls: LoopbackSLS, mode: str) -> None:
-    sls.mode = mode
-    journal = Journal(tmp_path / "journal", 10**7)
-    for n in range(50):
+def journal_of(place: Path, count: int) -> Path:
+    """Write records with the request ids "0", "1", … to a journal, and return its directory."""
+    journal = Journal(place / "journal", 10**7)
+    for n in range(count):
         journal.append({"request_id": str(n)})
     journal.close()
+    return place / "journal"
+
+
+@pytest.mark.parametrize("mode", ["throttled", "quota", "error500", "busy", "reset"])
+def test_what_passes_is_tried_again_soon(tmp_path: Path, sls: LoopbackSLS, mode: str) -> None:
+    sls.mode = mode
+    journal_of(tmp_path, 50)
     with shipper(tmp_path, sls, "--forever"):
-        sls.wait_until(lambda: state(tmp_path).get("error") is not None)
+        sls.wait_until(lambda: sls.outcomes.total() >= 3)
+        assert state(tmp_path)["error"]
         assert not sls.logs
-        assert "KEY" not in json.dumps(state(tmp_path)).upper().replace("ACCESS_KEY", "").replace("ACCESSKEY", "")
-        if mode in ("wrong key", "no logstore", "skew"):
-            return  # tried again after half a minute, when an operator may have acted
         sls.mode = "ok"
         sls.wait_until(lambda: len(stored(sls)) == 50)
         assert max(stored(sls).values()) == 1
+        sls.wait_until(lambda: "SLS takes records again" in (tmp_path / "ship.log").read_text())
+    assert (tmp_path / "ship.log").read_text().count("ERROR") == 1
 
 
-def test_sls_down_for_the_whole_run_and_back_costs_no_record(tmp_path: Path, iris_file: Path, sls: LoopbackSLS) -> None:
-    sls.down()
-    with shipping(tmp_path, iris_file, sls) as server:
-        with Load(server) as load:
-            time.sleep(4)
-        sls.up()
-        assert_all_arrive(sls, load.answered)
-        assert max(stored(sls).values()) == 1
-
-
-def test_killed_shipper_is_replaced_and_sends_no_record_twice_but_what_it_had_under_way(
-    tmp_path: Path, iris_file: Path, sls: LoopbackSLS
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("wrong key", "check ALIBABA_CLOUD_ACCESS_KEY_ID"),
+        ("no project", "check SLS_PROJECT"),
+        ("no logstore", "check SLS_LOGSTORE"),
+        ("skew", "set this machine's clock"),
+    ],
+)
+def test_what_an_operator_must_mend_is_tried_slowly_and_said_once(
+    tmp_path: Path, sls: LoopbackSLS, mode: str, advice: str, monkeypatch: Any, caplog: Any
 ) -> None:
-    with shipping(tmp_path, iris_file, sls) as server:
-        with Load(server) as load:
-            server.wait_until(lambda: len(shippers(server.journal_dir)) == 1)
-            server.wait_until(lambda: bool(sls.logs))
-            for _ in range(2):
-                (old,) = shippers(server.journal_dir)
-                os.kill(old, signal.SIGKILL)
-                server.wait_until(lambda old=old: shippers(server.journal_dir) not in ([], [old]), 15)
-                time.sleep(2.5)
-        assert_all_arrive(sls, load.answered)
-    # What the killed one had under way may be stored twice, under the same record ids: one record id a request.
-    pairs = {(entry["request_id"], entry["record_id"]) for entry in sls.logs}
-    assert len(pairs) == len(stored(sls))
-
-
-def test_lost_acknowledgement_stores_a_batch_twice_under_the_same_record_ids(tmp_path: Path, sls: LoopbackSLS) -> None:
-    sls.mode = "lying reset"
-    journal = Journal(tmp_path / "journal", 10**7)
-    for n in range(20):
-        journal.append({"request_id": str(n)})
-    journal.close()
-    with shipper(tmp_path, sls, "--forever"):
-        sls.wait_until(lambda: len(sls.logs) >= 20)
+    sls.mode = mode
+    monkeypatch.setattr("sls.shipper.SLOW_RETRY", 0.5)
+    with in_thread(journal_of(tmp_path, 50), real_sender(sls)):
+        sls.wait_until(lambda: sls.outcomes.total() >= 3)
+        assert not sls.logs
+        errors = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.ERROR]
+        assert len(errors) == 1
+        assert advice in errors[0]
         sls.mode = "ok"
-        sls.wait_until(lambda: min(stored(sls).values()) >= 2)
-    assert len({entry["record_id"] for entry in sls.logs}) == 20
+        sls.wait_until(lambda: len(stored(sls)) == 50)
 
 
-def test_everything_killed_at_once_leaves_its_records_to_the_next_start(
-    tmp_path: Path, iris_file: Path, sls: LoopbackSLS
-) -> None:
-    sls.down()
-    with shipping(tmp_path, iris_file, sls) as server, Load(server) as load:
-        time.sleep(3)
-        for pid in [*shippers(server.journal_dir), *server.workers(), server.process.pid]:
-            os.kill(pid, signal.SIGKILL)
-    sls.up()
-    with shipping(tmp_path, iris_file, sls):
-        assert_all_arrive(sls, load.answered)
-
-
-def test_stopped_server_ships_what_it_has_and_its_shipper_ends(
-    tmp_path: Path, iris_file: Path, sls: LoopbackSLS
-) -> None:
-    with shipping(tmp_path, iris_file, sls) as server:
-        with Load(server) as load:
-            time.sleep(3)
-        assert server.stop() == 0
-        deadline = time.monotonic() + 15
-        while shippers(server.journal_dir) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert shippers(server.journal_dir) == []
-        assert set(load.answered) <= set(stored(sls))
-        assert segments(server.journal_dir) == []
-
-
-def test_shipper_of_a_server_that_is_gone_gives_up_after_the_drain_time(tmp_path: Path, sls: LoopbackSLS) -> None:
-    sls.down()
-    Journal(tmp_path / "journal", 10**7).append({"request_id": "kept"})
-    with shipper(tmp_path, sls, graceful_timeout="2") as process:
-        began = time.monotonic()
-        assert process.wait(20) == 0
-        assert time.monotonic() - began < 15
-    assert [record["request_id"] for record in records(tmp_path / "journal")] == ["kept"]
+def test_batches_are_bounded_and_wait_for_more_only_when_they_are_not_full(tmp_path: Path, sls: LoopbackSLS) -> None:
+    directory = journal_of(tmp_path, 10_000)
+    with in_thread(directory, real_sender(sls)):
+        sls.wait_until(lambda: len(sls.logs) == 10_000)
+        assert sls.batches == [4096, 4096, 10_000 - 2 * 4096]
+        wide = Journal(directory, 10**8)
+        for _ in range(60):
+            wide.append({"filling": "x" * 100_000})
+        wide.close()
+        sls.wait_until(lambda: len(sls.logs) == 10_060)
+        assert max(sls.batch_bytes) < 3 * 10**6
 
 
 def test_record_that_sls_refuses_for_what_is_in_it_is_set_aside_and_the_others_arrive(
     tmp_path: Path, sls: LoopbackSLS
 ) -> None:
     sls.refuse(lambda entry: entry["request_id"] == "13")
-    journal = Journal(tmp_path / "journal", 10**7)
-    for n in range(50):
-        journal.append({"request_id": str(n)})
-    journal.close()
+    journal_of(tmp_path, 50)
     with shipper(tmp_path, sls) as process:
         assert process.wait(30) == 0
     assert set(stored(sls)) == {str(n) for n in range(50)} - {"13"}
@@ -226,22 +132,285 @@ def test_ship_without_settings_says_which(tmp_path: Path) -> None:
     assert (done.returncode, "SLS_ENDPOINT" in done.stderr) == (2, True)
 
 
+def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
+    """It may be a wrong setting, and then every record would be."""
+    tries = []
+
+    def refuse(records: list[Any]) -> None:
+        tries.append(len(records))
+        raise SLSError("SomethingNew", "never heard of", 400)
+
+    with in_thread(journal_of(tmp_path, 5), refuse):
+        wait_for(lambda: bool(tries))
+        time.sleep(0.5)
+    assert tries == [5]
+    assert not (tmp_path / "journal/refused.json").exists()
+    assert len(records(tmp_path / "journal")) == 5
+
+
+@pytest.mark.parametrize("file", ["ship.json.new", "refused.json"])
+def test_progress_that_cannot_be_written_stops_no_shipping(tmp_path: Path, file: str, caplog: Any) -> None:
+    directory = journal_of(tmp_path, 5)
+    (directory / file).mkdir()  # so nothing can be written there
+    sent: list[str] = []
+
+    def send(records: list[Any]) -> None:
+        if file == "refused.json" and any(record["request_id"] == "3" for record in records):
+            raise SLSError("PostBodyInvalid", "this one", 400)
+        sent.extend(record["request_id"] for record in records)
+
+    with in_thread(directory, send):
+        wait_for(lambda: len(sent) >= 3)
+        if file == "refused.json":
+            time.sleep(0.5)
+            assert sent == ["0", "1", "2"]  # what cannot be set aside is not lost
+            assert len(records(directory)) == 5
+            (directory / file).rmdir()
+            wait_for(lambda: sent == ["0", "1", "2", "4"], 40)
+        wait_for(lambda: not segments(directory))
+    assert sum(str(directory) in entry.getMessage() or file in entry.getMessage() for entry in caplog.records) >= 1
+    assert sorted(sent) == sorted(set(sent))
+
+
+def test_segment_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
+    directory = journal_of(tmp_path, 2)
+    (directory / "00000000000000000001-1.jsonl").mkdir()
+    sent: list[Any] = []
+    Shipper(directory, sent.extend).run()
+    assert len(sent) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"offsets": 1, "shipped": 0}', '{"shipped": 3}', "\udcff"])
+def test_broken_progress_means_from_the_beginning(tmp_path: Path, text: str) -> None:
+    directory = journal_of(tmp_path, 3)
+    (directory / "ship.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert Progress.read(directory) is None
+    sent: list[Any] = []
+    Shipper(directory, sent.extend).run()
+    assert len(sent) == 3
+
+
+def test_progress_says_what_waits_for_how_long_and_why(tmp_path: Path, sls: LoopbackSLS) -> None:
+    directory = journal_of(tmp_path, 5)
+    assert Progress.read(directory) is None
+    written = records(directory)[0]["time"]
+    size = sum(path.stat().st_size for path in segments(directory))
+    sls.mode = "no logstore"
+    with shipper(tmp_path, sls, "--forever"):
+        sls.wait_until(lambda: Progress.read(directory) is not None)
+        progress = Progress.read(directory)
+        assert progress is not None
+        assert (progress.shipped, progress.waiting, progress.oldest) == (0, size, written)
+        assert progress.error.startswith("LogStoreNotExist")
+        report = subprocess.run(
+            [sys.executable, "-m", "report", "--dir", str(directory)],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert re.search(rf"^bytes waiting +{size}$", report, re.MULTILINE)
+        assert re.search(r"^waiting for +[0-9]+ s$", report, re.MULTILINE)
+        assert re.search(r"^SLS, last error +LogStoreNotExist: logstore does not exist$", report, re.MULTILINE)
+    sls.mode = "ok"
+    with shipper(tmp_path, sls) as process:
+        assert process.wait(30) == 0
+    assert Progress.read(directory) == Progress(5, 0, 0, 0, None, "")
+
+
+# --- the network
+
+
+def test_name_that_is_not_found_is_tried_again_soon() -> None:
+    settings = Settings(sls_endpoint="nowhere.invalid", sls_project="proj", sls_logstore="ls")
+    environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "fake", "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "fake"}
+    with pytest.raises(SLSError) as caught:
+        sender(settings, connect(settings, environ))([{"time": 1.5}])
+    assert caught.value.is_passing
+    assert "resolve" in str(caught.value)
+
+
+def test_connection_that_speaks_no_tls_is_tried_again_soon(monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def speak() -> None:
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    connection.recv(65536)
+                    connection.sendall(b"this is no TLS record, and never will be one")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        settings = Settings(sls_endpoint="cn-test.log.aliyuncs.com", sls_project="proj", sls_logstore="ls")
+        environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "fake", "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "fake"}
+        with pytest.raises(SLSError) as caught:
+            sender(settings, connect(settings, environ))([{"time": 1.5}])
+        thread.join(10)
+    assert caught.value.is_passing
+    assert "SSL" in str(caught.value)
+
+
+# --- credentials
+
+
+def send_one(client: Any, sls: LoopbackSLS, name: str) -> None:
+    sender(Settings.from_environ(sls.environ()), client)([{"time": time.time(), "request_id": name}])
+
+
+def client_of(sls: LoopbackSLS, region: bool = True, **environ: str) -> Any:
+    """Connect to the loopback SLS from this process, with these credentials' variables only."""
+    places = {name: value for name, value in sls.environ().items() if name.startswith("SLS_")}
+    if not region:
+        del places["SLS_REGION"]
+    client = connect(Settings.from_environ(places), environ)
+    client._session.proxies["http"] = sls.environ()["http_proxy"]
+    return client
+
+
+@pytest.mark.parametrize("region", [True, False], ids=["v4", "v1"])
+@pytest.mark.parametrize("token", ["", "a-token"])
+def test_credentials_from_the_environment(sls: LoopbackSLS, region: bool, token: str) -> None:
+    sls.token = token or None
+    variables = {name: value for name, value in sls.environ().items() if name.startswith("ALIBABA_")}
+    send_one(client_of(sls, region, **variables), sls, "it")
+    assert set(stored(sls)) == {"it"}
+
+
+def test_credentials_from_a_file_that_changes(tmp_path: Path, sls: LoopbackSLS) -> None:
+    path = tmp_path / "credentials.ini"
+
+    def write(key_id: str, secret: str, token: str = "", section: str = "default") -> None:
+        path.write_text(
+            f"[{section}]\naccess_key_id = {key_id}\naccess_key_secret = {secret}\nsecurity_token = {token}\n"
+        )
+
+    write(sls.key_id, sls.secret)
+    client = client_of(sls, ALIBABA_CLOUD_CREDENTIALS_FILE=str(path))
+    send_one(client, sls, "first")
+    sls.accept("second-id", "second%secret", "second-token")
+    write("second-id", "second%secret", "second-token")
+    sls.expire(sls.key_id)  # refused, so the file is read at once
+    send_one(client, sls, "second")
+    path.write_text("[default\naccess_key_id = half-writt")
+    send_one(client, sls, "third")
+    sls.expire("second-id")
+    with pytest.raises(SLSError) as caught:
+        send_one(client, sls, "fourth")
+    assert caught.value.code == "Unauthorized"
+    assert "half" not in str(caught.value)
+    assert set(stored(sls)) == {"first", "second", "third"}
+    write("second-id", "second%secret", section="elsewhere")
+    elsewhere = {"ALIBABA_CLOUD_CREDENTIALS_FILE": str(path), "ALIBABA_CLOUD_PROFILE": "elsewhere"}
+    sls.accept("second-id", "second%secret")
+    send_one(client_of(sls, **elsewhere), sls, "fifth")
+
+
+@pytest.mark.parametrize("requires_token", [False, True])
+@pytest.mark.parametrize("role", ["", "server-role"])
+def test_credentials_of_the_ecs_role_are_renewed_while_it_runs(
+    sls: LoopbackSLS, monkeypatch: Any, requires_token: bool, role: str
+) -> None:
+    with EcsMetadata(sls.accept, lifetime=4, requires_token=requires_token) as metadata:
+        monkeypatch.setattr("sls.client.METADATA", metadata.base)
+        client = client_of(sls, **({"ALIBABA_CLOUD_ECS_METADATA": role} if role else {}))
+        for n in range(25):
+            send_one(client, sls, str(n))
+            time.sleep(0.2)
+        assert metadata.calls["credentials"] >= 2
+        assert metadata.calls["role"] == (0 if role else metadata.calls["credentials"])
+    assert len(stored(sls)) == 25
+    assert sls.outcomes == {"ok": 25}
+
+
+def test_shipper_renews_credentials_from_a_uri_and_outlives_its_failure(tmp_path: Path, sls: LoopbackSLS) -> None:
+    with EcsMetadata(sls.accept, lifetime=3) as metadata:
+        environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "", "ALIBABA_CLOUD_CREDENTIALS_URI": metadata.credentials_uri}
+        with shipper(tmp_path, sls, "--forever", **environ):
+            journal = Journal(tmp_path / "journal", 10**7)
+            for n in range(40):
+                journal.append({"request_id": str(n)})
+                time.sleep(0.2)
+                if n in (10, 20):
+                    metadata.mode = "garbage" if n == 10 else "ok"
+            sls.wait_until(lambda: len(stored(sls)) == 40, 60)
+            assert metadata.calls["credentials"] >= 3
+    said = (tmp_path / "ship.log").read_text() + (tmp_path / "journal/ship.json").read_text()
+    assert not any(key in said for key in (*sls.credentials, *(secret for secret, _, _ in sls.credentials.values())))
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"ALIBABA_CLOUD_ACCESS_KEY_ID": "alone"}, "ALIBABA_CLOUD_ACCESS_KEY_SECRET are not both there"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "/nowhere"}, "No such file"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "requirements.txt"}, "MissingSectionHeaderError"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_URI": "http://127.0.0.1:1/secret-path"}, "ConnectionError"),
+        ({}, "ConnectionError"),
+    ],
+)
+def test_no_credentials_is_said_plainly(sls: LoopbackSLS, environ: dict[str, str], said: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sls.client.METADATA", "http://127.0.0.1:1/latest")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SLSError) as caught:
+        send_one(client_of(sls, **environ), sls, "never")
+    assert caught.value.code == "NoCredentials"
+    assert said in str(caught.value)
+    assert "secret-path" not in str(caught.value)
+    assert not caught.value.is_passing
+    assert not caught.value.is_content
+
+
+@pytest.mark.parametrize("mode", ["no role", "garbage"])
+def test_metadata_without_a_role_is_said_plainly(sls: LoopbackSLS, monkeypatch: Any, mode: str) -> None:
+    with EcsMetadata(sls.accept) as metadata:
+        metadata.mode = mode
+        monkeypatch.setattr("sls.client.METADATA", metadata.base)
+        with pytest.raises(SLSError) as caught:
+            send_one(client_of(sls), sls, "never")
+    assert caught.value.code == "NoCredentials"
+    assert "html" not in str(caught.value)
+
+
+# --- helpers
+
+
+def real_sender(sls: LoopbackSLS) -> Callable[[list[dict[str, Any]]], None]:
+    """Return what sends to the loopback SLS from this process."""
+    variables = {name: value for name, value in sls.environ().items() if name.startswith("ALIBABA_")}
+    return sender(Settings.from_environ(sls.environ()), client_of(sls, **variables))
+
+
 @contextmanager
-def shipper(place: Path, sls: LoopbackSLS, *arguments: str, graceful_timeout: str = "10") -> Iterator[Any]:
-    """Run `python -m sls ship` by hand."""
-    environ = {"JOURNAL_DIR": str(place / "journal"), "GRACEFUL_TIMEOUT": graceful_timeout} | sls.environ()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sls", "ship", *arguments], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL
-    )
+def in_thread(directory: Path, send: Callable[[list[Any]], None]) -> Iterator[Shipper]:
+    """Run a shipper in a thread of this process until the block ends, or in vain."""
+    shipper = Shipper(directory, send, forever=True)
+    ended = threading.Event()
+
+    def until_the_end(records: list[Any]) -> None:
+        if ended.is_set():
+            raise SystemExit
+        send(records)
+
+    def run() -> None:
+        with suppress(SystemExit):
+            shipper.run()
+
+    shipper._send = until_the_end
+    thread = threading.Thread(target=run)
+    thread.start()
     try:
-        yield process
+        yield shipper
     finally:
-        process.kill()
-        process.wait()
+        ended.set()
+        shipper.stop()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
-def state(place: Path) -> dict[str, Any]:
-    """Read what the shipper keeps of its progress."""
-    path = place / "journal/ship.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+def wait_for(met: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until `met()` is true."""
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.02)
