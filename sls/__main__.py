@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 from settings import Settings, SettingsError
 from sls.shipper import Shipper, open_lock
@@ -53,17 +54,45 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shipping = commands.add_parser("ship", help="ship records until no worker serves any more")
     shipping.add_argument("--forever", action="store_true", help="until it is stopped: as a systemd unit or a sidecar")
+    making = commands.add_parser("setup", help="make or update logstore, index, dashboard, searches and alerts")
+    making.add_argument("--make-project", action="store_true", help="make the project too")
+    making.add_argument("--keep-days", type=int, metavar="DAYS", help="how long SLS keeps records (a new logstore: 30)")
+    making.add_argument("--dry-run", action="store_true", help="print everything, send nothing")
+    commands.add_parser("check", help="send one record, look for it, and say what is wrong")
+    commands.add_parser("test-alert", help='make the alert "Test alert" fire')
     given = parser.parse_args(arguments)
+    if given.command == "setup" and given.keep_days is not None and not 1 <= given.keep_days <= 3650:
+        parser.error("--keep-days: expected 1 to 3650")
     logging.basicConfig(level="INFO", format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")
     try:
         settings = Settings.from_environ(os.environ)
+        if not settings.ships:
+            raise SettingsError("set SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE")
+        return run(given, settings)
     except SettingsError as error:
         print(f"sls: {error}", file=sys.stderr)
         return 2
-    if not settings.ships:
-        print("sls: set SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE", file=sys.stderr)
-        return 2
-    return ship(settings, given.forever)
+
+
+def run(given: argparse.Namespace, settings: Settings) -> int:
+    """Do what the command line asks; return the exit status."""
+    if given.command == "ship":
+        return ship(settings, given.forever)
+    from sls.check import check, fire_test_alert
+    from sls.client import connect
+    from sls.console import Recipients, setup
+
+    if given.command == "setup":
+        return setup(
+            partial(connect, environ=os.environ),
+            settings,
+            Recipients.from_environ(os.environ),
+            make_project=given.make_project,
+            keep_days=given.keep_days,
+            dry_run=given.dry_run,
+        )
+    client = connect(settings, os.environ)
+    return check(client, settings) if given.command == "check" else fire_test_alert(client, settings)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,15 @@ ADVICE = {
     "RequestTimeExpired": "set this machine's clock; it is more than 15 minutes off",
 }
 PASSING = ("LogRequestError", "WriteQuotaExceed", "ShardWriteQuotaExceed", "ExceedQuota", "ServerBusy", "BadResponse")
-CONTENT = ("PostBodyInvalid", "PostBodyTooLarge", "PostBodyUncompressError", "InvalidLogTime")
+CONTENT = (
+    "PostBodyInvalid",
+    "PostBodyTooLarge",
+    "PostBodyUncompressError",
+    "InvalidTimestamp",
+    "InvalidEncoding",
+    "InvalidKey",
+)
+TOO_OLD = 7 * 86400.0  # seconds; SLS refuses older records
 
 
 class SLSError(Exception):
@@ -253,11 +261,12 @@ class Shipper:
                 self._send(records)
             except SLSError as error:
                 self._note(error)
-                if error.is_content and len(records) > 1:
+                is_old = records[-1]["time"] < time.time() - TOO_OLD  # then all are, and halving would end at each
+                if error.is_content and len(records) > 1 and not is_old:
                     middle = len(records) // 2
                     self._deliver(records[:middle])
                     return self._deliver(records[middle:])
-                if error.is_content and self._set_aside(records[0], error):
+                if error.is_content and self._set_aside(records, error):
                     return None
                 first, most = BACK_OFF
                 pause = min(most, first * 2**tries) if error.is_passing else SLOW_RETRY
@@ -281,16 +290,16 @@ class Shipper:
             f"records wait in the journal, SLS does not take them ({error}){f': {advice}' if advice else ''}",
         )
 
-    def _set_aside(self, record: dict[str, Any], error: SLSError) -> bool:
-        """Keep a record that SLS refuses for what is in it where somebody can look at it; False if that fails."""
+    def _set_aside(self, records: list[dict[str, Any]], error: SLSError) -> bool:
+        """Keep records that SLS refuses for what is in them where somebody can look at them; False if that fails."""
         try:
             with (self._directory / "refused.json").open("ab") as file:
-                file.write(orjson.dumps({"refused": str(error), **record}) + b"\n")
+                file.write(b"".join(orjson.dumps({"refused": str(error), **record}) + b"\n" for record in records))
         except OSError as failure:
             self._complain("refused.json", f"a record that SLS refuses cannot be set aside: {failure}")
             return False
-        self._state["refused"] += 1
-        log.error("SLS refuses record %s for what is in it; it is kept in refused.json", record.get("record_id"))
+        self._state["refused"] += len(records)
+        log.error("SLS refuses %d records for what is in them (%s); refused.json keeps them", len(records), error)
         return True
 
     def _complain(self, what: str, message: str) -> None:

@@ -4,17 +4,22 @@
         run_a_child(env=os.environ | sls.environ())
         sls.wait_until(lambda: len(sls.logs) == 3)
         sls.mode = "quota"  # from now on
+        sls.fail("POST", "/dashboards")  # as for a user who may not
+
+The project and the log store are there, unless it begins with `LoopbackSLS().bare()`.
 
 It is an HTTP proxy that answers itself: the SDK keeps a real-looking endpoint and `http_proxy` leads here, as it would
 look up `project.127.0.0.1` otherwise. Errors are those of `error-codes` and `api-sls-2020-12-30-putlogs` in
-https://www.alibabacloud.com/help/en/sls/developer-reference/. It is stricter than the service where our client has no
-reason to differ: the body is lz4, topic and source are given, keys are distinct.
+https://www.alibabacloud.com/help/en/sls/developer-reference/; `loopback_console.py` says what is known of the control
+plane's. It is stricter than the service where our client has no reason to differ: the body is lz4, topic and source are
+given, keys are distinct.
 """
 
 import base64
 import hashlib
 import hmac
 import json
+import math
 import re
 import select
 import socket
@@ -29,12 +34,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import lz4.block
 from aliyun.log.log_logs_raw_pb2 import LogGroupRaw
 from google.protobuf.message import DecodeError
+from loopback_console import LOGSTORE, PROJECT, Refused, Request, held, operations, require
 
 MAX_BATCH, MAX_LOG = 10 << 20, 1 << 20  # bytes, before compression
 MAX_LOGS = 4096  # in a batch
@@ -49,54 +55,16 @@ REFUSALS = {  # mode: status, code, message
     "no project": (404, "ProjectNotExist", "The Project does not exist"),
     "no logstore": (404, "LogStoreNotExist", "logstore does not exist"),
 }
-MODES = {"ok", "skew", "reset", "hang", "lying", "lying reset", *REFUSALS}
 
 
-class Refused(Exception):
-    """The service refuses the request: `status`, `code`, `message`."""
+class Service:
+    """A server on loopback that behaves as its `mode`, one of `modes`, says; comes up on the port it had when down."""
 
+    modes = frozenset({"ok"})
 
-def require(condition: object, status: int, code: str, message: str) -> None:
-    if not condition:
-        raise Refused(status, code, message)
-
-
-class Request(NamedTuple):
-    """A request as it is signed: decoded path and query, header names in lower case."""
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    body: bytes
-
-
-class LoopbackSLS:
-    """One project with one log store, what arrived in it, and how it behaves now.
-
-    `logs` holds each accepted log as a dict of its contents (str), `__topic__`, `__source__`, `__time__` (seconds),
-    `__time_ns__` and `__tag__:{key}`; `batches` and `batch_bytes` the number of logs and of raw bytes of each accepted
-    batch; `outcomes` counts requests by "ok", by error code, or by a mode that gives no answer. All grow under a lock,
-    before the client has its answer.
-
-    `mode` is one of `MODES`; a request keeps the mode it found. In "hang" a request waits once it was read: `release()`
-    lets those that wait go on as "ok", and one whose client has left is forgotten. In "lying" the batch is stored and
-    the answer waits, so a client that gives up and sends again stores it twice; "lying reset" stores and then resets
-    the connection. In "skew" this clock is an hour ahead.
-    """
-
-    project, logstore, endpoint, region = "proj", "ls", "cn-test.log.aliyuncs.com", "cn-test"
-    key_id, secret = "fake-key-id", "fake-key-secret"
-    token: str | None = None  # of STS; where set, each request must carry it
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, Any]] = []
-        self.batches: list[int] = []
-        self.batch_bytes: list[int] = []
-        self.outcomes: Counter[str] = Counter()
-        self.operations = [("POST", r"/logstores/([^/]+)/shards/lb", self._put_logs)]  # called with request and groups
-        self._mode, self._is_refused = "ok", lambda log: False
-        self._lock, self._released = threading.Lock(), threading.Event()
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self._handler = handler
+        self._mode = "ok"
         self._server: Server | None = None
         # Bound and never listening, it keeps the port ours while the service is down.
         self._port_holder = socket.socket()
@@ -104,13 +72,76 @@ class LoopbackSLS:
         self._port_holder.bind(("127.0.0.1", 0))
         self.port: int = self._port_holder.getsockname()[1]
 
-    def __enter__(self) -> "LoopbackSLS":
+    def __enter__(self) -> Self:
         self.up()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.down()
         self._port_holder.close()
+
+    @property
+    def mode(self) -> str:
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        assert mode in self.modes, f"{mode!r} is none of {sorted(self.modes)}"
+        self._mode = mode
+
+    def up(self) -> None:
+        """Listen, on the same port as before."""
+        self._server = self._server or Server(self, self._handler)
+
+    def down(self) -> None:
+        """Refuse connections, and cut those that are open."""
+        if self._server:
+            self._server.stop()
+            self._server = None
+
+
+class LoopbackSLS(Service):
+    """One project with one log store, what arrived in it, and how it behaves now.
+
+    `logs` holds each accepted log as a dict of its contents (str), `__topic__`, `__source__`, `__time__` (seconds),
+    `__time_ns__` and `__tag__:{key}`; `batches` and `batch_bytes` the number of logs and of raw bytes of each accepted
+    batch; `outcomes` counts requests by "ok", by error code, or by a mode that gives no answer. All grow under a lock,
+    before the client has its answer.
+
+    `mode` is one of `modes`; a request keeps the mode it found. In "hang" a request waits once it was read: `release()`
+    lets those that wait go on as "ok", and one whose client has left is forgotten. In "lying" the batch is stored and
+    the answer waits, so a client that gives up and sends again stores it twice; "lying reset" stores and then resets
+    the connection. In "skew" this clock is an hour ahead.
+
+    `console` holds what the control plane keeps, by kind ("project", "logstore", "index", "dashboard", "savedsearch",
+    "job", "record") and name: an index has that of its log store, a record is "{resource}/{id}".
+
+    `key_id`, `secret` and `token` are accepted, and so is what `accept` adds, until it expires.
+    """
+
+    modes = frozenset({"ok", "skew", "reset", "hang", "lying", "lying reset", *REFUSALS})
+    project, logstore, endpoint, region = "proj", "ls", "cn-test.log.aliyuncs.com", "cn-test"
+    key_id, secret = "fake-key-id", "fake-key-secret"
+    token: str | None = None  # of STS; where set, each request must carry it
+
+    def __init__(self) -> None:
+        super().__init__(Handler)
+        self.logs: list[dict[str, Any]] = []
+        self.batches: list[int] = []
+        self.batch_bytes: list[int] = []
+        self.outcomes: Counter[str] = Counter()
+        self.console: dict[tuple[str, str], Any] = {
+            ("project", self.project): {"projectName": self.project, "description": ""},
+            ("logstore", self.logstore): {
+                **{"logstoreName": self.logstore, "ttl": 30, "shardCount": 2, "enable_tracking": False},
+                **{"appendMeta": True, "autoSplit": True, "maxSplitShard": 64},
+            },
+        }
+        self.credentials: dict[str, tuple[str, str | None, float]] = {}  # key id: secret, token, end (seconds of epoch)
+        self.operations = [("POST", "/logstores/([^/]+)/shards/lb", self._put_logs), *operations(self)]
+        self._failures: list[tuple[str, str, tuple[int, str, str]]] = []
+        self._is_refused: Callable[[dict[str, Any]], bool] = lambda log: False
+        self._lock, self._released = threading.Lock(), threading.Event()
 
     def environ(self) -> dict[str, str]:
         """Return the variables that lead a child process here. Without `token` or `region`, theirs are left out."""
@@ -127,33 +158,46 @@ class LoopbackSLS:
         }
         return {name: value for name, value in variables.items() if value}
 
-    @property
-    def mode(self) -> str:
-        return self._mode
-
-    @mode.setter
-    def mode(self, mode: str) -> None:
-        assert mode in MODES, f"{mode!r} is none of {sorted(MODES)}"
-        self._mode = mode
-
     def refuse(self, is_refused: Callable[[dict[str, Any]], bool]) -> None:
         """From now on refuse each batch that holds a log for which the predicate is true."""
         self._is_refused = is_refused
+
+    def bare(self) -> Self:
+        """Begin with nothing: no project, no log store."""
+        self.console.clear()
+        return self
+
+    def fail(
+        self,
+        method: str,
+        path: str,
+        code: str = "Unauthorized",
+        status: int = 401,
+        message: str = "denied by sts or ram",
+    ) -> None:
+        """From now on refuse the requests of a method whose whole path matches; by default as for lack of a right."""
+        self._failures.append((method, path, (status, code, message)))
+
+    def heal(self) -> None:
+        """Refuse no longer what `fail` named."""
+        self._failures.clear()
+
+    def accept(self, key_id: str, secret: str, token: str | None = None, end: float = math.inf) -> None:
+        """Accept these credentials too, until a time (seconds of epoch)."""
+        self.credentials[key_id] = (secret, token or None, end)
+
+    def expire(self, key_id: str) -> None:
+        """End the credentials with this key id, be they those of `environ()`."""
+        secret, token, _ = self._known()[key_id]
+        self.accept(key_id, secret, token, end=0)
+
+    def _known(self) -> dict[str, tuple[str, str | None, float]]:
+        return {self.key_id: (self.secret, self.token, math.inf)} | self.credentials
 
     def release(self) -> None:
         """Let the requests that hang now go on."""
         waiting, self._released = self._released, threading.Event()
         waiting.set()
-
-    def up(self) -> None:
-        """Listen, on the same port as before."""
-        self._server = self._server or Server(self)
-
-    def down(self) -> None:
-        """Refuse connections, and cut those that are open."""
-        if self._server:
-            self._server.stop()
-            self._server = None
 
     def wait_until(self, met: Callable[[], bool], seconds: float = 30.0) -> None:
         """Wait until `met()` is true."""
@@ -166,18 +210,24 @@ class LoopbackSLS:
         with self._lock:
             self.outcomes[outcome] += 1
 
-    def answer(self, request: Request, mode: str) -> None:
-        """Do what a request asks. Raises: Refused."""
+    def answer(self, request: Request, mode: str) -> Any:
+        """Do what a request asks, and return the body of the answer, None for an empty one. Raises: Refused."""
         host = request.headers.get("host", "").removesuffix(":80")
-        require(host.endswith("." + self.endpoint), 400, "InvalidHost", f"Host header {host} is invalid.")
+        project, _, rest = host.rpartition("." + self.endpoint)
+        # Resources belong to the account, whose host is the endpoint; all else belongs to a project.
+        is_account = request.path.startswith("/resources/")
+        is_host = host == self.endpoint if is_account else project and not rest
+        require(is_host, 400, "InvalidHost", f"Host header {host} is invalid.")
         version = request.headers.get("x-log-apiversion")
         require(version == "0.6.0", 400, "InvalidAPIVersion", f"x-log-apiversion {version} is unsupported.")
         self._check_signature(request, time.time() + (3600 if mode == "skew" else 0))
         if mode in REFUSALS:
             raise Refused(*REFUSALS[mode])
-        require(
-            host == f"{self.project}.{self.endpoint}", 404, "ProjectNotExist", f"The Project does not exist: {host}"
-        )
+        for method, pattern, refusal in list(self._failures):
+            if method == request.method and re.fullmatch(pattern, request.path):
+                raise Refused(*refusal)
+        if not is_account and (request.method, request.path) != ("POST", "/"):
+            held(self, PROJECT, project)
         for method, pattern, operation in self.operations:
             if method == request.method and (match := re.fullmatch(pattern, request.path)):
                 return operation(request, *match.groups())
@@ -185,20 +235,25 @@ class LoopbackSLS:
 
     def _check_signature(self, request: Request, now: float) -> None:
         given, date = request.headers.get("authorization", ""), request.headers.get("x-log-date", "")
+        v4 = re.fullmatch("SLS4-HMAC-SHA256 Credential=([^/]+)/.*", given)
+        key = v4 or re.fullmatch("LOG ([^:]+):.*", given)
+        if key is None:
+            raise Refused(400, "ParameterInvalid", f"Http extend authorization : {given} is invalid.")
+        known = self._known()
+        require(key[1] in known, 401, "Unauthorized", f"AccessKeyId not found: {key[1]}")
+        secret, token, end = known[key[1]]
         try:
-            if v4 := re.fullmatch("SLS4-HMAC-SHA256 Credential=([^/]+)/.*", given):
+            if v4:
                 signed_at = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-                expected = sign_v4(request, self.key_id, self.secret, self.region)
+                expected = sign_v4(request, key[1], secret, self.region)
             else:
                 signed_at = parsedate_to_datetime(date or request.headers.get("date", ""))
-                expected = sign_v1(request, self.key_id, self.secret)
+                expected = sign_v1(request, key[1], secret)
         except ValueError:
             raise Refused(400, "InvalidRequestTime", f"Request time {date} is invalid.") from None
-        key = v4 or re.fullmatch("LOG ([^:]+):.*", given)
-        require(key, 400, "ParameterInvalid", f"Http extend authorization : {given} is invalid.")
-        require(key[1] == self.key_id, 401, "Unauthorized", f"AccessKeyId not found: {key[1]}")
-        token = request.headers.get("x-acs-security-token")
-        require(token == self.token, 401, "Unauthorized", "The security token you provided is invalid.")
+        is_token = request.headers.get("x-acs-security-token") == token
+        require(is_token, 401, "Unauthorized", "The security token you provided is invalid.")
+        require(time.time() < end, 401, "Unauthorized", "The security token you provided has expired.")
         skew = abs(signed_at.timestamp() - now)
         require(skew <= MAX_SKEW, 400, "RequestTimeExpired", f"Request time {date} has been expired.")
         md5 = hashlib.md5(request.body).hexdigest().upper()
@@ -206,7 +261,7 @@ class LoopbackSLS:
         require(given == expected, 401, "SignatureNotMatch", f"signature {given} not match")
 
     def _put_logs(self, request: Request, logstore: str) -> None:
-        require(logstore == self.logstore, 404, "LogStoreNotExist", f"logstore {logstore} does not exist")
+        held(self, LOGSTORE, logstore)
         raw = decompress(request)
         logs = decode(raw)
         require(not any(map(self._is_refused, logs)), 400, "PostBodyInvalid", "a log is refused, as the test asked")
@@ -308,9 +363,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False  # so that server_close waits for them
     request_queue_size = 128
 
-    def __init__(self, sls: LoopbackSLS) -> None:
-        super().__init__(("127.0.0.1", sls.port), Handler)
-        self.sls = sls
+    def __init__(self, service: Service, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", service.port), handler)
+        self.service: Any = service
         self.connections: set[socket.socket] = set()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
@@ -346,11 +401,11 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         """Read a request whole, and answer it or not as the mode says."""
         length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length)
-        if len(body) < length:  # the client has left
+        received = self.rfile.read(length)
+        if len(received) < length:  # the client has left
             self.close_connection = True
             return
-        sls, mode = self.server.sls, self.server.sls.mode
+        sls, mode = self.server.service, self.server.service.mode
         url = urlsplit(self.path)  # an absolute URI, or a path alone
         headers = {name.lower(): value for name, value in self.headers.items()}
         query = dict(parse_qsl(url.query, keep_blank_values=True))
@@ -361,7 +416,7 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "hang" and not self.is_released():
             return
         try:
-            sls.answer(Request(self.command, unquote(url.path), query, headers, body), mode)
+            body = sls.answer(Request(self.command, unquote(url.path), query, headers, received), mode)
         except Refused as refused:
             status, code, message = refused.args
             sls.count(code)
@@ -370,14 +425,16 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "lying reset":
             return self.reset()
         if mode != "lying" or self.is_released():
-            self.send(200, b"")
+            self.send(200, b"" if body is None else json.dumps(body).encode())
 
     do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815 - the names http.server looks for
 
     def is_released(self) -> bool:
         """Wait until `release()`, which is True, or until the client has left or the server stops, which is False."""
-        released = self.server.sls._released
-        while not released.wait(0.02):
+        released = self.server.service._released
+        is_released = False
+        while not is_released:
+            is_released = released.wait(0.02)
             if select.select([self.connection], [], [], 0)[0]:
                 self.close_connection = True
                 return False
