@@ -1,6 +1,6 @@
 # make run       serve the demo model, or yours: MODEL_PATH=/path/to/model.joblib make run
 # make test      the tests, in a few minutes
-# make test-all  those that take their time as well: failures under load
+# make test-all  those that take their time as well: failures under load, onnxruntime, torch, keras (1.1 GB)
 # make check     format, lint and types
 # make lock      write the exact, hashed requirements from the ranges in requirements*.in
 
@@ -19,7 +19,7 @@ run: $(VENV)/run.done
 test: $(VENV)/dev.done
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(VENV)/dev.done
+test-all: $(VENV)/dev.done $(VENV)/formats.done
 	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
 
 check: $(VENV)/dev.done
@@ -33,8 +33,13 @@ format: $(VENV)/dev.done
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done
-	for name in requirements requirements-dev; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	for name in requirements requirements-dev requirements-onnx requirements-keras; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make lock" $$name.in -o $$name.txt || exit 1; done
+
+	# torch without hashes, and without what only its builds for NVIDIA's GPUs need: builds differ, the version does not.
+	printf '%s\n' cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13 triton | \
+		$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-emit-index-url --custom-compile-command "make lock" \
+		--excludes /dev/stdin requirements-torch.in -o requirements-torch.txt
 
 clean:
 	rm -rf $(VENV)
@@ -49,4 +54,11 @@ $(VENV)/run.done: requirements.txt
 
 $(VENV)/dev.done: $(VENV)/run.done requirements-dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+# In three calls, since one hash makes pip ask for all.
+$(VENV)/formats.done: $(VENV)/dev.done requirements-onnx.txt requirements-torch.txt requirements-keras.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-onnx.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-torch.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-keras.txt
 	@touch $@

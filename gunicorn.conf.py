@@ -1,6 +1,7 @@
 """How gunicorn runs the server: `gunicorn` in this directory, or `gunicorn server:app`. Settings are in settings.py."""
 
 import errno
+import gc
 import logging
 import os
 import socket
@@ -16,10 +17,18 @@ try:
 except SettingsError as _error:
     sys.exit(f"cannot start: {_error}")
 
+if _settings.preload and _settings.worker_class == "gevent":
+    from gevent import monkey
+
+    monkey.patch_all()  # the application is made before gunicorn's worker would do it
+
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
 worker_class = _settings.worker_class
+
+# One process loads the model and is forked; see on_starting.
+preload_app = _settings.preload
 
 # gthread only: requests at once in one worker. Under gevent a connection costs next to nothing.
 threads = 32
@@ -46,7 +55,8 @@ http_parser = "python"
 control_socket_disable = True
 
 # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
+# With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
 
 # The application logs like gunicorn does, on standard error.
 logging.basicConfig(
@@ -65,6 +75,10 @@ def on_starting(server):
     except (SettingsError, UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
+    if _settings.preload:
+        server.app.wsgi().extensions["service"].serving.preload()
+        gc.collect()
+        gc.freeze()  # the collector would write to what is shared
 
 
 def _check_addresses(server):

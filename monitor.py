@@ -38,9 +38,10 @@ def log_monitor(response_time: float, success: bool, error: str, *, journal: "Jo
         success: whether it was answered with a status below 400.
         error: what went wrong, in our own words (never a library's text: it may hold the caller's data); else "".
         journal: where to.
-        fields: `error_type`, `status`, `path`, `method`, `rows`, `model_version`, `user`, `request_id`; as JSON values.
+        fields: `error_type`, `status`, `path`, `method`, `rows`, `model_version`, `variant`, `user`, `request_id`; as
+            JSON values.
     """
-    journal.append({"response_time": round(response_time, 6), "success": success, "error": error, **fields})
+    journal.append({"response_time": int(response_time * 1e6) / 1e6, "success": success, "error": error, **fields})
 
 
 class Journal:
@@ -48,7 +49,8 @@ class Journal:
 
     Format: a directory of files `<nanoseconds when opened, 20 digits>-<pid>.jsonl`, so names sort by age. Each line is
     one JSON object and holds at least `time` (seconds since 1970), `record_id` (unique) and `pid`; the line of a
-    request holds what `log_monitor` was given. A line with `dropped` instead says how many records were lost and why.
+    request holds what `log_monitor` was given. A line with `dropped` instead says how many records were lost and
+    why; one with `event` what happened to the service (`rollback`: its guard took a canary back, and the `reason`).
     A line that does not parse was torn by a full disk or a power cut; the next one begins on a line of its own.
 
     Concurrency: one writer a segment, which holds it with `flock` for as long as it may still write: a segment that
@@ -66,6 +68,7 @@ class Journal:
         self._lost: Counter[str] = Counter()  # reason → records lost, and not yet reported in the journal
         self._lock = threading.Lock()
         self._complained = -60.0
+        self._looked = 0.0
         self._name_writer()
         _journals.add(self)
 
@@ -73,8 +76,7 @@ class Journal:
         """Append one record of JSON values. A journal that cannot be written stops no request: the loss is counted."""
         with self._lock:
             try:
-                # A segment that someone deleted still takes writes, which nobody would ever read.
-                if self._fd is None or self._size >= self._segment_bytes or not os.fstat(self._fd).st_nlink:
+                if self._fd is None or self._size >= self._segment_bytes or self._is_gone(self._fd):
                     self._open_segment()
                 while self._lost:
                     reason, count = next(iter(self._lost.items()))
@@ -86,6 +88,17 @@ class Journal:
                 if time.monotonic() - self._complained >= 60.0:  # seconds; a full disk would fill the log as well
                     self._complained = time.monotonic()
                     log.error("records are being lost, the journal in %s cannot be written: %s", self._directory, error)
+
+    def _is_gone(self, fd: int) -> bool:
+        """Tell whether someone deleted the segment, which still takes writes that nobody would ever read.
+
+        Looked at ten times a second, since it costs a third of the whole record.
+        """
+        now = time.monotonic()
+        if now - self._looked < 0.1:
+            return False
+        self._looked = now
+        return not os.fstat(fd).st_nlink
 
     def close(self) -> None:
         """Finish the segment."""
@@ -106,8 +119,10 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._fd is not None
-        ours = {"time": round(time.time(), 6), "record_id": f"{self._prefix}-{next(self._count)}", "pid": self._pid}
-        line = orjson.dumps(record | ours) + b"\n"
+        record["time"] = time.time_ns() // 1000 / 1e6  # half of what round() costs
+        record["record_id"] = f"{self._prefix}-{next(self._count)}"
+        record["pid"] = self._pid
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         if self._torn:
             line = b"\n" + line
         written = os.write(self._fd, line)
@@ -158,6 +173,31 @@ class Journal:
 def segments(directory: Path) -> list[Path]:
     """List a journal's segments, the oldest first."""
     return sorted(directory.glob(SEGMENTS))
+
+
+class Tail:
+    """Reads what is added to a journal by all its writers."""
+
+    def __init__(self, directory: Path, since: float) -> None:
+        """Begin with the segments that were written to at or after `since` (seconds since 1970)."""
+        self._directory, self._since = directory, since
+        self._offsets: dict[str, int] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records that came since the last call, 20,000 at most: the next call returns the others."""
+        found: list[Any] = []
+        offsets = {}
+        for path in segments(self._directory):
+            with suppress(OSError), path.open("rb") as file:  # shipped meanwhile, or dropped to make room
+                skips = path.name not in self._offsets and os.fstat(file.fileno()).st_mtime < self._since
+                file.seek(*((0, os.SEEK_END) if skips else (self._offsets.get(path.name, 0),)))
+                offsets[path.name] = file.tell()
+                while len(found) < 20_000 and (line := file.readline()).endswith(b"\n"):
+                    offsets[path.name] += len(line)
+                    with suppress(ValueError):  # torn
+                        found.append(orjson.loads(line))
+        self._offsets = offsets
+        return [record for record in found if isinstance(record, dict)]
 
 
 def is_finished(path: Path) -> bool:

@@ -54,6 +54,7 @@ class Summary:
     errors: Counter[str] = field(default_factory=Counter)  # "<error_type>: <status> <error>" → requests
     versions: Counter[str] = field(default_factory=Counter)
     rows: int = 0
+    events: Counter[str] = field(default_factory=Counter)
     strangers: int = 0  # requests without a valid password
     dropped: int = 0
     torn: int = 0
@@ -70,6 +71,8 @@ class Summary:
             self.torn += 1
         elif "dropped" in record:
             self.dropped += record["dropped"]
+        elif "event" in record:
+            self.events[f"{record['event']} of {record['model_version']}"] += 1
         elif "requests" in record:
             self.strangers += record["requests"]
         else:
@@ -93,6 +96,7 @@ class Summary:
             lines += [(f"p{q}", f"{1000 * percentile(times, q):.2f} ms") for q in (50, 90, 99)]
         lines += [(f"version {version}", f"{n}") for version, n in self.versions.most_common()]
         lines += [(error, f"{n}") for error, n in self.errors.most_common()]
+        lines += [(event, f"{n}") for event, n in self.events.most_common()]
         for name, n in (
             ("without a valid password", self.strangers),
             ("records dropped", self.dropped),

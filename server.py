@@ -42,8 +42,20 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users
 from body import BodyReader, Unprocessable, parse_call
-from model import METHODS, BadRows, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving
-from monitor import Journal, log_monitor
+from model import (
+    METHODS,
+    BadRows,
+    Guard,
+    LoadedModel,
+    ModelFailed,
+    ModelNotReady,
+    Roster,
+    RowsRefused,
+    Serving,
+    UnknownVersion,
+    veto,
+)
+from monitor import Journal, Tail, log_monitor
 from settings import Settings
 from sls import Presence
 
@@ -89,7 +101,12 @@ class Service:
         self.max_rows = settings.max_rows
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
-        self.serving = Serving(settings.model_path, settings.model_dir, settings.allow_version_mismatch, native)
+        self.roster = Roster(settings.journal_dir)
+        self.serving = Serving(
+            settings.model_path, settings.model_dir, settings.allow_version_mismatch, native, self.roster.announce
+        )
+        self.guard = Guard(settings.journal_dir, settings.model_dir)
+        self._tail: Tail | None = None  # of the journal, while this worker guards a canary
         self.users = None if settings.auth == "off" else Users(settings.users_file, native)
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
         self._started_in: int | None = None
@@ -102,6 +119,7 @@ class Service:
         """Load the model and begin to keep house, once in each process: threads do not survive a fork."""
         if self._started_in != os.getpid():
             self._started_in = os.getpid()
+            self.serving.veto(*veto(self._journal_dir))  # before the first load: a canary that is vetoed stays away
             self.serving.start()
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
 
@@ -136,8 +154,10 @@ class Service:
     def model(self) -> Response:
         """GET /model: what is served."""
         found = self.serving.describe()
-        if found["error"] and not (self.users and "admin" in self.users.roles(g.record["user"])):
-            found["error"] = "the model did not load; the server's log says why"  # with paths and a library's words
+        if found["error"] and not self._has_role("admin"):
+            # The words themselves hold paths, and a library's text.
+            what = "not all is well with the versions" if found["ready"] else "the model did not load"
+            found["error"] = f"{what}; the server's log says why"
         return json_response(found)
 
     def healthz(self) -> Response:
@@ -146,7 +166,10 @@ class Service:
 
     def readyz(self) -> Response:
         """GET /readyz: the model is loaded and has answered its sample."""
-        self._choose()
+        try:
+            self.serving.choose()
+        except ModelNotReady as reason:
+            raise NotReady(f"not ready: {reason}", retry_after=5) from None
         return json_response({"status": "ready"})
 
     # --- what every request goes through
@@ -156,7 +179,7 @@ class Service:
         g.began = time.perf_counter()
         given = request.headers.get("X-Request-ID", "")
         g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        g.record = {"error_type": "", "rows": 0, "model_version": "", "user": None, "method": ""}
+        g.record = {"error_type": "", "rows": 0, "model_version": "", "variant": "", "user": None, "method": ""}
         g.error = ""
         if not request.headers.get("Authorization", "").isascii():
             del request.environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
@@ -230,12 +253,19 @@ class Service:
 
     def _choose(self) -> LoadedModel:
         try:
-            model = self.serving.choose()
+            asked = request.headers.get("X-Model-Version", "")
+            if asked and not self._has_role("admin"):
+                raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
+            model, variant = self.serving.choose(request.headers.get("X-Routing-Key", ""), asked)
         except ModelNotReady as reason:
             raise NotReady(f"not ready: {reason}", retry_after=5) from None
-        if request.endpoint == "predict":
-            g.record["model_version"] = model.version
+        except UnknownVersion as reason:
+            raise Unprocessable(f"X-Model-Version: {reason}") from None
+        g.record |= {"model_version": model.version, "variant": variant}
         return model
+
+    def _has_role(self, role: str) -> bool:
+        return self.users is not None and role in self.users.roles(g.record["user"])
 
     def _call(self, model: LoadedModel, data: Any, method: str) -> Any:
         try:
@@ -269,10 +299,31 @@ class Service:
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:
                     summarised = time.monotonic()
                     self.summarise_strangers()
+                self._watch_canary()
                 if presence:
                     presence.tick()
             except Exception:  # one bad round must not be the last
                 log.exception("housekeeping failed")
+
+    def _watch_canary(self) -> None:
+        """Honour a veto on the canary; and in one worker, come to one."""
+        mark, reason = veto(self._journal_dir)
+        self.serving.veto(mark, reason)
+        routing = self.serving.guarded()
+        if routing is None or routing.mark == mark or not self.guard.has_turn():
+            self._tail = None
+            return
+        self._tail = self._tail or Tail(self._journal_dir, self.guard.since(routing))
+        reason = self.native(self._look, routing)
+        if reason:
+            log.warning("the guard takes canary %s back: %s", routing.canary, reason)
+            self.journal.append(
+                {"event": "rollback", "model_version": routing.canary, "variant": "canary", "reason": reason}
+            )
+
+    def _look(self, routing: Any) -> str:
+        assert self._tail is not None
+        return self.guard.look(routing, self._tail.read())
 
     def summarise_strangers(self) -> None:
         """Record the requests without a valid password as one: a stranger must not be able to push real records out."""
@@ -290,6 +341,7 @@ class Service:
                 method="",
                 rows=0,
                 model_version="",
+                variant="",
                 user="",
                 request_id="",
                 requests=count,

@@ -89,6 +89,7 @@ class Settings:
     port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
     web_concurrency: int = _setting(_number(1, 1024, "worker processes"), usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
+    preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
     trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
 

@@ -3,24 +3,30 @@
     serving = Serving(model_path=Path("model.joblib"))
     serving.start()
     serving.finished.wait()
-    model = serving.choose()
+    model, variant = serving.choose()
     model.predict(model.signature.parse(rows), "predict")
 
-Arrows run one way: serving → versions, formats, learning → signature.
+Arrows run one way: serving → versions, formats, learning → tensors → signature; guard → versions; publishing, export →
+serving, learning, formats.
 """
 
 from .formats import ModelLoadError
-from .serving import METHODS, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving
+from .guard import Guard, veto
+from .serving import METHODS, LoadedModel, ModelFailed, ModelNotReady, Roster, RowsRefused, Serving, UnknownVersion
 from .signature import BadRows, Signature
 
 __all__ = [
     "METHODS",
     "BadRows",
+    "Guard",
     "LoadedModel",
     "ModelFailed",
     "ModelLoadError",
     "ModelNotReady",
+    "Roster",
     "RowsRefused",
     "Serving",
     "Signature",
+    "UnknownVersion",
+    "veto",
 ]

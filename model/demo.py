@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import versions
+from .publishing import publish
+from .versions import Store
 
 
 def train() -> tuple[Any, list[list[float]]]:
@@ -29,17 +30,14 @@ def main(directory: Path) -> None:
         return
     import joblib
 
+    store = Store(directory)
     model, sample = train()
     if not (directory / "1").exists():  # there already when a run was stopped between the two steps
         with tempfile.TemporaryDirectory() as scratch:
             artifact = Path(scratch, "model.joblib")
             joblib.dump(model, artifact)
-            from .serving import load_version
-
-            loaded = load_version(versions.Manifest.of_bare_file(artifact))
-            predictions = loaded.predict(loaded.signature.parse(sample)).tolist()
-            versions.publish(directory, artifact, "1", sample, predictions)
-    versions.promote(directory, "1")
+            publish(store, artifact, "1", sample, note="iris, for a first run")
+    store.promote("1")
     print(f"trained the demo model (iris) and published it as {directory / '1'}")
 
 

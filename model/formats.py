@@ -1,7 +1,7 @@
 """One loader per file format, chosen by the file's suffix.
 
 Loading a pickle runs whatever code its author put in it: serve only files that you would run as a script. `.skops`
-is the exception: its types are checked before anything is built.
+is the exception: its types are checked before anything is built. The formats of tensor libraries are in `tensors.py`.
 """
 
 import re
@@ -10,25 +10,38 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import tensors
+
+MAPPED = 8 * 2**20  # bytes; smaller files are not worth it: a mapped array is a little slower to slice
+
 
 class ModelLoadError(Exception):
     """A model that cannot be served. The message says what to mend; it goes to the log, never to a caller."""
 
 
-def load(path: Path, *, allow_version_mismatch: bool = False) -> Any:
+def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:
     """Load a fitted model from a file, ready to predict in one thread.
+
+    Of an `immutable` file, one that is only ever replaced by another, large arrays are mapped into memory and so shared
+    by all processes that load it. A file that is written to while it is mapped would change the model, or kill us.
+
+    What comes from another library than scikit-learn is a `tensors.TensorModel`.
 
     Raises:
         ModelLoadError: an unknown suffix, a damaged file, a library or class that is not here, or a model that was
             made with another minor version of scikit-learn (unless `allow_version_mismatch`).
     """
-    loader = _LOADERS.get(path.suffix.lower())
-    if loader is None:
-        raise ModelLoadError(f"{path.name}: the suffix says the format; expected one of {', '.join(_LOADERS)}")
+    check_name(path)
+    suffix = path.suffix.lower()
     try:
+        if suffix in tensors.LOADERS:
+            return tensors.LOADERS[suffix](path)
+        loader = _map_joblib if immutable and _is_mappable(path) else _LOADERS[suffix]
         model = _with_version_check(lambda: loader(path), allow_version_mismatch)
     except ModelLoadError:
         raise
+    except tensors.NotServable as error:
+        raise ModelLoadError(f"{path.name} {error}") from error
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
     if isinstance(model, type):
@@ -41,10 +54,43 @@ def load(path: Path, *, allow_version_mismatch: bool = False) -> Any:
     return model
 
 
+def check_name(path: Path) -> None:
+    """Refuse what is no model file by its name, before it is opened.
+
+    Raises:
+        ModelLoadError: an unknown suffix, or TensorFlow's SavedModel.
+    """
+    if path.suffix == ".pb" or (path / "saved_model.pb").exists():
+        directory = path.parent if path.suffix == ".pb" else path
+        raise ModelLoadError(
+            f"{path.name} is TensorFlow's SavedModel, a directory; a model is served from one file. Make one:\n"
+            "    pip install tf2onnx\n"
+            f"    python -m tf2onnx.convert --saved-model {directory} --output model.onnx"
+        )
+    known = [*_LOADERS, *tensors.LOADERS]
+    if path.suffix.lower() not in known:
+        raise ModelLoadError(f"{path.name}: the suffix says the format; expected one of {', '.join(known)}")
+
+
 def _load_joblib(path: Path) -> Any:
     import joblib  # also reads plain pickles
 
     return joblib.load(path)
+
+
+def _is_mappable(path: Path) -> bool:
+    """Tell whether a file is large enough, and joblib's, and not compressed."""
+    if path.suffix.lower() == ".skops" or path.stat().st_size < MAPPED:
+        return False
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"  # a pickle's first byte; a compressed file has another
+
+
+def _map_joblib(path: Path) -> Any:
+    import joblib
+
+    # Copy on write: some models' compiled parts take no read-only arrays.
+    return joblib.load(path, mmap_mode="c")
 
 
 def _load_skops(path: Path) -> Any:

@@ -8,13 +8,14 @@ model, the second is tried out, one missing value at a time.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from .formats import ModelLoadError, estimators_in
-from .signature import ACCEPTED, Column, Kind, Layout, Signature
+from .signature import ACCEPTED, Column, Kind, Layout, Signature, kind_of
+from .tensors import TensorModel
 
 
 def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[Any]]:
@@ -31,17 +32,18 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
         ModelLoadError: the model answered none of the rows that could be made up.
     """
     failure: Exception | None = None
+    tells = isinstance(model, TensorModel)  # its file says what it takes, and NaN would pass through it unseen
     for signature, guessed in _candidates(model, sample):
-        open_to_all = _all_nullable(signature)
-        for rows in [sample] if sample else _synthetic(signature):
+        tried = signature if tells else _all_nullable(signature)
+        for rows in [sample] if sample else _synthetic(signature, n_rows=2 if tells else 1):
             try:
-                model.predict(open_to_all.parse(rows))
+                model.predict(tried.parse(rows))
             except Exception as error:  # a model may raise anything at a row that it does not know
                 failure = failure or error
             else:
                 if guessed:
                     signature, rows = _as_numbers(model, signature, rows, guessed)
-                return _with_nullable(model, signature, rows), rows
+                return signature if tells else _with_nullable(model, signature, rows), rows
     if sample:
         raise ModelLoadError(
             f"the model refuses its recorded sample ({type(failure).__name__}: {failure})"
@@ -54,6 +56,10 @@ def learn(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[
 
 def _candidates(model: Any, sample: list[Any] | None) -> Iterable[tuple[Signature, list[int]]]:
     """Yield the signatures the model may have, the likeliest first, each with the columns whose kind is a guess."""
+    if isinstance(model, TensorModel):
+        for signature in model.signatures(sample):
+            yield signature, []
+        return
     width = getattr(model, "n_features_in_", None)
     if width is None:
         if _takes_texts(model):
@@ -117,18 +123,23 @@ def _as_in_sample(columns: list[Column], unknown: list[int], sample: list[Any]) 
     return found
 
 
-def _synthetic(signature: Signature) -> Iterable[list[Any]]:
+def _synthetic(signature: Signature, n_rows: int = 1) -> Iterable[list[Any]]:
     """Make up rows: what the encoders know, and else 0 or 1 (a logarithm takes no 0)."""
     if signature.layout == "texts":
-        yield ["text"]
+        yield ["text"] * n_rows
         return
     for number in (0.0, 1.0):
-        blank = {"number": number, "text": "text", "boolean": False, "any": number}
+        blank = {"number": number, "integer": int(number), "text": "text", "boolean": False, "any": number}
         if signature.layout == "numbers":
-            yield [number]
+            yield [number] * n_rows
+        elif signature.layout == "tensor":
+            # Of what may have any size, small ones first; an image has to outlast the model's strides.
+            for size in (1, 28, 32, 64, 224) if None in signature.shape else (1,):
+                shape = [size if fixed is None else fixed for fixed in signature.shape]
+                yield [np.full(shape, blank[kind_of(signature.precision)], dtype=object).tolist()] * n_rows
         else:
             columns = signature.columns or (Column(None),)
-            yield [[blank[c.kind] if c.example is None else c.example for c in columns]]
+            yield [[blank[c.kind] if c.example is None else c.example for c in columns]] * n_rows
 
 
 def _as_numbers(model: Any, signature: Signature, rows: list[Any], guessed: list[int]) -> tuple[Signature, list[Any]]:
@@ -196,6 +207,32 @@ def _whole_row(signature: Signature, rows: list[Any]) -> list[Any]:
     return [next((value for value in column if value is not None), None) for column in zip(*listed, strict=True)]
 
 
+def known_values(model: Any, width: int) -> list[list[Any]]:
+    """Return, for each of the raw columns, the values that the model's encoders and imputers saw at fit."""
+    seen = [_Seen() for _ in range(width)]
+    _look(model, seen)
+    return [column.values for column in seen]
+
+
+def raw_parts(part: Any, columns: list[int]) -> Iterator[tuple[Any, list[int]]]:
+    """Yield each fitted part that raw columns reach as they are, with the indices of those columns."""
+    yield part, columns
+    if hasattr(part, "steps"):
+        for _, step in part.steps:
+            if step in (None, "passthrough"):
+                continue
+            yield from raw_parts(step, columns)
+            if not hasattr(step, "statistics_"):
+                return
+    elif hasattr(part, "_transformer_to_input_indices"):
+        for name, inner, _ in part.transformers_:
+            if inner not in ("drop", "passthrough"):
+                yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
+    else:
+        for inner in _inner_estimators(part):
+            yield from raw_parts(inner, columns)
+
+
 @dataclass
 class _Seen:
     """What the model's parts tell about one raw column."""
@@ -204,6 +241,7 @@ class _Seen:
     dtype: str = ""
     example: Any = None
     none_is_missing: bool = False
+    values: list[Any] = field(default_factory=list)
     dropped: bool = False  # by some part; what no part keeps never reaches the model
 
     @property
@@ -219,6 +257,7 @@ class _Seen:
         if self.kind is None and kinds:
             self.kind = next((kind for kind, accepted in ACCEPTED.items() if kinds <= accepted), "any")
         if self.kind is not None and kinds <= ACCEPTED[self.kind]:
+            self.values = present
             self.example = present[0] if present else None
             if self.kind == "number" and array.dtype.kind in "iuO":
                 self.dtype = "object" if array.dtype.kind == "O" else "int64"

@@ -13,19 +13,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["number", "text", "boolean", "any"]
-Layout = Literal["array", "frame", "texts", "numbers"]
+Kind = Literal["number", "integer", "text", "boolean", "any"]
+Layout = Literal["array", "frame", "texts", "numbers", "records", "tensor"]
 
 MAX_ERRORS = 20  # of one request that are listed; a caller mends the first few and tries again
 ACCEPTED: dict[Kind, set[type]] = {
     "number": {int, float},
+    "integer": {int},
     "text": {str},
     "boolean": {bool},
     "any": {int, float, str, bool},
 }
-_DTYPES: dict[Kind, str] = {"number": "float64", "text": "str", "boolean": "bool", "any": "object"}
+_DTYPES: dict[Kind, str] = {"number": "float64", "integer": "int64", "text": "str", "boolean": "bool", "any": "object"}
 _EXPECTED: dict[Kind, str] = {
     "number": "a number",
+    "integer": "a whole number, written without a point",
     "text": "a text",
     "boolean": "true or false",
     "any": "a number, a text, or true or false",
@@ -63,7 +65,8 @@ class Column:
     kind: Kind = "number"
     nullable: bool = False  # the model answers a row in which this value is missing
     missing: float | None = math.nan  # what stands for a missing value at predict
-    dtype: str = ""  # at predict: float64, int64 (where the values are whole), str, bool or object; "" by its kind
+    dtype: str = ""  # at predict: float64, int64 (where the values are whole), str, bool or object; "" by its kind;
+    # in "records" whatever numpy type the model takes, such as float32
     example: Any = None  # a value the model saw at fit, where it keeps one
 
     def __post_init__(self) -> None:
@@ -75,13 +78,20 @@ class Signature:
     """What a model takes.
 
     Layouts: "array" a 2-D array, `(n_rows, n_columns)` float64 (object where a column is not of numbers); "frame" a
-    pandas data frame; "texts" and "numbers" a list of `n_rows` scalars. `columns` is None where the model does not tell
-    how many it takes, and empty for the one-dimensional layouts.
+    pandas data frame; "texts" and "numbers" a list of `n_rows` scalars; "records" a numpy structured array `(n_rows,)`
+    with a field for each column; "tensor" an array `(n_rows, *shape)`, such as images, whose rows are nested lists.
+    `columns` is None where the model does not tell how many it takes, and empty where rows have none.
     """
 
     layout: Layout
     columns: tuple[Column, ...] | None
-    precision: str = "float64"  # of an array of numbers; some models take only the float32 they were fitted on
+    precision: str = "float64"  # of an array or tensor; some models take only the float32 they were fitted on
+    shape: tuple[int | None, ...] = ()  # of a row of a "tensor"; None is a size that may differ from request to request
+
+    @property
+    def sizes_open(self) -> bool:
+        """Tell whether rows may have a shape that only the model itself can refuse."""
+        return self.columns is None or None in self.shape
 
     def parse(self, data: Any) -> Any:
         """Turn the decoded JSON value of `data` into what the model's `predict` takes.
@@ -95,11 +105,13 @@ class Signature:
             raise BadRows("data has no rows")
         if self.layout in ("texts", "numbers"):
             return self._parse_scalars(data)
+        if self.layout == "tensor":
+            return self._tensor(data)
         rows = self._in_column_order(data)
         if self.columns is None or all(c.dtype == "float64" for c in self.columns):
             numbers = self._number_array(rows)
             return self._frame(numbers) if self.layout == "frame" else numbers
-        return self._mixed(rows)
+        return self._records(rows) if self.layout == "records" else self._mixed(rows)
 
     def example(self) -> str:
         """Show the form of `data` with one row, as JSON."""
@@ -107,17 +119,21 @@ class Signature:
             return '["some text"]'
         if self.layout == "numbers":
             return "[0.5]"
+        if self.layout == "tensor":
+            return _nested(_SHOWN[kind_of(self.precision)], self.shape)
         if self.columns is None or len(self.columns) > 8:
             return "[[1.0, 2.0, …]]" + (f" with {len(self.columns)} values each" if self.columns else "")
-        shown = {"number": "0.5", "text": '"text"', "boolean": "true", "any": "0.5"}
-        return "[[" + ", ".join(shown[c.kind] for c in self.columns) + "]]"
+        return "[[" + ", ".join(_SHOWN[c.kind] for c in self.columns) + "]]"
 
     def describe(self) -> dict[str, Any]:
         """Describe the signature for people and programs, as JSON values."""
         columns = None
         if self.columns is not None:
             columns = [{"name": c.name, "type": c.kind, "nullable": c.nullable} for c in self.columns]
-        return {"layout": self.layout, "columns": columns, "form": self.example()}
+        described: dict[str, Any] = {"layout": self.layout, "columns": columns, "form": self.example()}
+        if self.layout == "tensor":
+            described |= {"shape": list(self.shape), "type": kind_of(self.precision)}
+        return described
 
     # --- rows as lists, in column order
 
@@ -187,6 +203,8 @@ class Signature:
     def _mixed(self, rows: list[Any]) -> Any:
         assert self.columns is not None  # a model that does not tell its columns takes numbers
         self._check_values(rows)
+        if kind_of(self.precision) != "number":  # all columns are of this type
+            return _numpy(rows, self.precision)
         by_column = [
             [c.missing if value is None else value for value in values]
             for c, values in zip(self.columns, zip(*rows, strict=True), strict=True)
@@ -204,6 +222,15 @@ class Signature:
         array = np.empty((len(rows), len(by_column)), dtype=object)
         for at, values in enumerate(by_column):
             array[:, at] = values
+        return array
+
+    def _records(self, rows: list[Any]) -> Any:
+        assert self.columns is not None
+        self._check_values(rows)
+        types = [(str(c.name), object if c.dtype == "str" else c.dtype) for c in self.columns]
+        array = np.empty(len(rows), dtype=types)
+        for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
+            array[column.name] = _numpy(values, column.dtype)  # None becomes NaN
         return array
 
     def _check_values(self, rows: list[Any]) -> None:
@@ -225,6 +252,36 @@ class Signature:
                 else:
                     yield where | {"detail": f"{_json_name(value)}; expected {_EXPECTED[column.kind]}"}
 
+    # --- rows as nested lists
+
+    def _tensor(self, data: list[Any]) -> Any:
+        values = data
+        sizes: list[int] = []
+        for size in self.shape:  # open one level of lists after the other
+            lengths = set(map(len, values)) if set(map(type, values)) == {list} else set()
+            if len(lengths) != 1 or size not in (None, *lengths) or 0 in lengths:
+                raise _bad(self._wrong_tensors(data))
+            sizes += lengths
+            values = list(itertools.chain.from_iterable(values))
+        if not set(map(type, values)) <= ACCEPTED[kind_of(self.precision)]:
+            raise _bad(self._wrong_tensors(data))
+        return _numpy(values, self.precision).reshape(len(data), *sizes)
+
+    def _wrong_tensors(self, data: list[Any]) -> Iterable[dict[str, Any]]:
+        kind, wanted = kind_of(self.precision), self.shape
+        for at, row in enumerate(data):
+            found = _shape(row)
+            if found is None:
+                yield {"row": at, "detail": "the lists in it differ in length or depth"}
+            elif 0 in found or len(found) != len(wanted) or _filled(wanted, found) != found:
+                yield {"row": at, "detail": f"{_sizes(found)}; expected {_sizes(self.shape)}"}
+            else:
+                wanted = found  # the rows of a request are alike, where their sizes are open
+                for value in _leaves(row, len(found)):
+                    if type(value) not in ACCEPTED[kind]:
+                        yield {"row": at, "detail": f"holds {_json_name(value)}; expected {_EXPECTED[kind]}"}
+                        break
+
     def _parse_scalars(self, data: list[Any]) -> Any:
         kind: Kind = "text" if self.layout == "texts" else "number"
         if not set(map(type, data)) <= ACCEPTED[kind]:
@@ -236,11 +293,65 @@ class Signature:
         return data if kind == "text" else _numpy(data, self.precision)
 
 
-def _numpy(values: list[Any], dtype: str) -> Any:
+def kind_of(dtype: str) -> Kind:
+    """Return what a caller sends for a numpy type."""
+    if dtype in ("str", "bool"):
+        return "text" if dtype == "str" else "boolean"
+    return "integer" if "int" in dtype else "number"
+
+
+def _numpy(values: Sequence[Any], dtype: str) -> Any:
+    if dtype == "str":
+        return np.array(values, dtype=object)
     try:
-        return np.array(values, dtype=dtype)
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype=dtype)
     except OverflowError:
-        raise BadRows("data holds a whole number that is too large for a 64-bit float") from None
+        raise BadRows(f"data holds a whole number that is too large for {_NUMBERS.get(dtype, dtype)}") from None
+    if dtype in ("float32", "float16") and np.isinf(array).any():
+        raise BadRows(f"data holds a number that is too large for {_NUMBERS[dtype]}, which the model takes")
+    return array
+
+
+_NUMBERS = {f"float{bits}": f"a {bits}-bit float" for bits in (16, 32, 64)}
+_SHOWN: dict[Kind, str] = {"number": "0.5", "integer": "1", "text": '"text"', "boolean": "true", "any": "0.5"}
+
+
+def _nested(value: str, shape: Sequence[int | None]) -> str:
+    """Show the first row of a tensor: `[[[0.5, …], …]]`, in full where it is short."""
+    for size in reversed(shape):
+        value = f"[{', '.join([value] * size)}]" if size and size * len(value) < 60 else f"[{value}, …]"
+    return f"[{value}]"
+
+
+def _shape(row: Any) -> tuple[int, ...] | None:
+    """Return the shape of nested lists, or None where they are ragged."""
+    level = [row]
+    sizes: list[int] = []
+    while any(type(value) is list for value in level):
+        lengths = {len(value) if type(value) is list else -1 for value in level}
+        if len(lengths) > 1:
+            return None
+        sizes += lengths
+        level = list(itertools.chain.from_iterable(level))
+    return tuple(sizes)
+
+
+def _filled(shape: Sequence[int | None], found: Sequence[int]) -> tuple[int, ...]:
+    return tuple(f if size is None else size for size, f in zip(shape, found, strict=True))
+
+
+def _sizes(shape: Sequence[int | None]) -> str:
+    if not shape:
+        return "a single value"
+    return "nested lists of " + " × ".join("any number" if size is None else str(size) for size in shape)
+
+
+def _leaves(row: Any, depth: int) -> list[Any]:
+    values = [row]
+    for _ in range(depth):
+        values = list(itertools.chain.from_iterable(values))
+    return values
 
 
 def _are_whole(values: list[Any]) -> bool:

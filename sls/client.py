@@ -68,11 +68,14 @@ def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]
     def send(records: list[dict[str, Any]]) -> None:
         group = LogGroupRaw(Topic=TOPIC, Source=source)
         for record in records:
-            nanoseconds = round(record["time"] * 1e6) * 1000
-            entry = group.Logs.add(Time=nanoseconds // 10**9, Time_ns=nanoseconds % 10**9)
-            for key, value in record.items():
-                if key != "time":
-                    entry.Contents.add(Key=key, Value=_as_text(value).encode())
+            seconds, microseconds = divmod(round(record["time"] * 1e6), 10**6)
+            # One call with all contents: a call for each would cost twice as much.
+            contents = [
+                {"Key": key, "Value": (value if type(value) is str else _as_text(value)).encode()}
+                for key, value in record.items()
+                if key != "time"
+            ]
+            group.Logs.add(Time=seconds, Time_ns=microseconds * 1000, Contents=contents)
         client.put_log_raw(settings.sls_project, settings.sls_logstore, group)
 
     return send

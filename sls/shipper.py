@@ -6,6 +6,7 @@ are files in the journal's directory, and the kernel frees them with their holde
 """
 
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STATE = "ship.json"
 COUNTS = ("shipped", "refused", "dropped")
-BATCH_RECORDS = 4096  # SLS takes no more in one call
+BATCH_RECORDS = 2048  # SLS takes 4096 in one call; decoded, these are some 5 MB
 BATCH_BYTES = 2 * 2**20  # of journal lines; SLS takes 10 MB, and 3 MB of raw logs is advised
 LINGER = 2.0  # seconds that a batch which is not full waits for more
 BACK_OFF = 0.1, 50.0  # seconds: before the first retry, doubled up to the second
@@ -216,16 +217,22 @@ class Shipper:
     def _read(self, path: Path, batch: Batch) -> None:
         with path.open("rb") as file:
             start = file.seek(self._state["offsets"].get(path.name, 0))
-            while not batch.is_full and (line := file.readline()).endswith(b"\n"):
-                batch.offsets[path.name] = file.tell()
-                batch.size += len(line)
+            at = start
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # being written just now, or cut off by a kill
+                at += len(line)
                 try:
                     record = orjson.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("time"), (int, float)):
+                        batch.records.append(record)
                 except orjson.JSONDecodeError:
-                    continue  # torn by a full disk; its writer counts it as lost
-                if isinstance(record, dict) and isinstance(record.get("time"), (int, float)):
-                    batch.records.append(record)
-            at = batch.offsets.get(path.name, start)
+                    pass  # torn by a full disk; its writer counts it as lost
+                if len(batch.records) >= BATCH_RECORDS or batch.size + at - start >= BATCH_BYTES:
+                    break
+            if at > start:
+                batch.offsets[path.name] = at
+                batch.size += at - start
             if not batch.is_full and is_finished(path) and file.seek(0, os.SEEK_END) >= at:
                 file.seek(at)
                 if b"\n" not in file.read():  # the rest, if any, is a line that a kill cut off
@@ -261,6 +268,7 @@ class Shipper:
                 self._send(records)
             except SLSError as error:
                 self._note(error)
+                gc.collect()  # a connection that failed leaves a cycle that holds the whole batch
                 is_old = records[-1]["time"] < time.time() - TOO_OLD  # then all are, and halving would end at each
                 if error.is_content and len(records) > 1 and not is_old:
                     middle = len(records) // 2

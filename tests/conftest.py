@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import pytest
@@ -189,15 +189,25 @@ class Gunicorn:
         return self.process.wait(seconds)
 
 
+class Answer(NamedTuple):
+    """What a caller of `Load` was answered."""
+
+    began: float  # when it was asked, as time.monotonic() counts
+    status: int
+    version: str | None  # that X-Model-Version names
+    body: bytes
+
+
 class Load:
     """Callers in threads of their own that ask one request after the other, each on a connection of its own.
 
-    `statuses` holds what they were answered, `answered` the ids of the requests that got a 200, and `errors` what came
-    instead of an answer.
+    `answers` holds what they were answered, `statuses` its statuses alone, `answered` the ids of the requests that got
+    a 200, and `errors` what came instead of an answer.
     """
 
     def __init__(self, server: Gunicorn, callers: int = 3, pause: float = 0.01) -> None:
         self.statuses: list[int] = []
+        self.answers: list[Answer] = []
         self.answered: list[str] = []
         self.errors: list[Exception] = []
         self._server, self._pause, self._ending = server, pause, threading.Event()
@@ -208,12 +218,14 @@ class Load:
         while not self._ending.wait(self._pause):
             name = uuid.uuid4().hex
             headers = {"Content_Type": "application/json", "Authorization": basic("predict"), "X_Request_ID": name}
+            began = time.monotonic()
             try:
-                status = self._server.ask("POST", "/predict", body, **headers)[0]
+                status, told, answer = self._server.ask("POST", "/predict", body, **headers)
             except (OSError, http.client.HTTPException) as error:
                 self.errors.append(error)
             else:
                 self.statuses.append(status)
+                self.answers.append(Answer(began, status, told["X-Model-Version"], answer))
                 if status == 200:
                     self.answered.append(name)
 

@@ -120,10 +120,12 @@ def test_compressed_joblib_file_loads(tmp_path: Path, compress: Any) -> None:
 # --- what is no model
 
 
-@pytest.mark.parametrize("name", ["model", "model.onnx", "model.joblib.gz", "model.", ".joblib"])
+@pytest.mark.parametrize("name", ["model", "model.npz", "model.joblib.gz", "model.", ".joblib"])
 def test_unknown_suffix_is_refused_with_the_ones_that_are_known(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(pickle.dumps(MODEL))
-    assert refusal(tmp_path / name).endswith("expected one of .joblib, .pkl, .pickle, .skops")
+    assert refusal(tmp_path / name).endswith(
+        "expected one of .joblib, .pkl, .pickle, .skops, .onnx, .pt, .pt2, .h5, .keras"
+    )
 
 
 def test_empty_file_is_told_as_damaged(tmp_path: Path, suffix: str) -> None:

@@ -70,6 +70,7 @@ def test_record_holds_what_the_design_lists(serve: Any, iris_file: Path) -> None
         "method": "predict_proba",
         "rows": 2,
         "model_version": answer.headers["X-Model-Version"],
+        "variant": "stable",
         "user": "predict",
         "request_id": "caller-chose:1",
     }
@@ -551,7 +552,8 @@ def test_journal_that_is_deleted_while_serving_is_begun_anew(client: Client, rem
 
 
 def test_prediction_is_answered_when_the_journal_cannot_be_written(client: Client) -> None:
-    client.journal_dir.parent.joinpath("journal").write_text("in the way")
+    shutil.rmtree(client.journal_dir)
+    client.journal_dir.write_text("in the way")
     assert client.predict([[1]]) == {"prediction": [1.0]}
 
 

@@ -49,6 +49,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "port": ("8080", 8080),
         "web_concurrency": ("3", 3),
         "worker_class": ("gthread", "gthread"),
+        "preload": ("1", True),
         "graceful_timeout": ("10", 10),
         "trusted_proxies": ("2", 2),
         "model_path": ("~/model.joblib", tmp_path / "model.joblib"),

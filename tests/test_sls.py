@@ -78,7 +78,7 @@ def test_batches_are_bounded_and_wait_for_more_only_when_they_are_not_full(tmp_p
     directory = journal_of(tmp_path, 10_000)
     with in_thread(directory, real_sender(sls)):
         sls.wait_until(lambda: len(sls.logs) == 10_000)
-        assert sls.batches == [4096, 4096, 10_000 - 2 * 4096]
+        assert sls.batches == [2048, 2048, 2048, 2048, 10_000 - 4 * 2048]
         wide = Journal(directory, 10**8)
         for _ in range(60):
             wide.append({"filling": "x" * 100_000})
