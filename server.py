@@ -8,7 +8,7 @@
     GET  /readyz                    the model is loaded and has answered its sample              open
 
 A request's way: auth → body → version (model.serving) → rows (model.signature) → predict → one line in the journal
-(monitor) → answer. Every error is answered as problem+json (RFC 9457).
+(monitor) → answer. Every error is answered as problem+json (problems).
 """
 
 import itertools
@@ -23,21 +23,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import orjson
 from flask import Flask, Response, g, request
 from flask_httpauth import HTTPBasicAuth
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import (
-    Forbidden,
-    HTTPException,
-    InternalServerError,
-    MethodNotAllowed,
-    NotFound,
-    ServiceUnavailable,
-    TooManyRequests,
-    Unauthorized,
-    UnsupportedMediaType,
-)
+from werkzeug.exceptions import Forbidden, HTTPException, Unauthorized, UnsupportedMediaType
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users
@@ -56,6 +45,7 @@ from model import (
     veto,
 )
 from monitor import Journal, Tail, log_monitor
+from problems import ModelFault, NotReady, fault, json_response, problem
 from settings import Settings
 from sls import Presence
 
@@ -101,9 +91,12 @@ class Service:
         self.max_rows = settings.max_rows
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
-        self.roster = Roster(settings.journal_dir)
         self.serving = Serving(
-            settings.model_path, settings.model_dir, settings.allow_version_mismatch, native, self.roster.announce
+            settings.model_path,
+            settings.model_dir,
+            settings.allow_version_mismatch,
+            native,
+            Roster(settings.journal_dir),
         )
         self.guard = Guard(settings.journal_dir, settings.model_dir)
         self._tail: Tail | None = None  # of the journal, while this worker guards a canary
@@ -310,8 +303,10 @@ class Service:
         mark, reason = veto(self._journal_dir)
         self.serving.veto(mark, reason)
         routing = self.serving.guarded()
-        if routing is None or routing.mark == mark or not self.guard.has_turn():
+        if routing is None or routing.mark == mark:
+            self.guard.let_go()  # for a worker that serves the canary
             self._tail = None
+        if routing is None or routing.mark == mark or not self.guard.has_turn():
             return
         self._tail = self._tail or Tail(self._journal_dir, self.guard.since(routing))
         reason = self.native(self._look, routing)
@@ -346,60 +341,6 @@ class Service:
                 request_id="",
                 requests=count,
             )
-
-
-# --- answers
-
-
-def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
-    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null."""
-    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    return Response(body, status, content_type=content_type)
-
-
-class NotReady(ServiceUnavailable):
-    """503: no model is loaded."""
-
-
-class ModelFault(InternalServerError):
-    """500: the model raised, or returned what is not one prediction a row."""
-
-
-def problem(error: HTTPException) -> Response:
-    """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
-    basis = error.get_response()
-    g.error = error.name
-    g.record["error_type"] = error_type(error)
-    detail = error.description
-    if isinstance(error, NotFound):
-        detail = "there is nothing at this path; predictions are at POST /predict"
-    elif isinstance(error, MethodNotAllowed):
-        detail = f"this path does not take {request.method}; use {basis.headers['Allow']}"
-    content = {"status": basis.status_code, "title": error.name, "detail": detail, "request_id": g.request_id}
-    if isinstance(error, Unprocessable) and error.errors:
-        content["errors"] = error.errors
-    response = json_response(content, basis.status_code, "application/problem+json")
-    for name, value in basis.headers:
-        if name not in ("Content-Type", "Content-Length"):
-            response.headers.add(name, value)
-    return response
-
-
-def error_type(error: HTTPException) -> str:
-    """Say whose fault an error is; alerts watch model, overload and internal."""
-    if isinstance(error, (NotReady, ModelFault)):
-        return "model"
-    if isinstance(error, (Unauthorized, Forbidden, TooManyRequests)):
-        return "auth"
-    if isinstance(error, ServiceUnavailable):
-        return "overload"
-    return "client" if (error.code or 500) < 500 else "internal"
-
-
-def fault(error: Exception) -> Response:
-    """Answer an error of our own: the traceback goes to the log, never out."""
-    log.error("request %s: %s", g.request_id, type(error).__name__, exc_info=error)
-    return problem(InternalServerError("the server failed on this request; its log says why, under this request_id"))
 
 
 # --- threads

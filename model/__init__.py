@@ -12,7 +12,8 @@ serving, learning, formats.
 
 from .formats import ModelLoadError
 from .guard import Guard, veto
-from .serving import METHODS, LoadedModel, ModelFailed, ModelNotReady, Roster, RowsRefused, Serving, UnknownVersion
+from .roster import Roster
+from .serving import METHODS, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving, UnknownVersion
 from .signature import BadRows, Signature
 
 __all__ = [

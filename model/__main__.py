@@ -15,7 +15,7 @@ from settings import Settings, SettingsError
 from .formats import ModelLoadError
 from .guard import veto
 from .publishing import preflight, publish, verify
-from .serving import Roster
+from .roster import Roster
 from .versions import Manifest, Routing, Store, StoreError, check_weight, rows_from
 
 
@@ -93,9 +93,9 @@ def run(given: argparse.Namespace, settings: Settings) -> int:
             routing = store.promote(given.version)
         else:
             routing = store.canary(given.version, given.weight, given.guard)
-        return _routed(routing, settings, given.wait)
+        return _routed(store, routing, settings, given.wait)
     elif given.command == "rollback":
-        return _routed(store.rollback(), settings, given.wait)
+        return _routed(store, store.rollback(), settings, given.wait)
     elif given.command == "list":
         _list(store, settings)
     elif given.command == "show":
@@ -125,7 +125,7 @@ def _fits(store: Store, version: str, settings: Settings, force: bool) -> None:
         print("fits  it answers its sample here as when it was published")
 
 
-def _routed(routing: Routing, settings: Settings, wait: float | None) -> int:
+def _routed(store: Store, routing: Routing, settings: Settings, wait: float | None) -> int:
     """Print the routing; with `wait` (seconds), see until all workers of this host serve it."""
     beside = f", canary {routing.canary} for {routing.weight:g} of a hundred requests" if routing.canary else ""
     print(f"generation {routing.generation}: stable {routing.stable}{beside}")
@@ -135,7 +135,10 @@ def _routed(routing: Routing, settings: Settings, wait: float | None) -> int:
     workers: list[dict[str, Any]] = []
     while time.monotonic() - began < wait:
         workers = Roster.read(settings.journal_dir)
-        late = [each for each in workers if each["generation"] < routing.generation]
+        late = [each for each in workers if each["generation"] != routing.generation]
+        now = Routing.read(store.directory)
+        if now.mark != routing.mark:
+            raise StoreError(f"the routing was changed again meanwhile: generation {now.generation}, {now.why}")
         broken = [each for each in workers if each["error"]]
         if workers and not late:
             break

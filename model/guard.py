@@ -92,7 +92,7 @@ class Guard:
         self._watched = ""  # the routing
         self._since = 0.0
         self._tallies: dict[str, Tally] = {}
-        os.register_at_fork(after_in_child=self._let_go)
+        os.register_at_fork(after_in_child=self.let_go)
 
     def has_turn(self) -> bool:
         """Tell whether this process is the one that watches. Raises: OSError, the directory cannot be written."""
@@ -129,7 +129,7 @@ class Guard:
                     self._tallies[variant].add(record)
         stable, canary = self._tallies["stable"], self._tallies["canary"]
         reason = judge(stable, canary)
-        if reason or canary.requests >= STRETCH or stable.requests + canary.requests >= MOST:
+        if not reason and (canary.requests >= STRETCH or stable.requests + canary.requests >= MOST):
             self._tallies = {"stable": Tally(), "canary": Tally()}
         if reason:
             try:
@@ -139,9 +139,11 @@ class Guard:
             except StoreError:
                 veto = {"routing": routing.mark, "canary": routing.canary, "reason": reason}
                 write_json(self._directory / VETO, veto)
+            self._tallies = {"stable": Tally(), "canary": Tally()}
         return reason
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Leave the turn to another process."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -1,17 +1,13 @@
 """The model in memory: loaded beside the traffic, proved with a sample, then swapped in as one reference."""
 
-import fcntl
 import hashlib
-import json
 import logging
 import math
-import os
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import numpy as np
 from . import formats, versions
 from .formats import ModelLoadError
 from .learning import learn
+from .roster import Roster
 from .signature import Signature
 
 log = logging.getLogger(__name__)
@@ -131,70 +128,6 @@ def _check_length(found: int | str, n_rows: int) -> None:
         raise ModelFailed(f"the model returned {found} for {n_rows} rows")
 
 
-class Roster:
-    """Says which workers serve what, in a file each: `worker-<pid>.json` in the service's state directory.
-
-    Format: a JSON object with `pid`, `ready`, `error`, and `stable`, `canary` (versions or null) and `generation` of
-    the routing that is served.
-
-    Concurrency: a worker holds its file with `flock`, and replaces it by another that it holds already. So a file that
-    can be locked and still has its name is of a dead worker, and one that is read is whole.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._fd: int | None = None
-        os.register_at_fork(after_in_child=self._leave)  # a child that kept it would keep the lock
-
-    def announce(self, state: dict[str, Any]) -> None:
-        """Write what `Serving.describe` says. A directory that cannot be written costs only this knowledge."""
-        routing = state["routing"] or {}
-        known = {"pid": os.getpid(), "ready": state["ready"], "error": state["error"]}
-        known |= {name: state[name] and state[name]["version"] for name in ("stable", "canary")}
-        text = json.dumps(known | {"generation": routing.get("generation", 0)}).encode()
-        path = self._directory / f"worker-{os.getpid()}.json"
-        fd = None
-        try:
-            if self._fd is None:
-                self.read(self._directory)  # sweeps
-                self._directory.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            os.write(fd, text)
-            os.rename(path.with_suffix(".new"), path)
-        except OSError as error:
-            log.warning("what this worker serves cannot be told in %s: %s", self._directory, error)
-            if fd is not None:
-                os.close(fd)
-        else:
-            self._leave()
-            self._fd = fd
-
-    @staticmethod
-    def read(directory: Path) -> list[dict[str, Any]]:
-        """Return what the living workers have announced; remove the files of the dead."""
-        found = []
-        for path in sorted(directory.glob("worker-*.json")):
-            replaced = True
-            while replaced:
-                replaced = False
-                with suppress(OSError, ValueError), path.open("rb") as file:  # gone meanwhile, or torn by a full disk
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        found.append(json.loads(file.read()))
-                    else:
-                        replaced = not os.fstat(file.fileno()).st_nlink
-                        if not replaced:
-                            path.unlink()
-        return found
-
-    def _leave(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-
 @dataclass(frozen=True)
 class Routes:
     """What is served at one moment. Requests read it once, so each sees one state and never a mixture."""
@@ -218,18 +151,18 @@ class Serving:
         model_dir: Path = Path("var/models"),
         allow_version_mismatch: bool = False,
         native: Callable[..., Any] = lambda function, *arguments: function(*arguments),
-        announce: Callable[[dict[str, Any]], None] = lambda state: None,
+        roster: Roster | None = None,
     ) -> None:
         """Remember where the model is; nothing is read before `start`.
 
         Args:
             model_path: one file to serve, or None to serve from the version store `model_dir`.
             native: runs a function on a native thread and returns its result, while the caller's event loop goes on.
-            announce: is told `describe()` whenever it changes.
+            roster: is told what is served, and remembers it for a start without a routing that can be read.
         """
         self._path, self._dir = model_path, model_dir
         self._allow_version_mismatch = allow_version_mismatch
-        self._native, self._announce = native, announce
+        self._native, self._roster = native, roster
         self._routes: Routes | None = None
         self._errors: list[str] = []
         self._veto = "", ""  # the mark of the routing whose canary is not to be served, and why
@@ -307,7 +240,8 @@ class Serving:
                 if marks != seen or self._stale:
                     seen, self._stale = marks, False
                     self._refresh()
-                    self._announce(self.describe())
+                    if self._roster:
+                        self._roster.announce(self.describe())
             except Exception:  # one bad round must not be the last
                 log.exception("watching the version store failed")
             self.finished.set()
@@ -333,7 +267,7 @@ class Serving:
         old = self._routes
         errors: list[str] = []
         try:
-            routing = self._routing()
+            routing = self._routing(errors)
             if not routing.stable:
                 raise ModelLoadError(
                     f"{self._dir} holds no version to serve. Make the demo model with "
@@ -366,12 +300,23 @@ class Serving:
         if self._routes is not None and (old is None or _names(old) != _names(self._routes)):
             log.info("serving %s", _names(self._routes))
 
-    def _routing(self) -> versions.Routing:
-        return versions.Routing(stable=BARE) if self._path is not None else versions.Routing.read(self._dir)
+    def _routing(self, errors: list[str]) -> versions.Routing:
+        """Return what is to be served. At boot, where that cannot be read, what was served last."""
+        if self._path is not None:
+            return versions.Routing(stable=BARE)
+        try:
+            return versions.Routing.read(self._dir)
+        except ModelLoadError as error:
+            last = self._roster.last() if self._roster and self._routes is None else None
+            if last is None:
+                raise
+            errors.append(str(error))
+            log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
+            return last
 
     def _is_wanted(self, routing: versions.Routing) -> bool:
         """Tell whether what was loaded for a routing is still asked for, not taken back while it loaded."""
-        now = self._routing()
+        now = self._routing([])
         return now.stable == routing.stable and routing.canary in ("", now.canary)
 
     def _load(self, version: str, errors: list[str]) -> LoadedModel | None:

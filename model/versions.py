@@ -98,13 +98,13 @@ class Routing:
     why: str = ""
 
     @classmethod
-    def read(cls, directory: Path) -> "Routing":
+    def read(cls, directory: Path, name: str = "routing.json") -> "Routing":
         """Read the routing of a store; one that has none yet routes nothing.
 
         Raises:
             ModelLoadError: it does not make sense.
         """
-        path = directory / "routing.json"
+        path = directory / name
         try:
             given = orjson.loads(path.read_bytes())
             previous = given.get("previous", [])

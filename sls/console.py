@@ -51,6 +51,9 @@ class Recipients(NamedTuple):
     def __bool__(self) -> bool:
         return bool(self.mail or self.dingtalk)
 
+    def __repr__(self) -> str:
+        return "Recipients(***)"
+
     def hide(self, text: str) -> str:
         """Return a text without the URL and the secret, nor the beginning of a token that was cut off."""
         for secret in filter(None, (self.dingtalk, self.secret)):

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -30,8 +31,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from model import ModelFailed, ModelLoadError, ModelNotReady, RowsRefused, Serving, demo, publishing
+from model.roster import Roster
 from model.serving import as_json, load_version, same_predictions
-from model.versions import Manifest, Routing, Store
+from model.versions import Manifest, Routing, Store, write_json
 
 IRIS = load_iris(as_frame=True)
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -278,6 +280,26 @@ class Sums:
 def test_model_that_does_not_answer_row_by_row_is_not_served(tmp_path: Path) -> None:
     joblib.dump(Sums(), tmp_path / "model.joblib")
     assert "single value" in str(served(model_path=tmp_path / "model.joblib").describe()["error"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"stable": "2"'])
+def test_start_with_a_routing_that_cannot_be_read_serves_what_was_served_last(
+    store: Path, tmp_path: Path, text: str
+) -> None:
+    first = served(model_dir=store, roster=Roster(tmp_path / "state"))
+    assert first.describe()["error"] is None
+    (store / "routing.json").write_text(text)
+    again = served(model_dir=store, roster=Roster(tmp_path / "state"))
+    assert again.choose()[0].version == "1"
+    assert "routing.json cannot be used" in again.describe()["error"]
+    alone = served(model_dir=store, roster=Roster(tmp_path / "other"))
+    with pytest.raises(ModelNotReady):
+        alone.choose()
+    write_json(store / "routing.json", {"stable": "1"})
+    deadline = time.monotonic() + 20
+    while again.describe()["error"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert again.describe()["error"] is None
 
 
 def test_about_says_what_is_served(store: Path) -> None:

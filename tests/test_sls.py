@@ -23,6 +23,7 @@ from monitor import Journal, segments
 from settings import Settings
 from sls import Progress
 from sls.client import connect, sender
+from sls.console import Recipients
 from sls.shipper import Shipper, SLSError
 
 
@@ -213,6 +214,38 @@ def test_progress_says_what_waits_for_how_long_and_why(tmp_path: Path, sls: Loop
     with shipper(tmp_path, sls) as process:
         assert process.wait(30) == 0
     assert Progress.read(directory) == Progress(5, 0, 0, 0, None, "")
+
+
+def test_shipper_needs_neither_flask_nor_a_model() -> None:
+    wanted = "import sls.__main__, sls.client, sys; print({'flask', 'sklearn', 'numpy', 'gevent'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", wanted], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_worker_needs_no_sdk() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import server, sys; print({'aliyun', 'requests'} & {*sys.modules})"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "set()\n"
+
+
+def test_keys_appear_in_no_repr() -> None:
+    environ = {
+        "ALIBABA_CLOUD_ACCESS_KEY_ID": "LTAI-findme",
+        "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "secret-findme",
+        "ALIBABA_CLOUD_SECURITY_TOKEN": "token-findme",
+        "SLS_ENDPOINT": "cn-test.log.aliyuncs.com",
+        "SLS_PROJECT": "proj",
+        "SLS_LOGSTORE": "ls",
+        "SLS_ALERT_DINGTALK": "https://oapi.dingtalk.com/robot/send?access_token=findme",
+        "SLS_ALERT_DINGTALK_SECRET": "SEC-findme",
+    }
+    client = connect(Settings.from_environ(environ), environ)
+    held = client._credentials.get_credentials()
+    shown = repr([client, vars(client), client._credentials, vars(client._credentials)["_found"], held])
+    shown += repr([Recipients.from_environ(environ), Settings.from_environ(environ)])
+    assert "findme" not in shown
 
 
 # --- the network

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 from sklearn.compose import make_column_transformer
@@ -920,3 +921,53 @@ def test_learned_signature_is_the_one_that_the_file_tells(onnx: Any, tmp_path: P
     signature, rows = learn(formats.load(path))
     assert len(signature.columns or ()) == 3
     assert rows == [[0.0, 0.0, 0.0]] * 2
+
+
+@pytest.mark.long
+def test_every_kind_of_file_is_published_promoted_served_and_rolled_back_by_the_same_commands(
+    onnx: Any, torch: Any, network: Any, trained_keras: Any, tmp_path: Path
+) -> None:
+    from conftest import Load, gunicorn, write_users
+
+    iris = LogisticRegression(max_iter=500).fit(X, Y)
+    sample = tmp_path / "rows.json"
+    sample.write_text(json.dumps(ROWS[::50]))
+    joblib.dump(iris, tmp_path / "model.joblib")
+    converted(tmp_path, iris, options={"zipmap": False})
+    scripted(torch, network, tmp_path / "model.pt")
+    trained_keras.save(tmp_path / "model.h5")
+    environ = os.environ | {"MODEL_DIR": str(tmp_path / "store"), "JOURNAL_DIR": str(tmp_path / "journal")}
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "model", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    expected = {
+        ".joblib": iris.predict(X),
+        ".onnx": iris.predict(X),
+        ".pt": own_answers(torch, network),
+        ".h5": trained_keras.predict(X, verbose=0),
+    }
+    for suffix in expected:
+        command("publish", str(tmp_path / f"model{suffix}"), "--version", suffix[1:], "--sample", str(sample))
+    command("promote", "joblib")
+    write_users(tmp_path / "users.json")
+    with gunicorn(tmp_path, model_dir=tmp_path / "store", web_concurrency=2) as server, Load(server) as load:
+
+        def assert_serves(suffix: str) -> None:
+            status, answered = server.predict(ROWS)
+            assert status == 200, answered
+            assert np.allclose(answered["prediction"], expected[suffix], rtol=1e-5, atol=1e-6)
+
+        for suffix in expected:
+            if suffix != ".joblib":
+                assert "all 2 workers serve it" in command("promote", suffix[1:], "--wait", "120")
+            assert_serves(suffix)
+        for suffix in list(expected)[-2::-1]:
+            assert "all 2 workers serve it" in command("rollback", "--wait", "120")
+            assert_serves(suffix)
+    assert set(load.statuses) == {200}
+    assert not load.errors

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -664,7 +665,7 @@ def test_wait_that_is_interrupted_ends_without_a_traceback(
     store: Store, artifact: Path, command: Any, monkeypatch: Any
 ) -> None:
     put(store, artifact, "1")
-    monkeypatch.setattr("time.sleep", stop)
+    monkeypatch.setattr("model.__main__.time", SimpleNamespace(sleep=stop, monotonic=time.monotonic))
     done = command("promote", "1", "--force", "--wait")
     assert (done.status, done.err) == (130, "")
 
@@ -700,6 +701,19 @@ def test_wait_tells_of_a_worker_that_is_late(store: Store, artifact: Path, comma
     worker(0)
     done = command("promote", "1", "--force", "--wait", "0.3")
     assert (done.status, done.err) == (1, "0 of 1 workers serve it\n")
+
+
+def test_wait_ends_where_somebody_changed_the_routing_again(
+    store: Store, artifact: Path, command: Any, worker: Any
+) -> None:
+    put(store, artifact, "1", "2")
+    store.promote("1")
+    worker(1)
+    other = threading.Timer(0.5, store.canary, ("1", 5.0))
+    other.start()
+    done = command("promote", "2", "--force", "--wait", "30")
+    other.join()
+    assert done.refusal() == "model: the routing was changed again meanwhile: generation 3, canary 1 --weight 5\n"
 
 
 # --- preflight
