@@ -338,7 +338,7 @@ def test_only_one_process_has_the_turn(guard: Guard, tmp_path: Path) -> None:
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "state")]
     assert subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "False\n"
-    guard._let_go()  # as the end of its process would
+    guard.let_go()  # as the end of its process would
     assert other.has_turn()
     assert not guard.has_turn()
 
@@ -358,7 +358,7 @@ if not os.fork():
     os.read(held, 1)  # until the parent ends
     os._exit(0)
 os.read(out, 2)
-guard._let_go()
+guard.let_go()
 print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).has_turn())
 """
     asked = [sys.executable, "-c", script, str(tmp_path)]
