@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from werkzeug.security import generate_password_hash
 
 from monitor import segments
 from server import create_app
-from settings import Settings
+from settings import Settings, usable_cores
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "correct horse"  # of every test user
@@ -36,6 +37,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # in the main process of xdist only
     if os.environ.get("REQUIRE_ALL") and reporter and reporter.stats.get("skipped") and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List what was left out, a line for each reason."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"LEFT OUT, {count} tests: {reason.removeprefix('Skipped: ')}")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Use two processes for a core, since most tests wait for a server; for the long ones, which load it, one."""
+    return usable_cores() * (2 if config.option.markexpr == "not long" else 1)
 
 
 def basic(user: str, password: str = PASSWORD) -> str:
