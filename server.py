@@ -281,7 +281,7 @@ class Service:
 
     def _keep_house(self) -> None:
         """Do once a second what must not wait for a request, nor make one wait."""
-        summarised = time.monotonic()
+        summarised, complained = time.monotonic(), -60.0
         presence = Presence(self._journal_dir) if self._ships else None
         while True:
             time.sleep(1.0)
@@ -292,11 +292,13 @@ class Service:
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:
                     summarised = time.monotonic()
                     self.summarise_strangers()
-                self._watch_canary()
                 if presence:
                     presence.tick()
+                self._watch_canary()
             except Exception:  # one bad round must not be the last
-                log.exception("housekeeping failed")
+                if time.monotonic() - complained >= 60.0:  # seconds; it may be the same at every round
+                    complained = time.monotonic()
+                    log.exception("housekeeping failed")
 
     def _watch_canary(self) -> None:
         """Honour a veto on the canary; and in one worker, come to one."""

@@ -111,7 +111,7 @@ class Settings:
     journal_dir: Path = _setting(_path, Path("var/journal"))
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
 
-    # Where the records go (sls.py); shipping is on when the first three are set
+    # Where the records go (sls/); shipping is on when the first three are set
     sls_endpoint: str = _setting(_text, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
     sls_project: str = _setting(_text, "")
     sls_logstore: str = _setting(_text, "")

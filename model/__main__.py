@@ -115,7 +115,8 @@ def run(given: argparse.Namespace, settings: Settings) -> int:
 def _fits(store: Store, version: str, settings: Settings, force: bool) -> None:
     """Print whether a version fits this machine. Raises: StoreError, it does not."""
     manifest = _manifest(store, version)
-    found = preflight(manifest, settings.web_concurrency)
+    is_loaded = store.in_use().get(version, "").startswith(("stable", "canary"))
+    found = preflight(manifest, 0 if is_loaded else settings.web_concurrency)
     for fits, said in found:
         print(f"{'fits' if fits else 'DOES NOT FIT'}  {said}")
     if not force:
@@ -135,7 +136,9 @@ def _routed(store: Store, routing: Routing, settings: Settings, wait: float | No
     workers: list[dict[str, Any]] = []
     while time.monotonic() - began < wait:
         workers = Roster.read(settings.journal_dir)
-        late = [each for each in workers if each["generation"] != routing.generation]
+        late = [
+            each for each in workers if (each["generation"], each["changed"]) != (routing.generation, routing.changed)
+        ]
         now = Routing.read(store.directory)
         if now.mark != routing.mark:
             raise StoreError(f"the routing was changed again meanwhile: generation {now.generation}, {now.why}")
@@ -157,7 +160,11 @@ def _routed(store: Store, routing: Routing, settings: Settings, wait: float | No
 
 
 def _list(store: Store, settings: Settings) -> None:
-    uses = store.in_use()
+    try:
+        uses, routing = store.in_use(), Routing.read(store.directory)
+    except (StoreError, ModelLoadError) as broken:
+        uses, routing = {}, Routing()
+        print(f"model: {broken}", file=sys.stderr)
     lines = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
     for version in store.versions():
         try:
@@ -171,7 +178,6 @@ def _list(store: Store, settings: Settings) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-    routing = Routing.read(store.directory)
     if routing.generation:
         print(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
     mark, reason = veto(settings.journal_dir)

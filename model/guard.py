@@ -2,8 +2,9 @@
 
 The rule, looked at every second while a guarded canary is served, once both have had `MINIMUM` requests:
 
-- errors: the canary is taken back when its share of failed requests (`error_type` model, overload or internal) exceeds
-  the stable version's by more than `SIGMAS` standard errors of the difference, and by more than one in a hundred;
+- errors: the canary is taken back when its share of failed requests (`error_type` model, overload or internal, or
+  status 422: rows that it does not take) exceeds the stable version's by more than `SIGMAS` standard errors of the
+  difference, and by more than one in a hundred;
 - time: it is taken back when significantly (`SIGMAS` standard errors) more than one in a hundred of its answers took
   longer than 1.5 times the stable version's p99 plus 5 ms.
 
@@ -34,6 +35,7 @@ STRETCH = 2_000  # requests of the canary
 MOST = 200_000  # requests of both
 SIGMAS = 4.0
 FAULTS = ("model", "overload", "internal")
+REFUSED = 422  # rows that do not fit the version: callers' mistakes befall both variants, another signature only one
 VETO = "guard.json"
 
 
@@ -47,7 +49,8 @@ class Tally:
 
     def add(self, record: dict[str, Any]) -> None:
         """Count one record of a request. Raises: KeyError, TypeError or ValueError, it is none."""
-        failed, answered, taken = record["error_type"] in FAULTS, record["success"], float(record["response_time"])
+        failed = record["error_type"] in FAULTS or record.get("status") == REFUSED
+        answered, taken = record["success"], float(record["response_time"])
         self.requests += 1
         self.faults += failed
         if answered:

@@ -100,7 +100,7 @@ def preflight(manifest: Manifest, workers: int) -> list[tuple[bool, str]]:
     """Say whether a version fits this machine: memory, processor, Python, libraries; True where it does."""
     found = []
     memory, free = manifest.about.get("memory"), free_memory()
-    if isinstance(memory, int) and free is not None:
+    if workers and isinstance(memory, int) and free is not None:
         need = memory * workers
         said = (
             f"memory: {workers} workers of {memory / 1e6:.0f} MB need up to {need / 1e6:.0f} MB beside what is loaded"

@@ -21,8 +21,8 @@ class Roster:
 
     Beside them, `routing.json` is a copy of the store's as it was last served.
 
-    Format: a JSON object with `pid`, `ready`, `error`, and `stable`, `canary` (versions or null) and `generation` of
-    the routing that is served.
+    Format: a JSON object with `pid`, `ready`, `error`, and `stable`, `canary` (versions or null), and `generation`
+    and `changed` of the routing that is served.
 
     Concurrency: a worker holds its file with `flock`, and replaces it by another that it holds already. So a file that
     can be locked and still has its name is of a dead worker, and one that is read is whole.
@@ -38,26 +38,26 @@ class Roster:
         routing = state["routing"] or {}
         known = {"pid": os.getpid(), "ready": state["ready"], "error": state["error"]}
         known |= {name: state[name] and state[name]["version"] for name in ("stable", "canary")}
-        text = json.dumps(known | {"generation": routing.get("generation", 0)}).encode()
+        known |= {name: routing.get(name) for name in ("generation", "changed")}
         path = self._directory / f"worker-{os.getpid()}.json"
         fd = None
         try:
             if self._fd is None:
                 self.read(self._directory)  # sweeps
                 self._directory.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+            fd = os.open(path.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             fcntl.flock(fd, fcntl.LOCK_EX)
-            os.write(fd, text)
+            os.write(fd, json.dumps(known).encode())
             os.rename(path.with_suffix(".new"), path)
+            self._leave()
+            self._fd, fd = fd, None
             if routing and not state["error"]:
-                write_json(self._directory / LAST, routing)
+                # Not synced: this runs in the event loop, and a power cut that takes it takes no more than a hint.
+                write_json(self._directory / LAST, routing, lasting=False)
         except OSError as error:
             log.warning("what this worker serves cannot be told in %s: %s", self._directory, error)
             if fd is not None:
                 os.close(fd)
-        else:
-            self._leave()
-            self._fd = fd
 
     def last(self) -> Routing | None:
         """Return the last routing that was served without an error, by any worker; None where none is known."""

@@ -164,6 +164,7 @@ class Serving:
         self._allow_version_mismatch = allow_version_mismatch
         self._native, self._roster = native, roster
         self._routes: Routes | None = None
+        self._preloaded: list[LoadedModel] = []  # before the fork; served only where the routing asks for them
         self._errors: list[str] = []
         self._veto = "", ""  # the mark of the routing whose canary is not to be served, and why
         self._stale = False  # the routes are to be made again, though no file has changed
@@ -180,6 +181,8 @@ class Serving:
             self._refresh()
         finally:
             self._native = native
+        # Not as routes: a worker that is forked later has to look for itself what is to be served by then.
+        self._preloaded, self._routes, self._errors = self._loaded(), None, []
 
     def choose(self, key: str = "", version: str = "") -> tuple[LoadedModel, str]:
         """Return the version to answer a request with, and its variant, "stable" or "canary".
@@ -226,9 +229,11 @@ class Serving:
             self._stale = True
 
     def guarded(self) -> versions.Routing | None:
-        """Return the routing, where it has a canary that is served and is to be guarded."""
+        """Return the routing as it is served, where it has a canary that is served and is to be guarded."""
         routes = self._routes
-        return routes.routing if routes and routes.canary and routes.routing.guard else None
+        if routes is None or routes.canary is None or not routes.routing.guard:
+            return None
+        return replace(routes.routing, stable=routes.stable.version)  # which may be one that was fallen back on
 
     # --- the watching thread
 
@@ -244,7 +249,9 @@ class Serving:
                         self._roster.announce(self.describe())
             except Exception:  # one bad round must not be the last
                 log.exception("watching the version store failed")
-            self.finished.set()
+                self._errors = self._errors or ["watching the version store failed"]
+            if self._routes or self._errors:
+                self.finished.set()
             if self._path is not None:
                 return
             time.sleep(WATCH)
@@ -268,12 +275,6 @@ class Serving:
         errors: list[str] = []
         try:
             routing = self._routing(errors)
-            if not routing.stable:
-                raise ModelLoadError(
-                    f"{self._dir} holds no version to serve. Make the demo model with "
-                    f"`python -m model.demo {self._dir}`, publish yours with `python -m model publish`, or serve a "
-                    "file with MODEL_PATH=/path/to/model.joblib"
-                )
             stable = self._load(routing.stable, errors)
             if stable is None and old is None:  # at boot: an earlier version is better than none
                 for name in routing.previous:
@@ -288,10 +289,11 @@ class Serving:
                 canary = None
             else:
                 canary = self._load(routing.canary, errors) if routing.canary else None
-            if old is not None and not self._is_wanted(routing):
-                return
+            if not self._is_wanted(routing):
+                return  # the next look serves what is wanted now
             if stable is not None:
                 self._routes = Routes(stable, canary, routing)
+                self._preloaded = []
         except ModelLoadError as error:
             errors.append(str(error))
         self._errors = errors
@@ -305,7 +307,14 @@ class Serving:
         if self._path is not None:
             return versions.Routing(stable=BARE)
         try:
-            return versions.Routing.read(self._dir)
+            found = versions.Routing.read(self._dir)
+            if not found.stable:
+                raise ModelLoadError(
+                    f"{self._dir} holds no version to serve. Make the demo model with "
+                    f"`python -m model.demo {self._dir}`, publish yours with `python -m model publish`, or serve a "
+                    "file with MODEL_PATH=/path/to/model.joblib"
+                )
+            return found
         except ModelLoadError as error:
             last = self._roster.last() if self._roster and self._routes is None else None
             if last is None:
@@ -324,13 +333,15 @@ class Serving:
 
         What is wrong with it on the disk is an error also where it is served from memory: a restart would not find it.
         """
-        routes = self._routes
         # Exceptions come back as values: a native thread must not log, and gevent would print them a second time.
-        loaded = [model for model in (routes.stable, routes.canary) if model] if routes else []
-        model, error = self._native(self._read, version, loaded)
+        model, error = self._native(self._read, version, self._loaded())
         if error is not None:
             errors.append(str(error))
         return model  # type: ignore[no-any-return]  # native() returns whatever the function does
+
+    def _loaded(self) -> list[LoadedModel]:
+        routes = self._routes
+        return [model for model in (routes.stable, routes.canary) if model] if routes else self._preloaded
 
     def _read(self, version: str, loaded: list[LoadedModel]) -> tuple[LoadedModel | None, Exception | None]:
         interval = sys.getswitchinterval()

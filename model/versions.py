@@ -134,7 +134,7 @@ class Routing:
     @property
     def mark(self) -> str:
         """Tell this routing from every other. The generation alone does not: one written by hand may repeat it."""
-        return f"{self.generation} of {self.changed}"
+        return f"{self.generation} of {self.changed}: {self.canary} {self.weight:g}"
 
     def as_json(self) -> dict[str, Any]:
         """Return it as it is written."""
@@ -333,7 +333,7 @@ class Store:
         """Keep others from changing the store meanwhile. Raises: StoreError, it cannot be written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o640)
+            lock = os.open(self.directory / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)
         except OSError as error:
             raise StoreError(f"the store cannot be written: {error}") from error
         try:
@@ -364,8 +364,8 @@ def rows_from(path: Path) -> list[Any]:
     return rows
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
+def write_json(path: Path, value: Any, lasting: bool = True) -> None:
+    """Write a JSON file that is there whole or not at all; `lasting` through a power cut as well."""
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
     ) as file:
@@ -373,10 +373,12 @@ def write_json(path: Path, value: Any) -> None:
             json.dump(value, file, indent=2, ensure_ascii=False)
             file.write("\n")
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)
             os.rename(file.name, path)
-            _sync(path.parent)
+            if lasting:
+                _sync(path.parent)
         except BaseException:
             with suppress(FileNotFoundError):
                 os.unlink(file.name)

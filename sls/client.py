@@ -44,7 +44,7 @@ class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
         try:
             return super()._send(*arguments, **named)
         except SLSError as error:
-            if error.status not in (401, 403) or not self._credentials.renew():
+            if error.is_passing or error.status not in (401, 403) or not self._credentials.renew():
                 raise
             return super()._send(*arguments, **named)  # they were replaced before their time
 

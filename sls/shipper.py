@@ -13,7 +13,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,6 +55,7 @@ CONTENT = (
     "InvalidTimestamp",
     "InvalidEncoding",
     "InvalidKey",
+    "Unshippable",  # our own
 )
 TOO_OLD = 7 * 86400.0  # seconds; SLS refuses older records
 
@@ -167,29 +167,30 @@ class Shipper:
         """
         self._directory, self._send, self._forever = directory, send, forever
         self._state = _read_state(directory) or {"offsets": {}, **dict.fromkeys(COUNTS, 0), "error": None}
-        self._stop = threading.Event()
+        self._ending = False  # once over, always over: workers that start meanwhile start a shipper of their own
         self._serving = open_lock(directory / "serving.lock")
         self._reminded: dict[str, float] = {}  # trouble → when it was logged
 
     def stop(self) -> None:
         """End once all that is there is sent. May be called from a signal handler."""
-        self._stop.set()
+        self._ending = True
 
     def run(self) -> None:
         """Ship until `is_ending`, and then what is left. While SLS does not take it, this does not return."""
         while True:
+            ending = self.is_ending()  # before reading, so that what the last worker wrote is read
             batch = self.collect()
             self._deliver(batch.records)
             self._commit(batch)
             if batch.is_full:
                 continue
-            if self.is_ending() and not batch.records:
+            if ending and not batch.records:
                 return
-            self._wait(0.1 if self.is_ending() else LINGER)
+            self._wait(0.1 if ending else LINGER)
 
     def is_ending(self) -> bool:
         """Tell whether to end when all is sent: stopped, nobody serves any more, or the journal was removed."""
-        if self._stop.is_set() or not os.fstat(self._serving).st_nlink:
+        if self._ending or not os.fstat(self._serving).st_nlink:
             return True
         if self._forever:
             return False
@@ -198,6 +199,7 @@ class Shipper:
         except BlockingIOError:
             return False
         fcntl.flock(self._serving, fcntl.LOCK_UN)
+        self._ending = True
         return True
 
     def collect(self) -> Batch:
@@ -245,7 +247,12 @@ class Shipper:
         offsets = self._state["offsets"] | batch.offsets
         for name, offset in batch.offsets.items():
             if offset < 0:
-                (self._directory / name).unlink(missing_ok=True)
+                path = self._directory / name
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    self._complain(name, f"{path} is sent and cannot be removed: {error}")
+                    offsets[name] = path.stat().st_size
         left = {path.name for path in segments(self._directory)}
         self._state["offsets"] = {name: offset for name, offset in offsets.items() if name in left}
         self._state["shipped"] += len(batch.records)
@@ -265,11 +272,15 @@ class Shipper:
         tries = 0
         while records:
             try:
-                self._send(records)
+                try:
+                    self._send(records)
+                except (ValueError, TypeError) as error:  # a record that was edited by hand, say
+                    raise SLSError("Unshippable", f"it cannot be made into a log ({type(error).__name__})", 0) from None
             except SLSError as error:
                 self._note(error)
                 gc.collect()  # a connection that failed leaves a cycle that holds the whole batch
-                is_old = records[-1]["time"] < time.time() - TOO_OLD  # then all are, and halving would end at each
+                # Halving would end at each of them.
+                is_old = max(record["time"] for record in records) < time.time() - TOO_OLD
                 if error.is_content and len(records) > 1 and not is_old:
                     middle = len(records) // 2
                     self._deliver(records[:middle])
@@ -323,7 +334,7 @@ class Shipper:
             if self.is_ending():
                 time.sleep(min(left, 1.0))
                 return
-            self._stop.wait(min(left, 1.0))
+            time.sleep(min(left, 0.25))  # not an Event, whose lock a signal handler could meet taken
 
 
 # --- progress

@@ -132,6 +132,21 @@ def test_faults_are_ours_and_not_the_callers(error_type: str) -> None:
     assert list(found.times) == []
 
 
+def test_rows_that_only_the_canary_refuses_count_against_it(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    refused = requests("canary", 300, (0.0, 0.01, 0.5), error_type="client", success=False, status=422)
+    assert "requests failed" in guard.look(routing, requests("stable", 1000) + refused)
+
+
+def test_rows_that_both_refuse_count_against_neither(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    refused = {"error_type": "client", "success": False, "status": 422}
+    for _ in range(5):
+        records = requests("stable", 200) + requests("stable", 100, **refused)
+        records += requests("canary", 100) + requests("canary", 50, **refused)
+        assert guard.look(routing, records) == ""
+
+
 def watch(dice: random.Random, stable: Answers, canary: Answers, rate: int, weight: float, looks: int) -> str:
     """Watch a canary at so many requests a look, and return why it was taken back, if it was."""
     tallies = Tally(), Tally()

@@ -302,6 +302,34 @@ def test_start_with_a_routing_that_cannot_be_read_serves_what_was_served_last(
     assert again.describe()["error"] is None
 
 
+def test_what_was_preloaded_is_served_only_where_the_routing_still_asks_for_it(
+    store: Path, artifact: Path, monkeypatch: Any
+) -> None:
+    with Store(store).prepare(artifact, "2") as (manifest, beside):
+        about = manifest.about | {"sample": SAMPLE, "predictions": [0, 1, 2]}
+        Store(store).publish(dataclasses.replace(manifest, about=about), beside)
+    Store(store).canary("2", 100)
+    serving = Serving(model_dir=store)
+    serving.preload()
+    with pytest.raises(ModelNotReady):
+        serving.choose()  # a fork that starts later has to look for itself
+    Store(store).rollback()
+    loads: list[Any] = []
+    monkeypatch.setattr("model.serving.load_version", loads.append)  # what was preloaded is not loaded again
+    serving.start()
+    assert serving.finished.wait(60)
+    assert [serving.choose()[0].version for _ in range(20)] == ["1"] * 20
+    assert loads == []
+
+
+def test_routing_that_was_removed_does_not_stop_a_start(store: Path, tmp_path: Path) -> None:
+    served(model_dir=store, roster=Roster(tmp_path / "state"))
+    (store / "routing.json").unlink()
+    again = served(model_dir=store, roster=Roster(tmp_path / "state"))
+    assert again.choose()[0].version == "1"
+    assert "holds no version" in again.describe()["error"]
+
+
 def test_about_says_what_is_served(store: Path) -> None:
     about = load_version(stable(store)).about
     sha256 = hashlib.sha256((store / "1/model.joblib").read_bytes()).hexdigest()

@@ -754,7 +754,7 @@ def test_guard_leaves_a_good_canary_alone(world: World) -> None:
 
 def test_bare_file_is_served_without_any_of_this(store: Store, tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
-    write_json(tmp_path / "journal/guard.json", {"generation": 0, "canary": "2", "reason": "of another time"})
+    write_json(tmp_path / "journal/guard.json", {"routing": Routing().mark, "canary": "2", "reason": "of another time"})
     path = tmp_path / "bare.joblib"
     shutil.copy(store.directory / "1/model.joblib", path)
     with gunicorn(tmp_path, model_path=path) as server:

@@ -628,10 +628,14 @@ def test_remove_removes_what_is_not_in_use_and_leaves_nothing(store: Store, arti
 def test_broken_routing_stops_no_publish_and_is_named_by_the_rest(store: Store, artifact: Path, command: Any) -> None:
     put(store, artifact, "1")
     (store.directory / "routing.json").write_text('{"stable": "1"')
-    for line in ("promote 1 --force", "canary 1 --weight 5 --force", "rollback", "remove 1", "list"):
+    for line in ("promote 1 --force", "canary 1 --weight 5 --force", "rollback", "remove 1"):
         why = command(*line.split()).refusal()
         assert "routing.json cannot be used: " in why
         assert "Put it right, or remove it and promote a version" in why
+    listed = command("list")
+    assert listed.status == 0
+    assert "routing.json cannot be used: " in listed.err
+    assert listed.out.splitlines()[1].startswith("1 ")
     put(store, artifact, "2")
     (store.directory / "routing.json").unlink()
     assert command("promote", "2", "--force").status == 0
@@ -641,13 +645,14 @@ def test_broken_routing_stops_no_publish_and_is_named_by_the_rest(store: Store, 
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Callable[..., None]]:
+def worker(store: Store, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Return a function that says, as a worker of this process's number, what is served."""
     roster = Roster(tmp_path / "journal")
 
     def announce(generation: int, stable: str = "1", canary: str = "", error: str = "") -> None:
         served = {name: {"version": version} for name, version in (("stable", stable), ("canary", canary)) if version}
-        routing = {"routing": {"generation": generation}, "ready": True, "error": error or None}
+        changed = Routing.read(store.directory).changed
+        routing = {"routing": {"generation": generation, "changed": changed}, "ready": True, "error": error or None}
         roster.announce({"stable": None, "canary": None} | served | routing)
 
     yield announce
