@@ -134,7 +134,7 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
 
 
 def _convert(model: Any, signature: Signature, precision: str, rows: list[Any]) -> Any:
-    skl2onnx = tensors.library("skl2onnx", "requirements-onnx.txt")
+    skl2onnx = tensors.import_library("skl2onnx", "requirements-onnx.txt")
     from sklearn.base import is_classifier
 
     while hasattr(model, "best_estimator_"):  # the searches have no form of their own that takes options
@@ -169,7 +169,7 @@ def _with_metadata(converted: Any, model: Any, signature: Signature, null: bool)
 
 def _inputs(signature: Signature, precision: str, rows: list[Any]) -> list[tuple[str, Any]]:
     """Declare the inputs: one for all columns where they are numbers without names to be looked at, else one each."""
-    types = tensors.library("skl2onnx.common.data_types", "requirements-onnx.txt")
+    types = tensors.import_library("skl2onnx.common.data_types", "requirements-onnx.txt")
     number = types.FloatTensorType if precision == "float32" else types.DoubleTensorType
     if signature.layout == "texts":
         return [("rows", types.StringTensorType([None, 1]))]

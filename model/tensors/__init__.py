@@ -9,12 +9,12 @@ TorchScript can read and write files: serve only what comes from people whom you
 from collections.abc import Callable
 from pathlib import Path
 
-from .base import NotServable, TensorModel, library
+from .base import NotServable, TensorModel, import_library
 from .keras import load_keras
 from .onnx import METADATA, load_onnx
 from .torch import load_torch
 
-__all__ = ["LOADERS", "METADATA", "NotServable", "TensorModel", "library"]
+__all__ = ["LOADERS", "METADATA", "NotServable", "TensorModel", "import_library"]
 
 LOADERS: dict[str, Callable[[Path], TensorModel]] = {
     ".onnx": load_onnx,

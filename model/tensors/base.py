@@ -62,7 +62,7 @@ def first(result: Any) -> Any:
     return result
 
 
-def library(name: str, requirements: str) -> Any:
+def import_library(name: str, requirements: str) -> Any:
     """Import a library. Raises: NotServable, which names the requirements that install it."""
     try:
         return importlib.import_module(name)

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .base import NotServable, TensorModel, first, first_line, library, of_rows, values_of
+from .base import NotServable, TensorModel, first, first_line, import_library, of_rows, values_of
 from .torch import import_torch
 
 # Layers that hold a program of another kind: marshalled bytecode, a pickle, a path to load from.
@@ -30,7 +30,7 @@ def load_keras(path: Path) -> "KerasModel":
     # At its import h5py asks for the processor's name. Python would start a program for that, which under gevent is not
     # possible on a native thread.
     vars(platform.uname()).setdefault("processor", "")
-    keras = library("keras", "requirements-keras.txt")
+    keras = import_library("keras", "requirements-keras.txt")
     if tuple(map(int, re.findall(r"\d+", keras.__version__)[:3])) < (3, 11, 3):
         raise NotServable(
             f"needs Keras 3.11.3 or newer, this is {keras.__version__}: older ones may run code in a file"
@@ -68,7 +68,7 @@ def _keras_config(path: Path) -> tuple[Any, str]:
                 return json.loads(archive.read("config.json")), json.loads(archive.read("metadata.json"))[
                     "keras_version"
                 ]
-        h5py = library("h5py", "requirements-keras.txt")
+        h5py = import_library("h5py", "requirements-keras.txt")
         with h5py.File(path, "r") as file:
             described = file.attrs.get("model_config")
             version = str(file.attrs.get("keras_version", "of an unknown version"))

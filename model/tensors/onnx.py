@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..signature import Column, Signature, kind_of
-from .base import NotServable, TensorModel, first_line, library, of_rows, threads
+from .base import NotServable, TensorModel, first_line, import_library, of_rows, threads
 
 METADATA = "prediction-server"  # key of an ONNX file's metadata under which model/export.py leaves what it knows
 
@@ -21,7 +21,7 @@ def load_onnx(path: Path) -> "OnnxModel":
     Raises:
         NotServable: no onnxruntime, or a model that it does not take, or whose inputs are not rows.
     """
-    ort = library("onnxruntime", "requirements-onnx.txt")
+    ort = import_library("onnxruntime", "requirements-onnx.txt")
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads()
     options.log_severity_level = 4  # it raises what it would log
@@ -167,7 +167,7 @@ def _label_and_scores(session: Any) -> bool:
 def _class_labels(content: bytes) -> list[Any] | None:
     """Read the classes off the operators of a classifier; onnxruntime does not show them."""
     try:
-        onnx = library("onnx", "requirements-onnx.txt")
+        onnx = import_library("onnx", "requirements-onnx.txt")
     except NotServable:  # only a caller's wish for "classes" needs it
         return None
     found = []

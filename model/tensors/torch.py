@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..signature import Signature
-from .base import NotServable, TensorModel, first, first_line, library, of_rows, threads, values_of
+from .base import NotServable, TensorModel, first, first_line, import_library, of_rows, threads, values_of
 
 _EXPORT_AGAIN = (
     "In the program that trained it, write:\n"
@@ -168,7 +168,7 @@ def _load_script(path: Path) -> Any:
 
 def import_torch() -> Any:
     """Import torch, with the number of threads that a worker has."""
-    torch = library("torch", "requirements-torch.txt")
+    torch = import_library("torch", "requirements-torch.txt")
     if torch.get_num_threads() != threads():
         torch.set_num_threads(threads())
     if torch.get_num_interop_threads() != threads():
