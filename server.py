@@ -26,7 +26,7 @@ from typing import Any
 from flask import Flask, Response, g, request
 from flask_httpauth import HTTPBasicAuth
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, HTTPException, Unauthorized, UnsupportedMediaType
+from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable, Unauthorized, UnsupportedMediaType
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users
@@ -38,6 +38,7 @@ from model import (
     LoadedModel,
     ModelFailed,
     ModelNotReady,
+    Overloaded,
     Roster,
     RowsRefused,
     Serving,
@@ -97,6 +98,7 @@ class Service:
             settings.allow_version_mismatch,
             native,
             Roster(settings.journal_dir),
+            settings.max_waiting_rows,
         )
         self.guard = Guard(settings.journal_dir, settings.model_dir)
         self._tail: Tail | None = None  # of the journal, while this worker guards a canary
@@ -262,10 +264,9 @@ class Service:
 
     def _call(self, model: LoadedModel, data: Any, method: str) -> Any:
         try:
-            rows = model.signature.parse(data)
+            rows = model.signature.check(data)
             g.record["rows"] = len(rows)
-            predict = partial(model.predict, rows, method)
-            return self.native(predict) if model.is_slow(rows) else predict()
+            return model.ask(rows, method)
         except BadRows as bad:
             raise Unprocessable(bad.detail, bad.errors) from None
         except RowsRefused as refusal:
@@ -274,6 +275,8 @@ class Service:
             raise Unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
         except ModelFailed as failure:
             raise self._model_fault(failure) from None
+        except Overloaded as reason:
+            raise ServiceUnavailable(f"overloaded: {reason}; try again", retry_after=1) from None
 
     def _model_fault(self, error: Exception) -> "ModelFault":
         log.error("request %s: the model failed", g.request_id, exc_info=error)

@@ -25,7 +25,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from model import BadRows, ModelLoadError, RowsRefused, formats
 from model.learning import learn
-from model.serving import LoadedModel, load_version
+from model.loaded import LoadedModel, load_version
 from model.versions import Manifest
 
 X, Y = load_iris(return_X_y=True)
