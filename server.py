@@ -11,6 +11,7 @@ A request's way: auth → body → version (model.serving) → rows (model.signa
 (monitor) → answer. Every error is answered as problem+json (problems).
 """
 
+import _thread  # gevent leaves its RLock as it is
 import itertools
 import logging
 import os
@@ -361,6 +362,8 @@ def native_call() -> Callable[..., Any]:
         return lambda function, *arguments: function(*arguments)
     from gevent import get_hub
 
+    _use_native_locks_in_logging()
+
     def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
         try:
             return function(*arguments), None
@@ -374,3 +377,22 @@ def native_call() -> Callable[..., Any]:
         return value
 
     return call
+
+
+def _use_native_locks_in_logging() -> None:
+    """Take gevent's locks out of logging again.
+
+    gunicorn asks for a logger at each request, and a library does so as it is imported, on a native thread. A lock of
+    gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
+    """
+    logging._lock = _thread.RLock()  # type: ignore[attr-defined]
+    for reference in logging._handlerList:  # type: ignore[attr-defined]
+        handler = reference()
+        if handler is not None and handler.lock is not None:
+            handler.lock = _thread.RLock()
+
+    def create_lock(handler: logging.Handler) -> None:
+        handler.lock = _thread.RLock()
+        logging._register_at_fork_reinit_lock(handler)  # type: ignore[attr-defined]
+
+    logging.Handler.createLock = create_lock  # type: ignore[method-assign]
