@@ -3,6 +3,7 @@
     make run                        or: gunicorn server:app, with the settings in the environment (settings.py)
 
     POST /predict                   {"data": [[5.1, 3.5, 1.4, 0.2]]} → {"prediction": [0]}       role predict
+                                    or an array as numpy.save writes it, application/x-npy
     GET  /model                     what is served: version, signature, checksum                 role predict or admin
     GET  /healthz                   the process answers                                          open
     GET  /readyz                    the model is loaded and has answered its sample              open
@@ -21,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from flask import Flask, Response, g, request
@@ -31,7 +31,7 @@ from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable, Un
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users
-from body import BodyReader, Unprocessable, parse_call
+from body import BodyReader, Unprocessable, parse_array, parse_call
 from model import (
     METHODS,
     BadRows,
@@ -123,14 +123,19 @@ class Service:
 
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
-        if not request.is_json:
+        is_array = request.mimetype == "application/x-npy"
+        if not is_array and not request.is_json:
             raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
-        if "Content-Encoding" in request.headers:
+        if "HTTP_CONTENT_ENCODING" in request.environ:
             raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
         model = self._choose()
         body = self.bodies.read(request)
-        decode = partial(parse_call, body, self.max_rows)
-        data, method = self.native(decode) if len(body) > LARGE_BODY else decode()
+        if is_array:
+            data, method = parse_array(body, self.max_rows), request.args.get("method", "predict")
+        elif len(body) > LARGE_BODY:
+            data, method = self.native(parse_call, body, self.max_rows, model.signature.width_in_floats)
+        else:
+            data, method = parse_call(body, self.max_rows)
         if method not in model.methods:
             raise Unprocessable(
                 f"this model has no method {method!r}"
@@ -172,13 +177,14 @@ class Service:
 
     def begin(self) -> None:
         """Note when a request came and what it is called."""
+        environ = request.environ
         g.began = time.perf_counter()
-        given = request.headers.get("X-Request-ID", "")
+        given = environ.get("HTTP_X_REQUEST_ID", "")
         g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         g.record = {"error_type": "", "rows": 0, "model_version": "", "variant": "", "user": None, "method": ""}
         g.error = ""
-        if not request.headers.get("Authorization", "").isascii():
-            del request.environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
+        if not environ.get("HTTP_AUTHORIZATION", "").isascii():
+            del environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
         self.start()
 
     def allow(self, *roles: str) -> Callable[[Callable[[], Response]], Callable[[], Response]]:
@@ -200,8 +206,9 @@ class Service:
         @auth.verify_password
         def verify(name: str, password: str) -> str | None:
             # Flask-HTTPAuth would take the credentials under any scheme.
-            is_basic = request.headers.get("Authorization", "")[:6].lower() == "basic "
-            if not (is_basic and name and users.verify(name, password, request.remote_addr or "")):
+            environ = request.environ
+            is_basic = environ.get("HTTP_AUTHORIZATION", "")[:6].lower() == "basic "
+            if not (is_basic and name and users.verify(name, password, environ.get("REMOTE_ADDR", ""))):
                 return None
             g.record["user"] = name
             return name
@@ -226,22 +233,23 @@ class Service:
     def finish(self, response: Response) -> Response:
         """Record a prediction request and complete its answer."""
         self.bodies.finish(request, response)
+        record, status = g.record, response.status_code
         response.headers["X-Request-ID"] = g.request_id
-        if g.record["model_version"]:
-            response.headers["X-Model-Version"] = g.record["model_version"]
+        if record["model_version"]:
+            response.headers["X-Model-Version"] = record["model_version"]
         if request.endpoint == "predict":
-            if g.record["user"] is not None:
+            if record["user"] is not None:
                 log_monitor(
                     time.perf_counter() - g.began,
-                    response.status_code < 400,
+                    status < 400,
                     g.error,
                     journal=self.journal,
-                    status=response.status_code,
+                    status=status,
                     path=request.path,
                     request_id=g.request_id,
-                    **g.record,
+                    **record,
                 )
-            elif response.status_code >= 400:
+            elif status >= 400:
                 next(self._strangers)
         return response
 
@@ -249,10 +257,11 @@ class Service:
 
     def _choose(self) -> LoadedModel:
         try:
-            asked = request.headers.get("X-Model-Version", "")
+            environ = request.environ
+            asked = environ.get("HTTP_X_MODEL_VERSION", "")
             if asked and not self._has_role("admin"):
                 raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
-            model, variant = self.serving.choose(request.headers.get("X-Routing-Key", ""), asked)
+            model, variant = self.serving.choose(environ.get("HTTP_X_ROUTING_KEY", ""), asked)
         except ModelNotReady as reason:
             raise NotReady(f"not ready: {reason}", retry_after=5) from None
         except UnknownVersion as reason:
@@ -395,4 +404,4 @@ def _use_native_locks_in_logging() -> None:
         handler.lock = _thread.RLock()
         logging._register_at_fork_reinit_lock(handler)  # type: ignore[attr-defined]
 
-    logging.Handler.createLock = create_lock  # type: ignore[method-assign]
+    logging.Handler.createLock = create_lock  # type: ignore[assignment,method-assign]

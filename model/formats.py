@@ -51,6 +51,9 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
             f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
         )
     _run_in_one_thread(model)
+    from .sparing import spare_checks
+
+    spare_checks(model)
     return model
 
 

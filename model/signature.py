@@ -295,6 +295,11 @@ class Signature:
 
     # --- rows as an array
 
+    @cached_property
+    def width_in_floats(self) -> int:
+        """How many columns an array of float64 has that means the same as rows of JSON numbers; 0 where none does."""
+        return len(self.columns) if self.columns and self.layout in ("array", "frame") and self._all_floats else 0
+
     def _check_array(self, array: Any) -> Any:
         kind = kind_of(self.precision)
         plain = self.layout in ("tensor", "numbers") or (self.layout in ("array", "frame") and self._all_floats)
@@ -316,7 +321,7 @@ class Signature:
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(array, dtype=self.precision)
-        for what, is_wrong in ("an infinity", np.isinf), ("NaN, a missing value", np.isnan):
+        for what, is_wrong in ("an infinity", np.isinf), ("NaN or null, a missing value", np.isnan):
             if numbers.dtype.kind == "f" and (wrong := self._wrong_cells(is_wrong(numbers), what)):
                 raise wrong
         return numbers
