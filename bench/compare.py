@@ -8,6 +8,7 @@ servers rotates from round to round, so that a drift of the machine meets all al
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -16,13 +17,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench import servers
-from bench.load import closed_loop
-from bench.report import report
+from bench.load import closed_loop, fixed_rate
+from bench.report import offered, report
 from bench.running import NotRight, free_ports, running
 from bench.servers import ROOT, Server, Start
 
@@ -35,37 +37,46 @@ def main() -> None:
     """Install, train, measure, report."""
     given = arguments()
     if given.report:
-        return report([json.loads(line) for path in given.report for line in path.open()])
+        return report([json.loads(line) for path in given.report for line in path.open()], given.chart)
     if not shutil.which("wrk"):
         sys.exit("wrk is missing; install it: sudo apt-get install -y wrk")
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         sys.exit("two cores are needed: one for the server and one for the load")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped
-    chosen = [servers.BY_NAME[name] for name in given.servers]
-    for environment in {"ours": None} | {server.environment: None for server in chosen}:
+    for environment in {"ours": None} | {servers.BY_NAME[name].environment: None for name in given.servers}:
         install(environment)
     subprocess.run([binary("ours", "python"), "-m", "bench.train", HOME / "models"], cwd=ROOT, check=True)
     about = {"commit": commit(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     found: list[dict[str, Any]] = []
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("a", buffering=1) as out:
-        for number in range(given.rounds):
-            for model in given.models:
-                for workers in given.workers:
-                    for server in rotated(chosen, number):
-                        if Path(model).suffix not in server.suffixes:
-                            continue
-                        where = {"server": server.name, "model": model, "workers": workers, "round": number}
-                        for figures in measure(server, model, workers, given, cores):
-                            found.append(about | where | figures | {"versions": versions(server.environment)})
-                            out.write(json.dumps(found[-1]) + "\n")
-                            print(
-                                " ".join(f"{name}={show(value)}" for name, value in (where | figures).items()),
-                                flush=True,
-                            )
-    report(found)
+        for where, server, rates in turns(given, found):
+            for figures in measure(server, where["model"], where["workers"], given, cores, rates):
+                found.append(about | where | figures | {"versions": versions(server.environment)})
+                out.write(json.dumps(found[-1]) + "\n")
+                print(*(f"{name}={show(value)}" for name, value in (where | figures).items()), flush=True)
+    report(found, given.chart)
     print(f"\nThe measurements are in {given.out}; --report {given.out} prints these tables again.")
+
+
+def turns(given: argparse.Namespace, found: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Server, Any]]:
+    """Yield what is measured next: first how much each server answers, in rounds; then, in as many, at fixed rates."""
+    chosen = [servers.BY_NAME[name] for name in given.servers]
+    for kind in ("closed", "offered") if given.offered else ("closed",):
+        for number in range(given.rounds):
+            for model, workers in itertools.product(given.models, given.workers):
+                at = number % len(chosen)
+                turned = chosen[at:] + chosen[:at]
+                for server in turned[::-1] if number % 2 else turned:
+                    fits = model == given.models[0] if server.constant else Path(model).suffix in server.suffixes
+                    rates = offered(found, server.name, model, workers) if kind == "offered" else {}
+                    if fits and (rates or kind == "closed"):
+                        yield (
+                            {"server": server.name, "model": model, "workers": workers, "round": number},
+                            server,
+                            rates,
+                        )
 
 
 def arguments() -> argparse.Namespace:
@@ -80,12 +91,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--connections", type=listed(int), metavar="N,…")
     parser.add_argument("--workers", type=listed(int), metavar="N,…")
     parser.add_argument("--seconds", type=int, default=4, help="of each measurement")
+    parser.add_argument("--offered", type=int, help="seconds of each measurement at a fixed rate; 0 for none")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, help="JSON lines file to append to", default=HOME / "results.jsonl")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="only print the tables of these files")
+    parser.add_argument("--chart", type=Path, metavar="FILE", help="draw the main figures into this SVG file")
     given = parser.parse_args()
-    small = {"models": ["iris.joblib"], "rows": [1], "connections": [64], "workers": [1], "rounds": 1}
+    small = {"models": ["iris.joblib"], "rows": [1], "connections": [64], "workers": [1], "rounds": 1, "offered": 0}
     whole = {"models": MODELS, "rows": [1, 100], "connections": [1, 16, 64, 256], "workers": [1, 2], "rounds": 3}
+    whole |= {"offered": 10}
     for name, value in ((small if given.quick else whole) | {"servers": list(servers.BY_NAME)}).items():
         if getattr(given, name) is None:
             setattr(given, name, value)
@@ -113,8 +127,10 @@ def install(environment: str) -> None:
     stamp.write_text(wanted)
 
 
-def measure(server: Server, model: str, workers: int, given: argparse.Namespace, cores: list[int]) -> Any:
-    """Start a server once, and yield what is measured of it."""
+def measure(
+    server: Server, model: str, workers: int, given: argparse.Namespace, cores: list[int], rates: dict[int, Any]
+) -> Iterator[dict[str, Any]]:
+    """Start a server once, and yield what is measured of it: at these rates, or without any, all that it answers."""
     known = json.loads((HOME / "models" / model).with_suffix(".json").read_text())
     rows, labels = known["rows"], known["predictions"]
 
@@ -136,22 +152,21 @@ def measure(server: Server, model: str, workers: int, given: argparse.Namespace,
                 for count in given.rows:
                     bodies = [case(count, at * 5)[0] for at in range(BODIES)]
                     closed_loop(run, bodies, max(given.connections), 2, names[loads])  # to warm up
-                    for connections in given.connections:
+                    for connections in [] if rates else given.connections:
                         run.settle()
                         figures = closed_loop(run, bodies, connections, given.seconds, names[loads])
                         yield {"kind": "closed", "rows": count, "connections": connections} | figures
                         most = max(most, run.pss())
+                    for at, rate in rates.get(count, {}).items():
+                        run.settle()
+                        figures = fixed_rate(run, bodies, rate, given.offered, names[loads])
+                        yield {"kind": "offered", "rows": count, "at": at, "rate": rate} | figures
                 run.settle()
                 run.check(*case(given.rows[0], 3))
-                yield {"kind": "start", "seconds": seconds, "pss": most}
+                if not rates:
+                    yield {"kind": "start", "seconds": seconds, "pss": most}
         except NotRight as error:
             yield {"kind": "failed", "why": str(error)}
-
-
-def rotated(chosen: list[Server], number: int) -> list[Server]:
-    at = number % len(chosen)
-    turned = chosen[at:] + chosen[:at]
-    return turned[::-1] if number % 2 else turned
 
 
 def commit() -> str:

@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from bench.running import TICKS, NotRight, Running
-from bench.servers import Rows
+from bench.servers import ROOT, Rows
 
 SCRIPT = """\
 local headers, requests, last = {}, {}, 0
@@ -49,6 +50,31 @@ def closed_loop(run: Running, bodies: list[Rows], connections: int, seconds: int
     found = json.loads(done.stdout[done.stdout.rindex("{") :])
     rate = found["requests"] / (found.pop("microseconds") / 1e6)
     return found | {"rate": rate, "cpu": spent / max(1, found["requests"]), "others": max(0.0, others)}
+
+
+def fixed_rate(run: Running, bodies: list[Rows], rate: float, seconds: float, cores: str) -> dict[str, Any]:
+    """Ask so many times a second on 64 connections, whatever becomes of it. Latencies are in seconds."""
+    return _open_loop(run, bodies, cores, seconds, "--rate", str(rate), "--seconds", str(seconds))
+
+
+def fixed_count(run: Running, bodies: list[Rows], count: int, connections: int, cores: str) -> dict[str, Any]:
+    """Ask so many times, each connection again as soon as it is answered."""
+    return _open_loop(run, bodies, cores, 60.0, "--count", str(count), "--connections", str(connections))
+
+
+def _open_loop(run: Running, bodies: list[Rows], cores: str, seconds: float, *arguments: str) -> dict[str, Any]:
+    requests = []
+    for body in map(run.server.body, bodies):
+        headers = {"Host": f"127.0.0.1:{run.port}", "Content-Length": str(len(body))} | run.headers
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        requests.append(f"POST {run.server.path} HTTP/1.1\r\n{head}\r\n{body}")
+    command = ["taskset", "-c", cores, sys.executable, "-m", "bench.openloop", str(run.port), *arguments]
+    before = run.cpu()
+    done = subprocess.run(
+        command, cwd=ROOT, input=json.dumps(requests), capture_output=True, text=True, timeout=seconds + 60, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found | {"cpu": (run.cpu() - before) / found["requests"]}
 
 
 def machine_busy() -> float:

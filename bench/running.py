@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bench.servers import PEERS, Rows, Server, Start
+from bench.servers import BATCH, PEERS, WAIT, Rows, Server, Start
 
 TICKS = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 120.0
@@ -113,7 +113,8 @@ def running(server: Server, start: Start, cores: str, first: tuple[Rows, list[An
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environ |= {"PATH": f"{start.bin}:{environ['PATH']}", "PYTHONPATH": str(PEERS), "MODEL_PATH": str(start.model)}
     environ |= {"OMP_NUM_THREADS": str(max(1, len(cores.split(",")) // start.workers))}
-    environ |= {"PORT": str(start.ports[0]), "WORKERS": str(start.workers)} | server.variables(start)
+    environ |= {"PORT": str(start.ports[0]), "WORKERS": str(start.workers), "BATCH": str(BATCH), "WAIT": str(WAIT)}
+    environ |= server.variables(start)
     command = ["taskset", "-c", cores, *server.command(start)]
     with ExitStack() as stack:
         log = stack.enter_context((start.place / "log").open("wb"))

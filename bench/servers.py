@@ -101,6 +101,22 @@ def _mlserver(start: Start, batch: bool = False) -> list[str]:
     return [str(start.bin / "mlserver"), "start", str(start.place)]
 
 
+def _kserve(start: Start) -> list[str]:
+    quiet = {
+        name: {"handlers": [], "level": "ERROR", "propagate": False} for name in ("kserve.trace", "uvicorn.access")
+    }
+    log = start.place / "log.json"
+    log.write_text(json.dumps({"version": 1, "disable_existing_loggers": False, "loggers": quiet}))
+    where = ["--http_port", str(start.ports[0]), "--workers", str(start.workers), "--enable_grpc", "false"]
+    how = ["--enable_latency_logging", "false", "--log_config_file", str(log), "--model_name", "model"]
+    return start.python("-W", "ignore", str(PEERS / "kserve_app.py"), *where, *how)
+
+
+def _bentoml(start: Start) -> list[str]:
+    where = ["--host", "127.0.0.1", "--port", str(start.ports[0]), "--working-dir", str(PEERS)]
+    return [str(start.bin / "bentoml"), "serve", "bentoml_app:Classifier", *where]
+
+
 def _tensor(rows: Rows) -> Any:
     """Return rows as the Open Inference Protocol has them."""
     flat = [value for row in rows for value in row]
@@ -131,7 +147,30 @@ ALL = [
         is_peer=False,
     ),
     Server("fastapi", "FastAPI + uvicorn", "fastapi", _fastapi),
+    Server(
+        "kserve",
+        "KServe",
+        "kserve",
+        _kserve,
+        path="/v1/models/model:predict",
+        wrap=lambda rows: {"instances": rows},
+        unwrap=lambda answer: answer["predictions"],
+    ),
     Server("mlserver", "MLServer", "mlserver", _mlserver, **MLSERVER),
     Server("mlserver-batch", "MLServer, batching", "mlserver", lambda start: _mlserver(start, True), **MLSERVER),
+    Server(
+        "bentoml",
+        "BentoML, batching",
+        "bentoml",
+        _bentoml,
+        unwrap=lambda answer: answer,
+        variables=lambda start: {"BENTOML_HOME": str(start.place), "BENTOML_DO_NOT_TRACK": "True"},
+    ),
+    Server(
+        "litserve",
+        "LitServe, batching",
+        "litserve",
+        lambda start: start.python(str(PEERS / "litserve_app.py")),
+    ),
 ]
 BY_NAME = {server.name: server for server in ALL}
