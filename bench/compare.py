@@ -166,7 +166,7 @@ def measure(
                 if not rates:
                     yield {"kind": "start", "seconds": seconds, "pss": most}
         except NotRight as error:
-            yield {"kind": "failed", "why": str(error)}
+            yield {"kind": "failed", "why": str(error), "log": error.log}
 
 
 def commit() -> str:

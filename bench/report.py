@@ -32,7 +32,8 @@ def report(found: Found, chart: Path | None = None) -> None:
         print(f"connections that broke or timed out: {sum(each['broken'] for each in closed)}.")
     for each in found:
         if each["kind"] == "failed":
-            print(f"\nFAILED: {each['server']} with {each['model']} and {each['workers']} workers: {each['why']}")
+            where = f"{each['server']}, {named(each['model'], each['workers'])}"
+            print(f"\nFAILED: {where}: {each['why']}; the end of its log: {each['log'].rpartition(chr(10))[2]}")
     if chart:
         chart.write_text(draw(closed))
 

@@ -22,6 +22,8 @@ START_SECONDS = 120.0
 class NotRight(Exception):
     """A server that does not start, or answers otherwise than the model itself."""
 
+    log = ""  # its end, of a server that did not start
+
 
 class Running:
     """A server under measurement."""
@@ -108,7 +110,7 @@ def running(server: Server, start: Start, cores: str, first: tuple[Rows, list[An
     """Start a server on these cores; yield it with the seconds until its first right answer, and stop it.
 
     Raises:
-        NotRight: it ended, or gave no right answer within two minutes. The message has the end of its log.
+        NotRight: it ended, or gave no right answer within two minutes.
     """
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environ |= {"PATH": f"{start.bin}:{environ['PATH']}", "PYTHONPATH": str(PEERS), "MODEL_PATH": str(start.model)}
@@ -130,8 +132,9 @@ def running(server: Server, start: Start, cores: str, first: tuple[Rows, list[An
                 break
             except (OSError, http.client.HTTPException, ValueError, LookupError, NotRight) as error:
                 if process.poll() is not None or time.monotonic() - began > START_SECONDS:
-                    tail = (start.place / "log").read_text(errors="replace")[-1500:]
-                    raise NotRight(f"{server.name} did not start: {error}\n{tail}") from error
+                    failure = NotRight(f"did not start: {error}")
+                    failure.log = (start.place / "log").read_text(errors="replace")[-2000:].strip()
+                    raise failure from error
                 time.sleep(0.01)
         yield run, time.monotonic() - began
 

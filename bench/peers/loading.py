@@ -2,20 +2,30 @@
 
 import os
 
+import joblib
 import numpy as np
 
 
 def load(path):
     """Return the model's `predict`: rows → array of labels."""
-    if path.endswith(".joblib"):
-        import joblib
+    return joblib.load(path).predict if path.endswith(".joblib") else OnnxLabels(path)
 
-        return joblib.load(path).predict
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])  # it counts cores that it may not use
-    session = onnxruntime.InferenceSession(path, options)
-    given, label = session.get_inputs()[0], session.get_outputs()[0].name
-    dtype = np.float64 if given.type == "tensor(double)" else np.float32
-    return lambda rows: session.run([label], {given.name: np.asarray(rows, dtype)})[0]
+class OnnxLabels:
+    """The labels of an ONNX classifier. Pickled, which is how KServe hands models to its workers, it is its path."""
+
+    def __init__(self, path):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])  # it counts cores that it may not use
+        self.path, self.session = path, onnxruntime.InferenceSession(path, options)
+        given = self.session.get_inputs()[0]
+        self.input, self.dtype = given.name, np.float64 if given.type == "tensor(double)" else np.float32
+        self.label = self.session.get_outputs()[0].name
+
+    def __call__(self, rows):
+        return self.session.run([self.label], {self.input: np.asarray(rows, self.dtype)})[0]
+
+    def __reduce__(self):
+        return OnnxLabels, (self.path,)
