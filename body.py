@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.lib.format as npy
 import orjson
-from flask import Request, Response
+from flask import Response
 from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, UnprocessableEntity
+from werkzeug.wsgi import get_content_length
 
 from model import METHODS
 
@@ -37,7 +38,7 @@ class BodyReader:
         self.max_bytes, self.timeout = max_bytes, timeout
         self._reading: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, WSGI environ)
 
-    def read(self, request: Request) -> bytes:
+    def read(self, environ: dict[str, Any]) -> bytes:
         """Read the whole body.
 
         Raises:
@@ -45,38 +46,37 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        length, stream = request.content_length, request.environ["wsgi.input"]
-        if length is None:
-            length = self.max_bytes + 1 if "HTTP_TRANSFER_ENCODING" in request.environ else 0
-        if length > self.max_bytes and request.content_length is not None:
+        given = get_content_length(environ)
+        stream, length = environ["wsgi.input"], given or 0
+        if given is None and "HTTP_TRANSFER_ENCODING" in environ:
+            length = self.max_bytes + 1
+        elif length > self.max_bytes:
             raise self._too_large()
-        pieces, broken = [], False
-        with self._deadline(request.environ, self.timeout) as in_time:
+        body, broken, deadline = b"", False, time.monotonic() + self.timeout
+        with self._deadline(environ, deadline):
             try:
-                for piece in _pieces(stream, length):
-                    pieces.append(piece)
-                    if not in_time():
-                        break
+                body = stream.read(length) if length <= PIECE else b"".join(_pieces(stream, length, deadline))
             except Exception:  # whatever the server raises for a bad chunk or a lost connection
                 broken = True
-        body = b"".join(pieces)
         if len(body) > self.max_bytes:
             raise self._too_large()
-        whole = not broken and in_time() and len(body) >= (request.content_length or 0)
-        request.environ["body.whole"] = whole
+        in_time = time.monotonic() < deadline
+        environ["body.whole"] = whole = in_time and not broken and len(body) >= (given or 0)
         if whole:
             return body
-        if not in_time():
+        if not in_time:
             raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
         raise BadRequest("the body breaks off before its end, or its chunks are malformed")
 
     def _too_large(self) -> RequestEntityTooLarge:
         return RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
 
-    def finish(self, request: Request, response: Response) -> None:
+    def finish(self, environ: dict[str, Any], response: Response) -> None:
         """See to it that what is left of a body after an early answer is not taken for the next request."""
-        environ, length = request.environ, request.content_length  # the request itself is gone when the callback runs
-        if environ.get("body.whole") or not (length or "HTTP_TRANSFER_ENCODING" in environ):
+        if environ.get("body.whole"):
+            return
+        length = get_content_length(environ)
+        if not (length or "HTTP_TRANSFER_ENCODING" in environ):
             return
         if "body.whole" in environ:  # it broke off, or was too slow
             response.call_on_close(lambda: _shut(environ, socket.SHUT_RDWR))
@@ -85,14 +85,11 @@ class BodyReader:
 
     def _discard(self, environ: dict[str, Any], length: int | None) -> None:
         """Read on a little, then shut the connection. Closed with data unread it is reset: the answer may be lost."""
-        count, ended = 0, False
-        with suppress(Exception), self._deadline(environ, LINGER) as in_time:
-            for piece in _pieces(environ["wsgi.input"], self.max_bytes + 1):
+        count, ended, deadline = 0, False, time.monotonic() + LINGER
+        with suppress(Exception), self._deadline(environ, deadline):
+            for piece in _pieces(environ["wsgi.input"], self.max_bytes + 1, deadline):
                 count += len(piece)
-                if not in_time():
-                    break
-            else:
-                ended = count <= self.max_bytes
+            ended = count <= self.max_bytes and time.monotonic() < deadline
         if not ended or length not in (None, count):
             _shut(environ, socket.SHUT_RDWR)
 
@@ -104,17 +101,17 @@ class BodyReader:
                 _shut(environ, socket.SHUT_RD)
 
     @contextmanager
-    def _deadline(self, environ: dict[str, Any], seconds: float) -> Iterator[Any]:
-        token, deadline = object(), time.monotonic() + seconds
+    def _deadline(self, environ: dict[str, Any], deadline: float) -> Iterator[None]:
+        token = object()
         self._reading[token] = (deadline, environ)
         try:
-            yield lambda: time.monotonic() < deadline
+            yield
         finally:
             self._reading.pop(token, None)
 
 
-def _pieces(stream: Any, length: int) -> Iterator[bytes]:
-    """Yield at most `length` bytes of a body as they come, giving way to other requests in between.
+def _pieces(stream: Any, length: int, deadline: float) -> Iterator[bytes]:
+    """Yield at most `length` bytes of a body as they come, until the deadline, giving way to other requests in between.
 
     gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
     """
@@ -122,7 +119,10 @@ def _pieces(stream: Any, length: int) -> Iterator[bytes]:
     while length > 0 and (piece := stream.read(min(length, PIECE))):
         length -= len(piece)
         yield piece
-        if time.monotonic() - gave_way > 0.01:
+        now = time.monotonic()
+        if now >= deadline:
+            return
+        if now - gave_way > 0.01:
             time.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
             gave_way = time.monotonic()
 

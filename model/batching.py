@@ -37,8 +37,7 @@ class _Call:
         self.result: Any = None
         self.error: BaseException | None = None
         self.answered = False
-        self.wake = threading.Lock()
-        self.wake.acquire()
+        self.wake: threading.Lock | None = None  # of one who waits
 
 
 class Batcher:
@@ -86,10 +85,13 @@ class Batcher:
             self._waiting += len(rows)
             if self._leader is None:
                 self._leader = call
-                call.wake.release()
+            else:
+                call.wake = threading.Lock()
+                call.wake.acquire()
         batch: list[_Call] = []
         try:
-            call.wake.acquire()
+            if call.wake is not None:
+                call.wake.acquire()
             if not call.answered:  # so it leads
                 # Others that are ready get as far as the queue. By its full name: one that was bound before gevent
                 # patched it would block.
@@ -162,7 +164,8 @@ class Batcher:
             if self._leader is not None:
                 woken.append(self._leader)
         for each in woken:
-            each.wake.release()
+            if each.wake is not None:
+                each.wake.release()
 
 
 class Timings:
