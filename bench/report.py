@@ -31,6 +31,9 @@ def report(found: Found, chart: Path | None = None) -> None:
         print(f"\nOther processes took {median(others):.2f} cores meanwhile (median), {max(others):.2f} at most.")
         print(f"Answers other than 2xx: {sum(each['not_2xx'] for each in closed)}", end="; ")
         print(f"connections that broke or timed out: {sum(each['broken'] for each in closed)}.")
+    if fixed:
+        late = [each["late_p99"] * 1e3 for each in fixed]
+        print(f"At fixed rates, 99 of 100 requests were sent within {median(late):.1f} ms of their time (median).")
     for each in found:
         if each["kind"] == "failed":
             where = f"{each['server']} with {each['model']} and {each['workers']} worker(s)"
