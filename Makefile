@@ -32,7 +32,8 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# It installs every server into an environment of its own under .bench.
+# It installs every server into an environment of its own under .bench; docs/performance.md says how it measures.
+bench: BENCH_ARGS ?= --chart docs/bench.svg
 bench:
 	$(PYTHON) -m bench.compare $(BENCH_ARGS)
 

@@ -59,7 +59,10 @@ def fixed_rate(run: Running, bodies: list[Rows], rate: float, seconds: float, co
 
 def fixed_count(run: Running, bodies: list[Rows], count: int, connections: int, cores: str) -> dict[str, Any]:
     """Ask so many times, each connection again as soon as it is answered."""
-    return _open_loop(run, bodies, cores, 60.0, "--count", str(count), "--connections", str(connections))
+    found = _open_loop(run, bodies, cores, 60.0, "--count", str(count), "--connections", str(connections))
+    if found["failed"] or found["unfinished"]:
+        raise NotRight(f"of {count} requests {found['failed']} failed and {found['unfinished']} did not end")
+    return found
 
 
 def _open_loop(run: Running, bodies: list[Rows], cores: str, seconds: float, *arguments: str) -> dict[str, Any]:

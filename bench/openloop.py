@@ -4,7 +4,8 @@
 
 A generator that waits for answers before it asks again asks less while a server is slow, and so leaves out what would
 have been slowest ("coordinated omission"). Here a request is due at its time: it takes a free connection, or waits for
-one, and that wait is part of its latency. Without a rate all are due at once, so that the connections are always busy.
+one, and that wait is part of its latency. Without a rate all are due at once: the connections are always busy, and
+latencies say nothing.
 Standard input has the requests to send in turn, a JSON list of what goes over the wire; the output is one JSON object.
 """
 

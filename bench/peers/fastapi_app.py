@@ -1,4 +1,4 @@
-"""FastAPI, as its documentation shows it: a typed body, and a plain function for what blocks."""
+"""FastAPI with a typed body. `async def` holds up the loop, and still answers more than `def` does on its threads."""
 
 import os
 
@@ -15,5 +15,5 @@ class Call(BaseModel):
 
 
 @app.post("/predict")
-def answer(call: Call):
+async def answer(call: Call):
     return {"prediction": predict(call.data).tolist()}
