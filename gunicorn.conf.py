@@ -45,7 +45,7 @@ graceful_timeout = _settings.graceful_timeout
 
 # Seconds after which a worker that does not come back to its loop is killed. Loading is on a thread of its own and
 # does not count.
-timeout = 30
+timeout = max(30, round(_settings.predict_timeout))
 
 # gunicorn's own HTTP parser, also where gunicorn_h1c is installed: up to release 0.6.9 that takes folded headers and
 # bare line feeds, which a proxy in front may read otherwise; gunicorn itself asks for 0.6.14.

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -113,6 +114,7 @@ class Service:
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
         self._started_in: int | None = None
         self._ships = settings.ships
+        self._predict_timeout = settings.predict_timeout
         self._journal_dir = settings.journal_dir
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
@@ -322,6 +324,7 @@ class Service:
         while True:
             time.sleep(1.0)
             try:
+                self._end_if_stuck()
                 self.bodies.sweep()
                 if self.users is not None:
                     self.users.refresh()
@@ -335,6 +338,16 @@ class Service:
                 if time.monotonic() - complained >= 60.0:  # seconds; it may be the same at every round
                     complained = time.monotonic()
                     log.exception("housekeeping failed")
+
+    def _end_if_stuck(self) -> None:
+        """End this process where a model hangs: what runs on a native thread cannot be stopped in any other way.
+
+        gunicorn starts another. It would itself see only a loop that hangs, which this one does not.
+        """
+        seconds = self.serving.running_for()
+        if seconds > self._predict_timeout:
+            log.critical("the model has been at one call for %.0f seconds (PREDICT_TIMEOUT): this worker ends", seconds)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _watch_canary(self) -> None:
         """Honour a veto on the canary; and in one worker, come to one."""

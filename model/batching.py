@@ -62,6 +62,7 @@ class Batcher:
         self._waiting = 0  # rows in the queue
         self._leader: _Call | None = None
         self._lock = threading.Lock()  # of the three above; never held across a call of the model
+        self._running_since: float | None = None
 
     def call(self, run: Run, rows: Any, method: str, shape: Hashable = None) -> Any:
         """Return what the model answers to these rows.
@@ -104,6 +105,11 @@ class Batcher:
             raise call.error
         return call.result
 
+    def running_for(self) -> float:
+        """Return the seconds that the model has been at its present call."""
+        since = self._running_since
+        return 0.0 if since is None else time.perf_counter() - since
+
     def _take(self, call: _Call) -> list[_Call]:
         """Take this call off the queue, and those that may go with it."""
         batch, size, left = [call], len(call.rows), deque[_Call]()
@@ -129,7 +135,7 @@ class Batcher:
         size = sum(len(each.rows) for each in batch)
         is_slow = self.timings.expect(method, size) > SLOW
         parts = [each.rows for each in batch]
-        began = time.perf_counter()
+        self._running_since = began = time.perf_counter()
         try:
             results = self._native(run, parts, method) if is_slow else run(parts, method)
         except Exception as error:
@@ -142,6 +148,8 @@ class Batcher:
             self.timings.note(method, size, time.perf_counter() - began)
             for each, result in zip(batch, results, strict=True):
                 each.result = result
+        finally:
+            self._running_since = None
         for each in batch:
             each.answered = True
 

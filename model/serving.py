@@ -6,6 +6,7 @@ import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,7 +70,8 @@ class Serving:
         self._path, self._dir = model_path, model_dir
         self._allow_version_mismatch = allow_version_mismatch
         self._native, self._roster = native, roster
-        self._batcher = partial(Batcher, native, most_waiting)
+        self._new_batcher = partial(Batcher, native, most_waiting)
+        self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()  # of all versions that still answer
         self._routes: Routes | None = None
         self._preloaded: list[LoadedModel] = []  # before the fork; served only where the routing asks for them
         self._errors: list[str] = []
@@ -117,6 +119,10 @@ class Serving:
         if canary is not None and share_of(key, canary.version) < routes.routing.weight:
             return canary, "canary"
         return routes.stable, "stable"
+
+    def running_for(self) -> float:
+        """Return the seconds that some model has been at its present call: one that hangs never ends it."""
+        return max((batcher.running_for() for batcher in list(self._batchers)), default=0.0)
 
     def describe(self) -> dict[str, Any]:
         """Describe what is served, as JSON values."""
@@ -265,7 +271,8 @@ class Serving:
                 if kept and kept.about["sha256"] == manifest.about["sha256"]:
                     check_bytes(manifest)
                     return kept, None
-            model = load_version(manifest, self._allow_version_mismatch, self._batcher())
+            model = load_version(manifest, self._allow_version_mismatch, self._new_batcher())
+            self._batchers.add(model.batcher)
             model.about["load_seconds"] = round(time.monotonic() - started, 3)
             return model, None
         except ModelLoadError as error:
