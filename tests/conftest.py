@@ -12,7 +12,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,11 +282,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) -> Iterator[Gunicorn]:
+def gunicorn(
+    place: Path, *arguments: str, ready: bool = True, within: Sequence[str] = (), **settings: Any
+) -> Iterator[Gunicorn]:
     """Run a real gunicorn; settings are environment variables by their names in lower case.
 
     It gets a port, a users file, a journal and a log in `place`, and a process group of its own that is ended with the
-    block. With `ready`, the block begins when all workers serve.
+    block. With `ready`, the block begins when all workers serve. `within` is a command that runs the command behind it.
     """
     port = free_port()
     environ = {
@@ -302,7 +304,7 @@ def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) 
     log = place / f"gunicorn-{port}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", *arguments],
+            [*within, sys.executable, "-m", "gunicorn", *arguments],
             cwd=ROOT,
             env=environ,
             stdin=subprocess.DEVNULL,

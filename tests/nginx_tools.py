@@ -6,7 +6,7 @@ import shutil
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,7 +84,9 @@ def one_host(path: Path) -> str:
 
 
 @contextmanager
-def nginx(place: Path, upstream: str, changes: Mapping[str, str] | None = None) -> Iterator[Nginx]:
+def nginx(
+    place: Path, upstream: str, changes: Mapping[str, str] | None = None, within: Sequence[str] = ()
+) -> Iterator[Nginx]:
     """Run nginx with the shipped files in `place`; it ends with the block.
 
     What is changed in them: addresses and ports to listen on, with a port more that serves the same without TLS (for
@@ -92,6 +94,7 @@ def nginx(place: Path, upstream: str, changes: Mapping[str, str] | None = None) 
 
     Args:
         upstream: the text of the upstream file.
+        within: a command that runs the command behind it.
     """
     assert NGINX
     place.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ def nginx(place: Path, upstream: str, changes: Mapping[str, str] | None = None) 
     (place / "nginx.conf").write_text(AROUND.format(place=place, user=user))
     with (place / "output.log").open("wb") as output:
         process = subprocess.Popen(
-            [NGINX, "-p", place, "-c", place / "nginx.conf"],
+            [*within, NGINX, "-p", place, "-c", place / "nginx.conf"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
