@@ -12,7 +12,7 @@ import time
 import uuid
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,12 +137,11 @@ def sls() -> Iterator[Any]:
         yield running
 
 
-class Gunicorn:
-    """A running gunicorn with this project's configuration, and what a client needs of it."""
+class Server:
+    """A running server process, and what a client needs of it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", port: int, place: Path, log: Path, count: int) -> None:
-        self.process, self.port, self.place, self.log, self.count = process, port, place, log, count
-        self.journal_dir = place / "journal"
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+        self.process, self.port, self.log = process, port, log
 
     def connect(self, timeout: float = 30.0) -> http.client.HTTPConnection:
         """Open a connection."""
@@ -172,18 +171,32 @@ class Gunicorn:
             connection.sendall(sent)
             return read_all(connection)
 
-    def workers(self) -> list[int]:
-        """Return the pids of the worker processes."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
-
     def wait_until(self, met: Any, seconds: float = 60.0) -> None:
         """Wait until `met()` is true, while the server runs."""
         deadline = time.monotonic() + seconds
         while not met():
-            assert self.process.poll() is None, f"gunicorn ended:\n{self.log.read_text()}"
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"waited {seconds} s in vain:\n{self.log.read_text()}"
             time.sleep(0.05)
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 40.0) -> int:
+        """Stop the server and return its exit status."""
+        self.process.send_signal(how)
+        return self.process.wait(seconds)
+
+
+class Gunicorn(Server):
+    """A running gunicorn with this project's configuration."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", port: int, place: Path, log: Path, count: int) -> None:
+        super().__init__(process, port, log)
+        self.place, self.count = place, count
+        self.journal_dir = place / "journal"
+
+    def workers(self) -> list[int]:
+        """Return the pids of the worker processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
 
     def is_ready(self) -> bool:
         """Tell whether a worker answers that it is ready; each worker of several may still differ."""
@@ -196,11 +209,6 @@ class Gunicorn:
         """Tell whether every worker has said that it serves."""
         return self.log.read_text().count("serving version") >= self.count
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 40.0) -> int:
-        """Stop the server and return its exit status."""
-        self.process.send_signal(how)
-        return self.process.wait(seconds)
-
 
 class Answer(NamedTuple):
     """What a caller of `Load` was answered."""
@@ -209,6 +217,7 @@ class Answer(NamedTuple):
     status: int
     version: str | None  # that X-Model-Version names
     body: bytes
+    seconds: float  # until the answer was there
 
 
 class Load:
@@ -218,7 +227,7 @@ class Load:
     a 200, and `errors` what came instead of an answer.
     """
 
-    def __init__(self, server: Gunicorn, callers: int = 3, pause: float = 0.01) -> None:
+    def __init__(self, server: Server, callers: int = 3, pause: float = 0.01) -> None:
         self.statuses: list[int] = []
         self.answers: list[Answer] = []
         self.answered: list[str] = []
@@ -238,7 +247,7 @@ class Load:
                 self.errors.append(error)
             else:
                 self.statuses.append(status)
-                self.answers.append(Answer(began, status, told["X-Model-Version"], answer))
+                self.answers.append(Answer(began, status, told["X-Model-Version"], answer, time.monotonic() - began))
                 if status == 200:
                     self.answered.append(name)
 
@@ -273,11 +282,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) -> Iterator[Gunicorn]:
+def gunicorn(
+    place: Path, *arguments: str, ready: bool = True, within: Sequence[str] = (), **settings: Any
+) -> Iterator[Gunicorn]:
     """Run a real gunicorn; settings are environment variables by their names in lower case.
 
     It gets a port, a users file, a journal and a log in `place`, and a process group of its own that is ended with the
-    block. With `ready`, the block begins when all workers serve.
+    block. With `ready`, the block begins when all workers serve. `within` is a command that runs the command behind it.
     """
     port = free_port()
     environ = {
@@ -293,7 +304,7 @@ def gunicorn(place: Path, *arguments: str, ready: bool = True, **settings: Any) 
     log = place / f"gunicorn-{port}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", *arguments],
+            [*within, sys.executable, "-m", "gunicorn", *arguments],
             cwd=ROOT,
             env=environ,
             stdin=subprocess.DEVNULL,
