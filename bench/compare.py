@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=listed(int), metavar="N,…", help="in a request")
     parser.add_argument("--connections", type=listed(int), metavar="N,…")
     parser.add_argument("--workers", type=listed(int), metavar="N,…")
-    parser.add_argument("--seconds", type=int, default=4, metavar="N", help="of each measurement")
+    parser.add_argument("--seconds", type=int, default=5, metavar="N", help="of each measurement")
     parser.add_argument("--offered", type=int, metavar="N", help="seconds of each at a fixed rate; 0 for none")
     parser.add_argument("--rounds", type=int, metavar="N")
     parser.add_argument("--out", type=Path, help="JSON lines file to append to", default=HOME / "results.jsonl")
