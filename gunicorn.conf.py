@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import slots
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
 
@@ -59,6 +60,9 @@ control_socket_disable = True
 # With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
 
+# The workers' metrics are summed, from files here.
+slots.directory = _settings.journal_dir / "metrics"
+
 # The application logs like gunicorn does, on standard error.
 logging.basicConfig(
     level="INFO",
@@ -86,6 +90,7 @@ def on_starting(server):
     except (SettingsError, UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
+    slots.clear(slots.directory)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
         gc.collect()

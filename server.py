@@ -5,11 +5,12 @@
     POST /predict                   {"data": [[5.1, 3.5, 1.4, 0.2]]} → {"prediction": [0]}       role predict
                                     or an array as numpy.save writes it, application/x-npy
     GET  /model                     what is served: version, signature, checksum                 role predict or admin
+    GET  /metrics                   all workers' metrics, for Prometheus                         role metrics
     GET  /healthz                   the process answers                                          open
     GET  /readyz                    the model is loaded and has answered its sample              open
 
 A request's way: auth → body → version (model.serving) → rows (model.signature) → predict → one line in the journal
-(monitor) → answer. Every error is answered as problem+json (problems).
+(monitor) and one in the metrics (metrics) → answer. Every error is answered as problem+json (problems).
 """
 
 import _thread  # gevent leaves its RLock as it is
@@ -23,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from flask import Flask, Response, g, request
@@ -31,8 +33,10 @@ from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable, Unauthorized, UnsupportedMediaType
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+import slots
 from auth import Users
 from body import BodyReader, Unprocessable, parse_array, parse_call
+from metrics import Metrics
 from model import (
     METHODS,
     BadRows,
@@ -66,8 +70,10 @@ def create_app(settings: Settings) -> Flask:
     app.extensions["service"] = service
     app.ensure_sync = _as_it_is  # type: ignore[assignment,method-assign]  # Flask's own advice
     app.before_request(service.begin)
-    app.add_url_rule("/predict", view_func=service.allow("predict")(service.predict), methods=["POST"])
+    predict = service.metrics.in_flight(service.predict)
+    app.add_url_rule("/predict", view_func=service.allow("predict")(predict), methods=["POST"])
     app.add_url_rule("/model", view_func=service.allow("predict", "admin")(service.model))
+    app.add_url_rule("/metrics", view_func=service.allow("metrics")(service.expose))
     app.add_url_rule("/healthz", view_func=service.healthz)
     app.add_url_rule("/readyz", view_func=service.readyz)
     app.register_error_handler(HTTPException, problem)
@@ -99,7 +105,11 @@ class Service:
         self.native = native = native_call()
         self.max_rows = settings.max_rows
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
-        self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
+        workers = partial(Roster.read, settings.journal_dir)
+        self.metrics = Metrics(settings.journal_dir, settings.ships, workers, slots.directory)
+        self.journal = Journal(
+            settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency, self.metrics.dropped
+        )
         self.serving = Serving(
             settings.model_path,
             settings.model_dir,
@@ -107,6 +117,8 @@ class Service:
             native,
             Roster(settings.journal_dir),
             settings.max_waiting_rows,
+            self.metrics.batched,
+            self.metrics.load_failed,
         )
         self.guard = Guard(settings.journal_dir, settings.model_dir)
         self._tail: Tail | None = None  # of the journal, while this worker guards a canary
@@ -123,6 +135,7 @@ class Service:
         """Load the model and begin to keep house, once in each process: threads do not survive a fork."""
         if self._started_in != os.getpid():
             self._started_in = os.getpid()
+            self.metrics.join()
             self.serving.veto(*veto(self._journal_dir))  # before the first load: a canary that is vetoed stays away
             self.serving.start()
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
@@ -171,6 +184,12 @@ class Service:
             what = "not all is well with the versions" if found["ready"] else "the model did not load"
             found["error"] = f"{what}; the server's log says why"
         return json_response(found)
+
+    def expose(self) -> Response:
+        """GET /metrics: all workers' metrics."""
+        accept = request.headers.get("Accept", "")
+        body, content_type = self.native(self.metrics.expose, accept, self.serving.describe())
+        return Response(body, content_type=content_type)
 
     def healthz(self) -> Response:
         """GET /healthz: the process answers."""
@@ -273,9 +292,12 @@ class Service:
         response.headers.add("X-Request-ID", record["request_id"])
         if record["model_version"]:
             response.headers.add("X-Model-Version", record["model_version"])
+        if record["error_type"] == "auth":
+            self.metrics.refused(status)
         if request.endpoint == "predict":
+            seconds = time.perf_counter() - g.began
+            self.metrics.answered(seconds, record)
             if record["user"] is not None:
-                seconds = time.perf_counter() - g.began
                 log_monitor(seconds, status < 400, journal=self.journal, status=status, **record)
             elif status >= 400:
                 next(self._strangers)
@@ -326,6 +348,7 @@ class Service:
             try:
                 self._end_if_stuck()
                 self.bodies.sweep()
+                self.metrics.join()
                 if self.users is not None:
                     self.users.refresh()
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:

@@ -58,6 +58,8 @@ class Serving:
         native: Callable[..., Any] = lambda function, *arguments: function(*arguments),
         roster: Roster | None = None,
         most_waiting: int = 20_000,
+        observe: Callable[[int, float], None] = lambda rows, waited: None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Remember where the model is; nothing is read before `start`.
 
@@ -66,11 +68,14 @@ class Serving:
             native: runs a function on a native thread and returns its result, while the caller's event loop goes on.
             roster: is told what is served, and remembers it for a start without a routing that can be read.
             most_waiting: rows that may wait for a version.
+            observe: is told of each call of a model; see Batcher.
+            on_failure: is called when a version does not load.
         """
         self._path, self._dir = model_path, model_dir
         self._allow_version_mismatch = allow_version_mismatch
         self._native, self._roster = native, roster
-        self._new_batcher = partial(Batcher, native, most_waiting)
+        self._new_batcher = partial(Batcher, native, most_waiting, observe)
+        self._on_failure = on_failure
         self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()  # of all versions that still answer
         self._routes: Routes | None = None
         self._preloaded: list[LoadedModel] = []  # before the fork; served only where the routing asks for them
@@ -250,6 +255,7 @@ class Serving:
         model, error = self._native(self._read, version, self._loaded())
         if error is not None:
             errors.append(str(error))
+            self._on_failure()
         return model  # type: ignore[no-any-return]  # native() returns whatever the function does
 
     def _loaded(self) -> list[LoadedModel]:
