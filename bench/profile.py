@@ -40,6 +40,7 @@ STAGES = {
     "encode the answer": [("server", "json_response")],
     "headers of the answer": [("server", "Service.finish"), ("body", "BodyReader.finish")],
     "record: a line in the journal": [("server", "log_monitor")],
+    "metrics": [("metrics", "Metrics.answered"), ("metrics", "Metrics.batched")],
 }
 FLASK, MODEL = "Flask: routing, contexts, request, response", "the model's own predict"
 
