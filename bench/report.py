@@ -67,7 +67,8 @@ def rate_and_ratio(own: Found, ours: Found) -> str:
     rates = {(each["run"], each["round"]): each["rate"] for each in ours}
     at = ((each, (each["run"], each["round"])) for each in own)
     ratios = [rates[where] / each["rate"] for each, where in at if where in rates and each["rate"]]
-    text = f"{middle(own, 'rate'):.0f}"
+    refused = sum(each["not_2xx"] + each["broken"] for each in own)
+    text = f"{middle(own, 'rate'):.0f}" + f" ({refused} refused)" * bool(refused)
     return f"{text} (×{median(ratios):.2f})" if ratios and own is not ours else text
 
 

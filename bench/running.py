@@ -26,6 +26,10 @@ class NotRight(Exception):
     log = ""  # its end, of a server that did not start
 
 
+class Refused(NotRight):
+    """An answer other than 200: also of a worker that is not ready yet, where another is."""
+
+
 class Running:
     """A server under measurement."""
 
@@ -44,7 +48,7 @@ class Running:
         finally:
             connection.close()
         if response.status != 200:
-            raise NotRight(f"{response.status}: {content[:300]!r}")
+            raise Refused(f"{response.status}: {content[:300]!r}")
         return self.server.unwrap(json.loads(content))
 
     def check(self, rows: Rows, predictions: list[Any]) -> None:
@@ -54,9 +58,20 @@ class Running:
             raise NotRight(f"answered {found!r:.300}, not {expected!r:.300}")
 
     def check_together(self, cases: list[tuple[Rows, list[Any]]]) -> None:
-        """Ask many at once: each must get the answer to its own rows."""
+        """Ask many at once: each must get the answer to its own rows, as soon as all workers are ready."""
+        end = time.monotonic() + START_SECONDS
+
+        def check(case: tuple[Rows, list[Any]]) -> None:
+            while True:
+                try:
+                    return self.check(*case)
+                except Refused:
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(0.1)
+
         with ThreadPoolExecutor(16) as callers:
-            list(callers.map(lambda case: self.check(*case), cases))
+            list(callers.map(check, cases))
 
     def family(self) -> list[int]:
         """List its processes: the one that was started, and all below it."""
@@ -136,7 +151,7 @@ def running(server: Server, start: Start, cores: str, first: tuple[Rows, list[An
                     failure = NotRight(f"did not start: {error}")
                     failure.log = (start.place / "log").read_text(errors="replace")[-2000:].strip()
                     raise failure from error
-                time.sleep(0.01)
+                time.sleep(0.05)  # asking oftener would slow down those that answer while they load
         yield run, time.monotonic() - began
 
 
