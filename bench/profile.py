@@ -26,23 +26,29 @@ from bench.load import fixed_count
 from bench.running import free_ports, running
 from bench.servers import OURS, ROOT
 
-# Stages: the module, what in it is wrapped. What is not there (any more) is left out.
+FLASK, AUTH, MODEL = (
+    "Flask: routing, contexts, request, response",
+    "password, role, requests in flight",
+    "the model's own predict",
+)
+# Stages: the module, what in it is wrapped. What is not there (any more) is left out. `inside` wraps those without any.
 STAGES = {
+    FLASK: [],
     "request id, start of the record": [("server", "Service.begin")],
-    "password and role": [],  # what stands around the view
+    AUTH: [],
     "headers, choice of the version": [("server", "Service.predict"), ("server", "Service._call")],
     "read the body": [("body", "BodyReader.read")],
     "decode JSON": [("server", "parse_call")],
     "check the rows": [("model.signature", "Signature.check")],
     "queue for the model": [("model.batching", "Batcher.call"), ("model.loaded", "LoadedModel.ask")],
     "rows to array": [("model.signature", "Signature.build"), ("model.signature", "Signature.parse")],
+    MODEL: [],
     "result to JSON values": [("model.loaded", "LoadedModel.answer"), ("model.loaded", "LoadedModel.predict")],
     "encode the answer": [("server", "json_response")],
     "headers of the answer": [("server", "Service.finish"), ("body", "BodyReader.finish")],
     "record: a line in the journal": [("server", "log_monitor")],
     "metrics": [("metrics", "Metrics.answered"), ("metrics", "Metrics.batched")],
 }
-FLASK, MODEL = "Flask: routing, contexts, request, response", "the model's own predict"
 
 
 class Clock:
@@ -109,7 +115,10 @@ def inside(environ: dict[str, Any], count: int) -> tuple[float, dict[str, float]
     monkey.patch_all()
     sys.path.insert(0, str(ROOT))
     import server
+    import slots
     from settings import Settings
+
+    slots.directory = Path(os.environ["JOURNAL_DIR"], "metrics")  # as gunicorn.conf.py has it
 
     app = server.create_app(Settings.from_environ(os.environ))
     load(app)
@@ -122,7 +131,7 @@ def inside(environ: dict[str, Any], count: int) -> tuple[float, dict[str, float]
     app = server.create_app(Settings.from_environ(os.environ))
     estimator = load(app).estimator
     estimator.predict = clock.wrap(MODEL, estimator.predict)
-    app.view_functions["predict"] = clock.wrap("password and role", app.view_functions["predict"])
+    app.view_functions["predict"] = clock.wrap(AUTH, app.view_functions["predict"])
     app.wsgi_app = clock.wrap(FLASK, app.wsgi_app)
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(count):
@@ -132,8 +141,7 @@ def inside(environ: dict[str, Any], count: int) -> tuple[float, dict[str, float]
         for stage, seconds in clock.own.items():
             found[stage].append(seconds)
     overhead = median(found.pop("clock"))
-    order = [FLASK, *list(STAGES)[:-4], MODEL, *list(STAGES)[-4:]]
-    return plain, {stage: median(found[stage]) - overhead for stage in order if stage in found}
+    return plain, {stage: median(found[stage]) - overhead for stage in STAGES if stage in found}
 
 
 def wrap_at(clock: Clock, stage: str, module: str, name: str) -> None:
@@ -147,11 +155,11 @@ def wrap_at(clock: Clock, stage: str, module: str, name: str) -> None:
 
 
 def load(app: Any) -> Any:
-    """Load the model and return it."""
-    serving = app.extensions["service"].serving
-    serving.start()
-    serving.finished.wait(60)
-    return serving.choose()[0]
+    """Start the service as a worker does; return its model."""
+    service = app.extensions["service"]
+    service.start()
+    service.serving.finished.wait(60)
+    return service.serving.choose()[0]
 
 
 def call(app: Any, environ: dict[str, Any]) -> float:
