@@ -17,6 +17,7 @@ from typing import Any
 
 MOST_ROWS = 4096  # of one call of the model; who has more asks in pieces, and others get their turn in between
 SLOW = 0.002  # seconds of a call; handing it to a native thread costs 0.15 ms
+LONELY = 8  # calls without company
 _WEIGHT = 0.2  # of the newest call in the moving average
 
 Run = Callable[[Sequence[Any], str], list[Any]]
@@ -46,7 +47,7 @@ class Batcher:
     def __init__(
         self,
         native: Callable[..., Any] = lambda function, *arguments: function(*arguments),
-        most_waiting: int = 20_000,
+        most_waiting: int = 50_000,
         observe: Callable[[int, float], None] = lambda rows, waited: None,
     ) -> None:
         """Make one for one model.
@@ -63,6 +64,7 @@ class Batcher:
         self._leader: _Call | None = None
         self._lock = threading.Lock()  # of the three above; never held across a call of the model
         self._running_since: float | None = None
+        self._alone = 0  # calls in a row that nobody joined
 
     def call(self, run: Run, rows: Any, method: str, shape: Hashable = None) -> Any:
         """Return what the model answers to these rows.
@@ -94,10 +96,13 @@ class Batcher:
             if call.wake is not None:
                 call.wake.acquire()
             if not call.answered:  # so it leads
-                # Others that are ready get as far as the queue. By its full name: one that was bound before gevent
+                # Others that are ready get as far as the queue. Who has been alone looks for others now and then only:
+                # giving way costs as much as all the rest here. By its full name: one that was bound before gevent
                 # patched it would block.
-                time.sleep(0)
+                if self._alone < LONELY or self._alone % LONELY == 0:
+                    time.sleep(0)
                 batch = self._take(call)
+                self._alone = 0 if len(batch) > 1 else self._alone + 1
                 self._answer(run, batch, method)
         finally:  # also where this caller is killed while it waits or leads
             self._leave(call, batch)

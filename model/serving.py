@@ -1,5 +1,6 @@
 """The model in memory: loaded beside the traffic, proved with a sample, then swapped in as one reference."""
 
+import gc
 import hashlib
 import logging
 import random
@@ -57,7 +58,7 @@ class Serving:
         allow_version_mismatch: bool = False,
         native: Callable[..., Any] = lambda function, *arguments: function(*arguments),
         roster: Roster | None = None,
-        most_waiting: int = 20_000,
+        most_waiting: int = 50_000,
         observe: Callable[[int, float], None] = lambda rows, waited: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
@@ -219,6 +220,7 @@ class Serving:
             log.error("%s: %s", "NOT READY, no model is served" if self._routes is None else "not served", message)
         if self._routes is not None and (old is None or _names(old) != _names(self._routes)):
             log.info("serving %s", _names(self._routes))
+            _collect_garbage(all_of_it=old is not None)
 
     def _routing(self, errors: list[str]) -> versions.Routing:
         """Return what is to be served. At boot, where that cannot be read, what was served last."""
@@ -287,6 +289,17 @@ class Serving:
             return kept, ModelLoadError(f"{type(error).__name__}: {error}")
         finally:
             sys.setswitchinterval(interval)
+
+
+def _collect_garbage(all_of_it: bool) -> None:
+    """Collect now, and spare later collections what was loaded: each would stop all requests for 0.1 s.
+
+    At first not what was there before a fork: looking at it would write to memory that processes share.
+    """
+    if all_of_it:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _described(model: LoadedModel) -> dict[str, Any]:
