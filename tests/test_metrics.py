@@ -1,5 +1,6 @@
 """Metrics: right sums over workers that come, go and are killed; bounded labels; nothing that a caller wrote."""
 
+import http.client
 import json
 import math
 import os
@@ -433,6 +434,41 @@ def test_sums_are_right_over_several_workers_a_killed_one_and_a_reload(
             highest = sent
         assert len(list((server.journal_dir / "metrics").glob("slot-*"))) <= 4  # those of the reload beside the old
         assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+def test_no_sum_goes_down_while_workers_die_under_load(tmp_path: Path, iris_file: Path, worker_class: str) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2, worker_class=worker_class) as server:
+        highest: Samples = {}
+        scrapes = 0
+
+        def watch(seconds: float) -> None:
+            nonlocal scrapes
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                try:
+                    found = scraped(server)
+                except (OSError, http.client.HTTPException):  # it was asked of the worker that was killed
+                    continue
+                scrapes += 1
+                for (name, labels), value in highest.items():
+                    if name.endswith(("_total", "_count", "_sum", "_bucket")):
+                        assert found[name, labels] >= value, (name, labels)
+                highest.update(found)
+
+        with Load(server, callers=6, pause=0.001) as load:
+            watch(1.0)
+            for _ in range(2):
+                os.kill(server.workers()[0], signal.SIGKILL)
+                watch(2.0)
+            server.process.send_signal(signal.SIGHUP)
+            watch(4.0)
+        assert scrapes > 20
+        assert set(load.statuses) == {200}
+        counted = total(scraped(server), "prediction_requests_total")
+        # One that was counted may have died before its answer was out.
+        assert len(load.statuses) <= counted <= len(load.statuses) + len(load.errors)
 
 
 def connected(server: Gunicorn) -> socket.socket:

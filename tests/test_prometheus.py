@@ -174,7 +174,7 @@ class Prometheus(Server):
 
 @contextmanager
 def prometheus(place: Path, target: int) -> Iterator[Prometheus]:
-    """Run Prometheus with the configuration and rules of deploy/prometheus, a minute of which lasts a tenth of a second."""
+    """Run Prometheus with what is in deploy/prometheus; a minute of the rules lasts a tenth of a second."""
     place.mkdir()
     configuration = json.loads(json.dumps(CONFIGURATION))
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "400ms"}
