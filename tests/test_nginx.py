@@ -495,6 +495,18 @@ def test_answer_that_the_model_is_not_there_is_the_apps_own(tmp_path: Path) -> N
         assert "not ready" in check_problem(503, headers, body.decode())["detail"]
 
 
+# A model that is quick, so that it runs in the worker's event loop, and for one row does not return.
+HANGING_MODULE = """
+class Hanging:
+    n_features_in_ = 4
+
+    def predict(self, rows):
+        while rows[0][0] == 666:
+            pass
+        return [0 for row in rows]
+"""
+
+
 def check_all_answered(load: Load, at_least: int = 20) -> None:
     """Check that no caller saw a failure."""
     assert load.errors == []
@@ -539,6 +551,26 @@ def test_worker_that_hangs_is_replaced_and_its_requests_are_answered_by_another(
             running.app.wait_until(lambda: running.app.log.read_text().count("serving version") >= 3)
         check_all_answered(load)
         assert max(answer.seconds for answer in load.answers) < 10.0
+
+
+@pytest.mark.long
+def test_predict_that_does_not_return_is_ended_and_the_others_serve_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging_module.py").write_text(HANGING_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from hanging_module import Hanging  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Hanging(), tmp_path / "model.joblib")
+    with served(tmp_path, "--timeout", "3", model_path=tmp_path / "model.joblib", web_concurrency=2) as running:
+        with Load(running.front, callers=6, pause=0.1) as load:
+            began = time.monotonic()
+            status, headers, body = running.front.ask("POST", "/predict", b'{"data": [[666, 0, 0, 0]]}', **CALL)
+            assert (status, time.monotonic() - began < 6.0) == (500, True)  # gunicorn looks once a second
+            check_problem(500, headers, body.decode())
+            running.app.wait_until(lambda: running.app.log.read_text().count("serving version") >= 3)
+        check_all_answered(load)
+        assert running.app.log.read_text().count("WORKER TIMEOUT") == 1  # it was not given to the other
 
 
 def test_certificate_is_renewed_under_load_without_a_failed_request(behind: Behind, tmp_path: Path) -> None:
