@@ -24,6 +24,9 @@ if _settings.preload and _settings.worker_class == "gevent":
 
     monkey.patch_all()  # the application is made before gunicorn's worker would do it
 
+# Whether systemd holds the socket (deploy/systemd/prediction-server.socket); then HOST and PORT are not used.
+_socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
+
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
@@ -99,8 +102,8 @@ def on_starting(server):
 
 def _check_addresses(server):
     """Name the way out when a port is taken; gunicorn would try five times and only say that it is."""
-    if os.environ.get("LISTEN_FDS") or os.environ.get("GUNICORN_FD"):
-        return  # the socket is handed in
+    if _socket_is_handed_in or os.environ.get("GUNICORN_FD"):
+        return
     for address in server.address:
         if isinstance(address, tuple):
             with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
@@ -119,7 +122,8 @@ def when_ready(server):
     netrc = _settings.users_file.with_name("demo.netrc")
     if not netrc.is_file():
         netrc = None
-    for address in server.address:
+    for listener in server.LISTENERS:
+        address = listener.getsockname()
         if isinstance(address, tuple):
             host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
             scheme = "https" if server.cfg.is_ssl else "http"
@@ -142,12 +146,14 @@ def post_worker_init(worker):
 
     A worker that takes another's place, after a reload or a death, waits for its model before it accepts connections:
     until then they wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that
-    probes are answered; and not at the first start, when there is nobody whose place it takes.
+    probes are answered; and not at the first start, when there is nobody whose place it takes, unless connections may
+    wait since before: in a socket that systemd holds.
     """
     service = worker.wsgi.extensions["service"]
     service.start()
     deadline = time.monotonic() + 25.0  # seconds
-    while worker.age > worker.cfg.workers and time.monotonic() < deadline:
+    waits = _socket_is_handed_in or worker.age > worker.cfg.workers
+    while waits and time.monotonic() < deadline:
         worker.notify()
         if service.serving.finished.wait(0.5):
             break

@@ -283,12 +283,18 @@ def free_port() -> int:
 
 @contextmanager
 def gunicorn(
-    place: Path, *arguments: str, ready: bool = True, within: Sequence[str] = (), **settings: Any
+    place: Path,
+    *arguments: str,
+    ready: bool = True,
+    within: Sequence[str] = (),
+    pass_fds: Sequence[int] = (),
+    **settings: Any,
 ) -> Iterator[Gunicorn]:
     """Run a real gunicorn; settings are environment variables by their names in lower case.
 
     It gets a port, a users file, a journal and a log in `place`, and a process group of its own that is ended with the
-    block. With `ready`, the block begins when all workers serve. `within` is a command that runs the command behind it.
+    block. With `ready`, the block begins when all workers serve. `within` is a command that runs the command behind it,
+    `pass_fds` are descriptors that it gets.
     """
     port = free_port()
     environ = {
@@ -311,6 +317,7 @@ def gunicorn(
             stdout=file,
             stderr=file,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
     server = Gunicorn(process, port, place, log, int(environ["WEB_CONCURRENCY"]))
     try:

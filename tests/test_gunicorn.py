@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,6 +197,48 @@ def test_reload_under_load_fails_no_request(tmp_path: Path, iris_file: Path, wor
             time.sleep(1.0)
         assert set(load.statuses) == {200}
         assert load.errors == []
+
+
+@pytest.mark.long
+def test_memory_of_a_worker_does_not_grow_with_what_it_answers(tmp_path: Path, iris_file: Path) -> None:
+    """The reason for having no max_requests."""
+    good = json.dumps({"data": IRIS}).encode()
+    large = json.dumps({"data": IRIS * 20_000}).encode()
+
+    def memory() -> float:
+        """Return the worker's proportional set size in MB."""
+        rollup = Path(f"/proc/{worker}/smaps_rollup").read_text()
+        return int(re.findall(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[0]) / 1024
+
+    def ask(count: int) -> None:
+        connection = server.connect()
+        for number in range(count):
+            headers = {"Content-Type": "application/json", "Authorization": basic("predict")}
+            body = good
+            if number % 4 == 1:
+                body = b'{"data": [[1, 2, 3, "x%d"]]}' % number
+            elif number % 4 == 2:
+                headers["X-Request-ID"] = f"id-{number}"
+            elif number % 200 == 3:
+                headers |= {
+                    "Authorization": basic(f"u{number}"),
+                    "X-Forwarded-For": f"10.0.{number % 99}.{count % 250}",
+                }
+            elif number % 500 == 4:
+                body = large
+            connection.request("POST", "/predict", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status in (200, 401, 422, 429)
+        connection.close()
+
+    with gunicorn(tmp_path, model_path=iris_file, trusted_proxies=1) as server:
+        (worker,) = server.workers()
+        ask(5_000)
+        before = memory()
+        ask(15_000)
+        assert memory() - before < 5.0
+        assert server.workers() == [worker]
 
 
 def recorded_ids(server: Gunicorn) -> list[str]:

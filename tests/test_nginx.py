@@ -22,7 +22,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import PASSWORD, Gunicorn, Load, basic, gunicorn, records
+from conftest import PASSWORD, ROOT, Gunicorn, Load, basic, gunicorn, read_all, records
 from nginx_tools import NGINX, SHIPPED, Nginx, certificate, needs_nginx, nginx, one_host, substitute
 from test_bad_requests import (
     BELOW,
@@ -51,6 +51,7 @@ from settings import Settings
 
 pytestmark = needs_nginx
 
+OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 SETOSA = (200, {"prediction": [0]})
 CALL = {"Content_Type": "application/json", "Authorization": basic("predict")}
@@ -277,7 +278,7 @@ def test_limits_and_times_in_the_files_agree_with_the_apps(monkeypatch: pytest.M
 
     for name in ("WORKER_CLASS", "GRACEFUL_TIMEOUT", "PORT", "HOST", "PRELOAD", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    configured = runpy.run_path("gunicorn.conf.py")
+    configured = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which it sets
     assert numbers("client_max_body_size", "m") == [Settings().max_body_bytes / 2**20]
     assert numbers("client_body_timeout", "s") == [Settings().body_timeout]
@@ -354,6 +355,41 @@ def test_address_that_a_caller_claims_is_not_believed(behind: Behind) -> None:
     assert statuses[-1] == 429  # a new claim each time did not help
     assert wrong("127.0.0.3", 0) == 401  # another real address is not the one that is throttled
     assert behind.front.predict(IRIS) == SETOSA
+
+
+@pytest.mark.parametrize("how", ["X-Forwarded-For", "proxy_protocol"])
+def test_address_of_a_load_balancer_in_front_is_replaced_by_the_callers(
+    how: str, behind: Behind, tmp_path: Path
+) -> None:
+    written = re.search(rf"^ *set_real_ip_from 10.0.0.0/16;\n *real_ip_header {how};$", OPERATIONS, re.MULTILINE)
+    assert written
+    lines = written[0].replace("10.0.0.0/16", "127.0.0.1")  # who calls here
+    changes = {"    # --- the app\n": f"{lines}\n", "ssl http2;": "ssl http2 proxy_protocol;"}
+    if how != "proxy_protocol":
+        del changes["ssl http2;"]
+    with in_front_of(behind.app, tmp_path, changes) as running:
+        with socket.create_connection(("127.0.0.1", running.front.port), 10) as raw:
+            if how == "proxy_protocol":
+                raw.sendall(b"PROXY TCP4 192.0.2.7 192.0.2.1 5000 443\r\n")
+            context = ssl.create_default_context(cafile=str(running.front.place / "prediction-server.pem"))
+            with context.wrap_socket(raw, server_hostname="localhost") as connection:
+                claim = "192.0.2.9, 192.0.2.7"  # the load balancer appends what it saw
+                ours = f"X-Request-ID: {how}\r\nX-Forwarded-For: {claim}\r\nConnection: close\r\n"
+                connection.sendall(sized(len(BODY))[:-2] + f"{ours}\r\n".encode() + BODY)
+                assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+        assert running.logged(how)["address"] == "192.0.2.7"
+
+
+def test_certificates_authority_finds_its_file_over_http(behind: Behind, tmp_path: Path) -> None:
+    place = tmp_path / ".well-known/acme-challenge"
+    place.mkdir(parents=True)
+    (place / "token").write_text("as it should be")
+    with in_front_of(behind.app, tmp_path / "nginx", {"/var/www/acme;": f"{tmp_path};"}) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.front.http_port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", "/.well-known/acme-challenge/token")
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (200, b"as it should be")
 
 
 def test_connections_to_the_app_are_kept(behind: Behind) -> None:
@@ -459,6 +495,18 @@ def test_answer_that_the_model_is_not_there_is_the_apps_own(tmp_path: Path) -> N
         assert "not ready" in check_problem(503, headers, body.decode())["detail"]
 
 
+# A model that is quick, so that it runs in the worker's event loop, and for one row does not return.
+HANGING_MODULE = """
+class Hanging:
+    n_features_in_ = 4
+
+    def predict(self, rows):
+        while rows[0][0] == 666:
+            pass
+        return [0 for row in rows]
+"""
+
+
 def check_all_answered(load: Load, at_least: int = 20) -> None:
     """Check that no caller saw a failure."""
     assert load.errors == []
@@ -503,6 +551,26 @@ def test_worker_that_hangs_is_replaced_and_its_requests_are_answered_by_another(
             running.app.wait_until(lambda: running.app.log.read_text().count("serving version") >= 3)
         check_all_answered(load)
         assert max(answer.seconds for answer in load.answers) < 10.0
+
+
+@pytest.mark.long
+def test_predict_that_does_not_return_is_ended_and_the_others_serve_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hanging_module.py").write_text(HANGING_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from hanging_module import Hanging  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Hanging(), tmp_path / "model.joblib")
+    with served(tmp_path, "--timeout", "3", model_path=tmp_path / "model.joblib", web_concurrency=2) as running:
+        with Load(running.front, callers=6, pause=0.1) as load:
+            began = time.monotonic()
+            status, headers, body = running.front.ask("POST", "/predict", b'{"data": [[666, 0, 0, 0]]}', **CALL)
+            assert (status, time.monotonic() - began < 6.0) == (500, True)  # gunicorn looks once a second
+            check_problem(500, headers, body.decode())
+            running.app.wait_until(lambda: running.app.log.read_text().count("serving version") >= 3)
+        check_all_answered(load)
+        assert running.app.log.read_text().count("WORKER TIMEOUT") == 1  # it was not given to the other
 
 
 def test_certificate_is_renewed_under_load_without_a_failed_request(behind: Behind, tmp_path: Path) -> None:

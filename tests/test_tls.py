@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Gunicorn, basic, gunicorn, read_all
-from nginx_tools import certificate, needs_nginx, nginx, one_host
+from conftest import ROOT, Gunicorn, basic, gunicorn, read_all
+from nginx_tools import SHIPPED, certificate, needs_nginx, nginx, one_host, substitute
 from test_bad_requests import BODY, LIMIT, chunk, chunked, sized
 
 needs_sslyze = pytest.mark.skipif(importlib.util.find_spec("sslyze") is None, reason="needs sslyze: make test")
+OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 OLD = ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1")
 
 
@@ -58,6 +59,25 @@ def test_nginx_speaks_mozillas_intermediate_and_nothing_older(tmp_path: Path) ->
         *("X25519", "secp256r1", "secp384r1")
     }
     assert not found["session_renegotiation"]["is_vulnerable_to_client_renegotiation_dos"]
+
+
+@needs_nginx
+def test_nginx_and_the_hosts_speak_tls_with_the_documented_lines(tmp_path: Path, iris_file: Path) -> None:
+    written = re.search(r"```nginx\n(proxy_pass https.*?)```", OPERATIONS, re.DOTALL)
+    assert written
+    made, key = certificate(tmp_path / "host", "hosts.internal")
+    other, _ = certificate(tmp_path / "other", "hosts.internal")
+    upstream = (SHIPPED / "upstream-several-hosts.conf").read_text()
+    with gunicorn(tmp_path, "--certfile", str(made), "--keyfile", str(key), model_path=iris_file) as app:
+        address = f"127.0.0.1:{app.port}"
+        for number in (11, 12, 13):
+            upstream = substitute(upstream, {f"10.0.0.{number}:5000": address})
+        for trusted, status in ((made, 200), (other, 502)):
+            lines = substitute(written[1], {"/etc/ssl/certs/hosts.pem": str(trusted)})
+            place = tmp_path / f"nginx-{status}"
+            with nginx(place, upstream, {"proxy_pass http://predictions;": lines}) as front:
+                headers = {"Content_Type": "application/json", "Authorization": basic("predict")}
+                assert front.ask("POST", "/predict", BODY, **headers)[0] == status
 
 
 @pytest.fixture(scope="module", params=["gevent", "gthread"])

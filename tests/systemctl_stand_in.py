@@ -1,0 +1,170 @@
+"""Stands in for systemctl where systemd does not run: does with the installed units what systemd would.
+
+    systemctl_stand_in.py NAMESPACE COMMAND …       within a network namespace of that name
+
+Of a service it applies what could break it: user, directories, descriptors, the socket, the read-only system, hidden
+homes and devices, capabilities, system calls. It waits for READY=1. nginx it starts, or lets it read its files again.
+"""
+
+import ctypes
+import grp
+import os
+import pwd
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+UNITS = Path("/etc/systemd/system")
+LOG = Path("/var/log/prediction-server.log")
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def read_unit(file: str) -> dict[str, list[str]]:
+    """Read a unit: its directives, each with its values in order."""
+    unit: dict[str, list[str]] = {}
+    for name, value in re.findall(r"^(\w+)=(.*)$", (UNITS / file).read_text(), re.MULTILINE):
+        unit.setdefault(name, []).append(value)
+    return unit
+
+
+def start(service: str) -> None:
+    """Start a service with its socket, and wait until it says that it is ready."""
+    unit, held = read_unit(service), read_unit(service.replace(".service", ".socket"))
+    (path,), (group,), (mode,), (backlog,) = (
+        held[name] for name in ("ListenStream", "SocketGroup", "SocketMode", "Backlog")
+    )
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.chown(path, 0, grp.getgrnam(group).gr_gid)
+    os.chmod(path, int(mode, 8))
+    listener.listen(int(backlog))
+    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    told.bind("\0prediction-server-notify")
+    told.settimeout(60)
+    if os.fork() == 0:
+        os.setsid()
+        log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        null = os.open("/dev/null", os.O_RDONLY)
+        for descriptor, copy in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, copy)
+        run(unit, listener.fileno())
+    try:
+        assert b"READY=1" in told.recv(4096)
+    except TimeoutError:
+        sys.exit(f"{service} did not become ready:\n{LOG.read_text()}")
+
+
+def run(unit: dict[str, list[str]], listener: int) -> None:
+    """Become the service."""
+    user = pwd.getpwnam(unit["User"][0])
+    environ = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": user.pw_dir, "USER": user.pw_name}
+    environ |= dict(each.split("=", 1) for each in unit["Environment"])
+    environ |= {"NOTIFY_SOCKET": "@prediction-server-notify", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    hide_and_protect(unit, user)
+    files = int(unit["LimitNOFILE"][0])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    os.umask(int(unit["UMask"][0], 8))
+    os.chdir(unit["WorkingDirectory"][0])
+    calls = allowed_calls(unit["SystemCallFilter"])
+    assert unit["CapabilityBoundingSet"] == [""]
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    os.setgroups([])
+    os.setgid(user.pw_gid)
+    os.setuid(user.pw_uid)
+    assert unit["NoNewPrivileges"] == ["yes"]
+    assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+    os.dup2(listener, 3)
+    os.set_inheritable(3, True)  # also where it was 3 already
+    os.closerange(4, 100)
+    filter_calls(calls)
+    command = shlex.split(unit["ExecStart"][0])
+    os.execve(command[0], command, environ)
+
+
+def hide_and_protect(unit: dict[str, list[str]], user: pwd.struct_passwd) -> None:
+    """Give this process a view of the file system as the unit says."""
+    wanted = ("ProtectHome", "PrivateTmp", "PrivateDevices")
+    assert [unit[name] for name in (*wanted, "ProtectSystem", "ProtectProc")] == [["yes"]] * 3 + [
+        ["strict"],
+        ["invisible"],
+    ]
+    assert libc.unshare(0x00020000) == 0  # CLONE_NEWNS
+    state = f"/var/lib/{unit['StateDirectory'][0]}"
+    os.makedirs(state, exist_ok=True)
+    os.chown(state, user.pw_uid, user.pw_gid)
+    os.chmod(state, int(unit["StateDirectoryMode"][0], 8))
+    script = f"""
+        mount --make-rprivate /
+        mount --bind {state} {state}
+        for home in /home /root; do mount -t tmpfs -o mode=0 tmpfs $home; done
+        for tmp in /tmp /var/tmp; do mount -t tmpfs -o mode=1777 tmpfs $tmp; done
+        mount -t tmpfs -o mode=755 tmpfs /dev
+        mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5; mknod -m 666 /dev/full c 1 7
+        mknod -m 666 /dev/random c 1 8; mknod -m 666 /dev/urandom c 1 9
+        mkdir -m 1777 /dev/shm
+        mount -t proc -o hidepid=2 proc /proc
+        mount -o remount,bind,ro /run
+        mount -o remount,bind,ro /
+    """
+    subprocess.run(["sh", "-ec", script], check=True)
+
+
+def allowed_calls(filters: list[str]) -> set[str]:
+    """Return the system calls that a list of filters allows."""
+
+    def expand(name: str) -> set[str]:
+        if not name.startswith("@"):
+            return {name}
+        told = subprocess.run(["systemd-analyze", "syscall-filter", name], capture_output=True, text=True, check=True)
+        members = [line.strip() for line in told.stdout.splitlines()[1:]]
+        return set().union(*(expand(each) for each in members if each and not each.startswith("#")))
+
+    allowed: set[str] = set()
+    for each in filters:
+        if each.startswith("~"):
+            allowed -= expand(each[1:])
+        else:
+            allowed |= expand(each)
+    return allowed
+
+
+def filter_calls(calls: set[str]) -> None:
+    """Refuse all other system calls with EPERM from now on."""
+    seccomp = ctypes.CDLL("libseccomp.so.2")
+    seccomp.seccomp_init.restype = ctypes.c_void_p
+    context = ctypes.c_void_p(seccomp.seccomp_init(0x00050000 | 1))  # SCMP_ACT_ERRNO(EPERM)
+    for name in calls:
+        number = seccomp.seccomp_syscall_resolve_name(name.encode())
+        if number != -1:  # not known to this version
+            seccomp.seccomp_rule_add(context, ctypes.c_uint32(0x7FFF0000), number, 0)  # SCMP_ACT_ALLOW
+    assert seccomp.seccomp_load(context) == 0
+
+
+def main(namespace: str, *arguments: str) -> None:
+    """Do what is asked."""
+    if "STAND_IN" not in os.environ:
+        again = ["ip", "netns", "exec", namespace, sys.executable, __file__, namespace, *arguments]
+        os.execvpe("ip", again, os.environ | {"STAND_IN": "1"})
+    match arguments:
+        case ("daemon-reload",):
+            subprocess.run(["systemd-analyze", "verify", *UNITS.glob("prediction-server.*")], check=True)
+        case ("enable", "--now", "prediction-server.socket", "prediction-server.service"):
+            start("prediction-server.service")
+        case ("reload", "nginx"):
+            pid = Path("/run/nginx.pid")
+            if pid.exists() and pid.read_text():  # `nginx -t` makes an empty one
+                os.kill(int(pid.read_text()), signal.SIGHUP)
+            else:  # Debian starts it when it is installed
+                subprocess.run(["nginx"], check=True)
+        case _:
+            sys.exit(f"no stand-in for systemctl {shlex.join(arguments)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
