@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -495,16 +496,46 @@ def test_answer_that_the_model_is_not_there_is_the_apps_own(tmp_path: Path) -> N
         assert "not ready" in check_problem(503, headers, body.decode())["detail"]
 
 
-# A model that is quick, so that it runs in the worker's event loop, and for one row does not return.
+# A model that for one row takes two seconds, and for another does not return; else it is quick, so that it runs in the
+# worker's event loop.
 HANGING_MODULE = """
+import time
+
 class Hanging:
     n_features_in_ = 4
 
     def predict(self, rows):
+        if rows[0][0] == 2:
+            time.sleep(2)
         while rows[0][0] == 666:
             pass
         return [0 for row in rows]
 """
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Such a model, in a file."""
+    (tmp_path / "hanging_module.py").write_text(HANGING_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from hanging_module import Hanging  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Hanging(), tmp_path / "model.joblib")
+    yield tmp_path / "model.joblib"
+    sys.modules.pop("hanging_module", None)
+
+
+def test_request_under_way_in_a_worker_that_dies_is_answered_by_another(tmp_path: Path, hanging: Path) -> None:
+    with served(tmp_path, model_path=hanging) as running, ThreadPoolExecutor(1) as pool:
+        (worker,) = running.app.workers()
+        call = pool.submit(running.front.ask, "POST", "/predict", b'{"data": [[2, 0, 0, 0]]}', **CALL)
+        time.sleep(1.0)
+        assert not call.done()
+        os.kill(worker, signal.SIGKILL)
+        status, headers, body = call.result()
+        assert (status, body) == (200, b'{"prediction":[0]}\n')
+        line = running.logged(headers["X-Request-ID"])
+        assert line["upstream_status"] == "502, 200"
 
 
 def check_all_answered(load: Load, at_least: int = 20) -> None:
@@ -554,15 +585,8 @@ def test_worker_that_hangs_is_replaced_and_its_requests_are_answered_by_another(
 
 
 @pytest.mark.long
-def test_predict_that_does_not_return_is_ended_and_the_others_serve_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "hanging_module.py").write_text(HANGING_MODULE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from hanging_module import Hanging  # type: ignore[import-not-found]  # just written
-
-    joblib.dump(Hanging(), tmp_path / "model.joblib")
-    with served(tmp_path, "--timeout", "3", model_path=tmp_path / "model.joblib", web_concurrency=2) as running:
+def test_predict_that_does_not_return_is_ended_and_the_others_serve_on(tmp_path: Path, hanging: Path) -> None:
+    with served(tmp_path, "--timeout", "3", model_path=hanging, web_concurrency=2) as running:
         with Load(running.front, callers=6, pause=0.1) as load:
             began = time.monotonic()
             status, headers, body = running.front.ask("POST", "/predict", b'{"data": [[666, 0, 0, 0]]}', **CALL)
