@@ -101,13 +101,16 @@ class Slot:
 
 
 def _file(path: Path, size: int) -> MmapedDict:
-    """Open a slot's file; make it where there is none, and make those of gauges anew: their process is dead."""
-    if path.name.startswith("gauge") or not path.exists():
+    """Open a slot's file; make it where there is none, and empty those of gauges: their process is dead."""
+    if not path.exists():
         # Zeros take their room on the disk now. A hole would take it when the memory map is first written to; and where
         # the disk is full by then, the kernel kills the process.
         beside = path.with_suffix(".new")
         beside.write_bytes(bytes(size))
         beside.rename(path)
+    elif path.name.startswith("gauge"):
+        with path.open("r+b") as file:  # in place, since there may be room for nothing else
+            file.write(bytes(size))
     return MmapedDict(str(path))
 
 

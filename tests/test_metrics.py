@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,18 @@ def test_requests_are_counted_by_outcome_version_and_variant(iris: Client, serve
     assert total(found, "prediction_requests_total") == 1
     assert total(found, "prediction_model_load_failures_total") == 1
     assert total(found, "prediction_ready") == 0
+    assert total(found, "prediction_workers_with_error") == 1
+
+
+def test_versions_are_told_with_the_workers_that_serve_them(tmp_path: Path) -> None:
+    workers = [{"stable": "7", "canary": "8", "error": None}] * 2 + [{"stable": "7", "canary": None, "error": "no"}]
+    workers.append({"stable": None, "canary": None, "error": None})  # it still loads
+    metrics = Metrics(tmp_path, workers=lambda: workers)
+    stable, canary = ({"version": version, "load_seconds": seconds} for version, seconds in (("7", 0.5), ("8", 2.5)))
+    found = samples(metrics.expose("", {"ready": True, "stable": stable, "canary": canary})[0].decode())
+    served = {"model_version": "7", "variant": "stable"}, {"model_version": "8", "variant": "canary"}
+    assert [total(found, "prediction_model_workers", **labels) for labels in served] == [3, 2]
+    assert [total(found, "prediction_model_load_seconds", **labels) for labels in served] == [0.5, 2.5]
     assert total(found, "prediction_workers_with_error") == 1
 
 
@@ -513,6 +525,40 @@ def test_journal_that_cannot_be_written_stops_neither_serving_nor_metrics(tmp_pa
         ask_many(server, 2)
         assert total(scraped(server), "prediction_ready") == 1
         assert "no metric has what this worker does" in server.log.read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2.5 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", place]).returncode:
+        pytest.skip("needs to mount a small disk: root")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_full_disk_neither_kills_workers_nor_stops_their_counting(
+    tmp_path: Path, iris_file: Path, small_disk: Path
+) -> None:
+    settings = {"model_path": iris_file, "journal_dir": small_disk / "journal", "journal_max_bytes": 2**20}
+    with gunicorn(tmp_path, web_concurrency=2, **settings) as server:
+        ask_many(server, 10)
+        with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        workers = server.workers()
+        ask_many(server, 50)
+        found = scraped(server)
+        assert server.workers() == workers
+        assert total(found, "prediction_requests_total") == 60
+        assert total(found, "prediction_records_dropped_total", reason=UNWRITABLE) > 0
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        server.wait_until(lambda: len(server.workers()) == 2 and not {*server.workers()} & {*workers})
+        server.wait_until(server.is_ready)
+        ask_many(server, 10)  # on files that are there
+        assert total(scraped(server), "prediction_requests_total") == 70
 
 
 def test_flask_run_has_metrics(tmp_path: Path, iris_file: Path) -> None:
