@@ -36,7 +36,11 @@ STAGES = {
     FLASK: [],
     "request id, start of the record": [("server", "Service.begin")],
     AUTH: [],
-    "headers, choice of the version": [("server", "Service.predict"), ("server", "Service._call")],
+    "headers, choice of the version": [
+        ("server", "Service.predict"),
+        ("server", "Service._ask"),
+        ("server", "Service._choose"),
+    ],
     "read the body": [("body", "BodyReader.read")],
     "decode JSON": [("server", "parse_call")],
     "check the rows": [("model.signature", "Signature.check")],
