@@ -50,6 +50,7 @@ def can_make_namespaces() -> bool:
 
 
 pytestmark = [
+    pytest.mark.long,
     needs_nginx,
     pytest.mark.skipif(not can_make_namespaces(), reason="needs network namespaces: root, sudo apt install iproute2"),
 ]
@@ -205,7 +206,6 @@ def test_host_that_is_killed_or_has_no_model_costs_no_request(tmp_path: Path, ir
         assert first.served() + second.served() >= len(load.statuses)
 
 
-@pytest.mark.long
 def test_hosts_fail_and_come_back_under_load_without_a_failed_request(tmp_path: Path, iris_file: Path) -> None:
     with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
         first, second, third = hosts
@@ -236,7 +236,6 @@ def test_hosts_fail_and_come_back_under_load_without_a_failed_request(tmp_path: 
         assert slowest(load) < SILENT
 
 
-@pytest.mark.long
 def test_rolling_restart_fails_no_request(tmp_path: Path, iris_file: Path) -> None:
     with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
         for host in hosts:
@@ -257,7 +256,6 @@ def test_rolling_restart_fails_no_request(tmp_path: Path, iris_file: Path) -> No
         assert slowest(load) < 30.0  # while all workers of a host are new ones, requests wait for them
 
 
-@pytest.mark.long
 def test_hosts_that_were_all_away_are_asked_as_soon_as_one_is_back(tmp_path: Path, iris_file: Path) -> None:
     with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
         for host in hosts:
@@ -273,7 +271,6 @@ def test_hosts_that_were_all_away_are_asked_as_soon_as_one_is_back(tmp_path: Pat
         assert front.predict(IRIS) == SETOSA
 
 
-@pytest.mark.long
 def test_hosts_that_strangers_keep_busy_still_answer_good_callers(tmp_path: Path, iris_file: Path) -> None:
     """Each 503 marks a host as failed. Who provokes enough of them must not shut out everybody."""
     with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
