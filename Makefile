@@ -2,13 +2,14 @@
 # make test      the tests, in a few minutes
 # make test-all  those that take their time as well: failures under load, onnxruntime, torch, keras (1.1 GB)
 # make check     format, lint and types
+# make bench     this server beside others, in some hours; BENCH_ARGS=--quick in minutes
 # make lock      write the exact, hashed requirements from the ranges in requirements*.in
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check format lock clean
+.PHONY: run test test-all check format bench lock clean
 
 run: $(VENV)/run.done
 	@$(BIN)/python -m auth demo
@@ -30,6 +31,11 @@ check: $(VENV)/dev.done
 format: $(VENV)/dev.done
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# It installs every server into an environment of its own under .bench; docs/performance.md says how it measures.
+bench: BENCH_ARGS ?= --chart docs/bench.svg
+bench:
+	$(PYTHON) -m bench.compare $(BENCH_ARGS)
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done

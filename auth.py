@@ -110,6 +110,7 @@ class Users:
         self._users: dict[str, User] = {}
         self._key = secrets.token_bytes(32)
         self._proved: dict[str, tuple[bytes, str]] = {}  # name → (digest of the password, hash it was checked against)
+        self._headers: dict[bytes, tuple[str, str]] = {}  # digest of an Authorization header → (name, hash), one a user
         self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
         self._checking = threading.Semaphore(1)
         self._waiting: Counter[bytes] = Counter()  # digest of name and password → callers that wait for its check
@@ -121,6 +122,22 @@ class Users:
         user = self._users.get(name)
         return list(user.roles) if user else []
 
+    def remembered(self, header: str) -> str | None:
+        """Return the user whose password was last proved by this very Authorization header, and is still the same."""
+        name, password_hash = self._headers.get(self._digest(header), ("", ""))
+        user = self._users.get(name)
+        return name if user is not None and user.password == password_hash else None
+
+    def remember(self, header: str, name: str) -> None:
+        """Note that `verify` has just said yes to the user and password of an Authorization header."""
+        proof = self._proved.get(name)
+        if proof is not None:
+            others = {digest: entry for digest, entry in self._headers.items() if entry[0] != name}
+            self._headers = others | {self._digest(header): (name, proof[1])}
+
+    def _digest(self, text: str) -> bytes:
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).digest()
+
     def verify(self, name: str, password: str, address: str) -> bool:
         """Tell whether the password is the user's.
 
@@ -129,8 +146,7 @@ class Users:
             ServiceUnavailable: too many callers wait for a check.
         """
         user = self._users.get(name)
-        pair = f"{name}:{password}".encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(pair, key=self._key).digest()
+        digest = self._digest(f"{name}:{password}")
         if self._is_proved(name, user, digest):
             return True
         address = _network(address)

@@ -5,17 +5,25 @@ is noted with its deadline, and a sweep once a second shuts the reading side of 
 which ends the read at once under every worker class. A request whose body is there pays two dict operations.
 """
 
+import io
 import json
+import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
+from types import NoneType
 from typing import Any
 
+import numpy as np
+import numpy.lib.format as npy
 import orjson
-from flask import Request, Response
+from flask import Response
 from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout, UnprocessableEntity
+from werkzeug.wsgi import get_content_length
 
 from model import METHODS
 
@@ -30,7 +38,7 @@ class BodyReader:
         self.max_bytes, self.timeout = max_bytes, timeout
         self._reading: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, WSGI environ)
 
-    def read(self, request: Request) -> bytes:
+    def read(self, environ: dict[str, Any]) -> bytes:
         """Read the whole body.
 
         Raises:
@@ -38,38 +46,37 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        length, stream = request.content_length, request.environ["wsgi.input"]
-        if length is None:
-            length = self.max_bytes + 1 if "HTTP_TRANSFER_ENCODING" in request.environ else 0
-        if length > self.max_bytes and request.content_length is not None:
+        given = get_content_length(environ)
+        stream, length = environ["wsgi.input"], given or 0
+        if given is None and "HTTP_TRANSFER_ENCODING" in environ:
+            length = self.max_bytes + 1
+        elif length > self.max_bytes:
             raise self._too_large()
-        pieces, broken = [], False
-        with self._deadline(request.environ, self.timeout) as in_time:
+        body, broken, deadline = b"", False, time.monotonic() + self.timeout
+        with self._deadline(environ, deadline):
             try:
-                for piece in _pieces(stream, length):
-                    pieces.append(piece)
-                    if not in_time():
-                        break
+                body = stream.read(length) if length <= PIECE else b"".join(_pieces(stream, length, deadline))
             except Exception:  # whatever the server raises for a bad chunk or a lost connection
                 broken = True
-        body = b"".join(pieces)
         if len(body) > self.max_bytes:
             raise self._too_large()
-        whole = not broken and in_time() and len(body) >= (request.content_length or 0)
-        request.environ["body.whole"] = whole
+        in_time = time.monotonic() < deadline
+        environ["body.whole"] = whole = in_time and not broken and len(body) >= (given or 0)
         if whole:
             return body
-        if not in_time():
+        if not in_time:
             raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
         raise BadRequest("the body breaks off before its end, or its chunks are malformed")
 
     def _too_large(self) -> RequestEntityTooLarge:
         return RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
 
-    def finish(self, request: Request, response: Response) -> None:
+    def finish(self, environ: dict[str, Any], response: Response) -> None:
         """See to it that what is left of a body after an early answer is not taken for the next request."""
-        environ, length = request.environ, request.content_length  # the request itself is gone when the callback runs
-        if environ.get("body.whole") or not (length or "HTTP_TRANSFER_ENCODING" in environ):
+        if environ.get("body.whole"):
+            return
+        length = get_content_length(environ)
+        if not (length or "HTTP_TRANSFER_ENCODING" in environ):
             return
         if "body.whole" in environ:  # it broke off, or was too slow
             response.call_on_close(lambda: _shut(environ, socket.SHUT_RDWR))
@@ -78,14 +85,11 @@ class BodyReader:
 
     def _discard(self, environ: dict[str, Any], length: int | None) -> None:
         """Read on a little, then shut the connection. Closed with data unread it is reset: the answer may be lost."""
-        count, ended = 0, False
-        with suppress(Exception), self._deadline(environ, LINGER) as in_time:
-            for piece in _pieces(environ["wsgi.input"], self.max_bytes + 1):
+        count, ended, deadline = 0, False, time.monotonic() + LINGER
+        with suppress(Exception), self._deadline(environ, deadline):
+            for piece in _pieces(environ["wsgi.input"], self.max_bytes + 1, deadline):
                 count += len(piece)
-                if not in_time():
-                    break
-            else:
-                ended = count <= self.max_bytes
+            ended = count <= self.max_bytes and time.monotonic() < deadline
         if not ended or length not in (None, count):
             _shut(environ, socket.SHUT_RDWR)
 
@@ -97,17 +101,17 @@ class BodyReader:
                 _shut(environ, socket.SHUT_RD)
 
     @contextmanager
-    def _deadline(self, environ: dict[str, Any], seconds: float) -> Iterator[Any]:
-        token, deadline = object(), time.monotonic() + seconds
+    def _deadline(self, environ: dict[str, Any], deadline: float) -> Iterator[None]:
+        token = object()
         self._reading[token] = (deadline, environ)
         try:
-            yield lambda: time.monotonic() < deadline
+            yield
         finally:
             self._reading.pop(token, None)
 
 
-def _pieces(stream: Any, length: int) -> Iterator[bytes]:
-    """Yield at most `length` bytes of a body as they come, giving way to other requests in between.
+def _pieces(stream: Any, length: int, deadline: float) -> Iterator[bytes]:
+    """Yield at most `length` bytes of a body as they come, until the deadline, giving way to other requests in between.
 
     gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
     """
@@ -115,7 +119,10 @@ def _pieces(stream: Any, length: int) -> Iterator[bytes]:
     while length > 0 and (piece := stream.read(min(length, PIECE))):
         length -= len(piece)
         yield piece
-        if time.monotonic() - gave_way > 0.01:
+        now = time.monotonic()
+        if now >= deadline:
+            return
+        if now - gave_way > 0.01:
             time.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
             gave_way = time.monotonic()
 
@@ -139,8 +146,13 @@ class Unprocessable(UnprocessableEntity):
         self.errors = errors
 
 
-def parse_call(body: bytes, max_rows: int) -> tuple[Any, str]:
+def parse_call(body: bytes, max_rows: int, width: int = 0) -> tuple[Any, str]:
     """Decode a request's body to its `data` and `method`.
+
+    Args:
+        body: JSON.
+        max_rows: that `data` may have.
+        width: if not 0, large `data` of rows of so many numbers or nulls may come as a float64 array of them.
 
     Raises:
         BadRequest: not JSON.
@@ -149,6 +161,8 @@ def parse_call(body: bytes, max_rows: int) -> tuple[Any, str]:
     form = 'send {"data": [[…], …]}'
     if not body:
         raise BadRequest(f"the body is empty; {form}")
+    if width and len(body) > PIECE_OF_ROWS and (found := _parse_in_pieces(body, max_rows, width)):
+        return found
     try:
         call = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -169,6 +183,69 @@ def parse_call(body: bytes, max_rows: int) -> tuple[Any, str]:
     if not isinstance(method, str):
         raise Unprocessable(f"method is not a text; expected one of {', '.join(METHODS)}")
     return call["data"], method
+
+
+def _parse_in_pieces(body: bytes, max_rows: int, width: int) -> tuple[Any, str] | None:
+    """Decode a body of plain rows of numbers, a piece at a time; None where it is anything else, or has a fault.
+
+    A number takes 32 bytes as a Python object in a list, 8 in an array, and some 7 in the body.
+    """
+    head, tail = _HEAD.match(body), _TAIL.search(body, max(0, len(body) - 200))
+    n_rows = body.count(b"[") - 1
+    if not head or not tail or body.count(b'"') != (2 if tail[1] is None else 6) or not 0 < n_rows <= max_rows:
+        return None
+    array = np.empty((n_rows, width))
+    at, end, done = head.end(), tail.start(), 0
+    while at < end:
+        stop = body.find(b"]", min(at + PIECE_OF_ROWS, end - 1), end) + 1
+        try:
+            rows = orjson.loads(b"[" + body[at:stop] + b"]")
+            if set(map(type, rows)) != {list} or set(map(len, rows)) != {width}:
+                return None
+            if not set(map(type, chain.from_iterable(rows))) <= {int, float, NoneType}:
+                return None
+            array[done : done + len(rows)] = rows  # None becomes NaN
+        except (orjson.JSONDecodeError, OverflowError):
+            return None
+        done += len(rows)
+        between = _BETWEEN.match(body, stop, end)
+        if stop < end and not between:
+            return None
+        at = between.end() if between else end
+    return (array, tail[1].decode() if tail[1] else "predict") if done == n_rows else None
+
+
+PIECE_OF_ROWS = 2**15  # bytes
+_HEAD = re.compile(rb'\s*\{\s*"data"\s*:\s*\[\s*')
+_BETWEEN = re.compile(rb"\s*,\s*(?=\[)")
+_TAIL = re.compile(rb'\s*\]\s*(?:,\s*"method"\s*:\s*"(\w+)"\s*)?\}\s*$')
+
+
+def parse_array(body: bytes, max_rows: int) -> Any:
+    """Decode an array of numbers `(n_rows, …)` in numpy's format (numpy.save), without copying it.
+
+    Its header is checked against the body's length, so nothing is allocated for what is not there, and what holds
+    Python objects, which would be unpickled, is refused.
+
+    Raises:
+        BadRequest: not of that format, version 1 or 2, or it breaks off.
+        Unprocessable: an array that is not of numbers, or has no rows or too many.
+    """
+    file = io.BytesIO(body)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    try:
+        shape, by_columns, dtype = readers[npy.read_magic(file)](file)
+    except Exception:  # a header is parsed as Python's literals; it may hold anything
+        raise BadRequest("the body is not an array in numpy's format (numpy.save), version 1 or 2") from None
+    if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype.subdtype:
+        raise Unprocessable("the array does not hold numbers of at most 64 bits")
+    if not shape or min(shape) < 1:
+        raise Unprocessable("the array has no rows, or rows without values")
+    if shape[0] > max_rows:
+        raise Unprocessable(f"the array has {shape[0]} rows; this server takes {max_rows} in one request")
+    if math.prod(shape) * dtype.itemsize != len(body) - file.tell():
+        raise BadRequest(f"the body does not hold as many bytes as an array of shape {shape} of {dtype.name} has")
+    return np.frombuffer(body, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")
 
 
 def _explain_json(body: bytes, error: orjson.JSONDecodeError) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import slots
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
 
@@ -49,7 +50,7 @@ graceful_timeout = _settings.graceful_timeout
 
 # Seconds after which a worker that does not come back to its loop is killed. Loading is on a thread of its own and
 # does not count.
-timeout = 30
+timeout = max(30, round(_settings.predict_timeout))
 
 # gunicorn's own HTTP parser, also where gunicorn_h1c is installed: up to release 0.6.9 that takes folded headers and
 # bare line feeds, which a proxy in front may read otherwise; gunicorn itself asks for 0.6.14.
@@ -61,6 +62,9 @@ control_socket_disable = True
 # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
 # With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
+
+# The workers' metrics are summed, from files here.
+slots.directory = _settings.journal_dir / "metrics"
 
 # The application logs like gunicorn does, on standard error.
 logging.basicConfig(
@@ -89,6 +93,7 @@ def on_starting(server):
     except (SettingsError, UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
+    slots.clear(slots.directory)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
         gc.collect()

@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 TOPIC = "model_service_monitor"  # in SLS
 SEGMENTS = "*.jsonl"
+LOSSES = FULL, UNWRITABLE = "the journal was full", "the journal could not be written"
 # A segment is closed at this size, or earlier, so that the open ones are at most a quarter of the journal's bound.
 SEGMENT_BYTES = 8 * 2**20  # small enough to count a dropped one's records in some 20 ms
 
@@ -58,9 +60,22 @@ class Journal:
     Not synced to disk: a power cut may lose the last seconds. Past `max_bytes` the oldest finished segments go.
     """
 
-    def __init__(self, directory: Path, max_bytes: int, writers: int = 4) -> None:
-        """Remember where to write; the first record opens a segment. `writers` is how many there will be, about."""
-        self._directory, self._max_bytes = directory, max_bytes
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int,
+        writers: int = 4,
+        on_loss: Callable[[str, int], None] = lambda reason, count: None,
+    ) -> None:
+        """Remember where to write; the first record opens a segment.
+
+        Args:
+            directory: where the segments lie.
+            max_bytes: of all segments.
+            writers: how many there will be, about.
+            on_loss: is told why how many records were lost, one of `LOSSES`.
+        """
+        self._directory, self._max_bytes, self._on_loss = directory, max_bytes, on_loss
         self._segment_bytes = min(SEGMENT_BYTES, max_bytes // (4 * writers))
         self._fd: int | None = None
         self._size = 0
@@ -84,7 +99,7 @@ class Journal:
                     del self._lost[reason]
                 self._write(record)
             except OSError as error:
-                self._lost["the journal could not be written"] += 1
+                self._lose(UNWRITABLE, 1)
                 if time.monotonic() - self._complained >= 60.0:  # seconds; a full disk would fill the log as well
                     self._complained = time.monotonic()
                     log.error("records are being lost, the journal in %s cannot be written: %s", self._directory, error)
@@ -131,6 +146,10 @@ class Journal:
         if written < len(line) - 1:  # without its last byte a line is still whole
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _lose(self, reason: str, count: int) -> None:
+        self._lost[reason] += count
+        self._on_loss(reason, count)
+
     def _open_segment(self) -> None:
         self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -148,7 +167,7 @@ class Journal:
         lost = self._make_room()
         if lost:
             log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
-            self._lost["the journal was full"] += lost
+            self._lose(FULL, lost)
 
     def _make_room(self) -> int:
         """Remove the oldest finished segments until a new one fits; return how many records went."""

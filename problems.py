@@ -38,14 +38,13 @@ class ModelFault(InternalServerError):
 def problem(error: HTTPException) -> Response:
     """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
     basis = error.get_response()
-    g.error = error.name
-    g.record["error_type"] = error_type(error)
+    g.record.update(error=error.name, error_type=error_type(error))
     detail = error.description
     if isinstance(error, NotFound):
         detail = "there is nothing at this path; predictions are at POST /predict"
     elif isinstance(error, MethodNotAllowed):
         detail = f"this path does not take {request.method}; use {basis.headers['Allow']}"
-    content = {"status": basis.status_code, "title": error.name, "detail": detail, "request_id": g.request_id}
+    content = {"status": basis.status_code, "title": error.name, "detail": detail, "request_id": g.record["request_id"]}
     if isinstance(error, Unprocessable) and error.errors:
         content["errors"] = error.errors
     response = json_response(content, basis.status_code, "application/problem+json")
@@ -68,5 +67,5 @@ def error_type(error: HTTPException) -> str:
 
 def fault(error: Exception) -> Response:
     """Answer an error of our own: the traceback goes to the log, never out."""
-    log.error("request %s: %s", g.request_id, type(error).__name__, exc_info=error)
+    log.error("request %s: %s", g.record["request_id"], type(error).__name__, exc_info=error)
     return problem(InternalServerError("the server failed on this request; its log says why, under this request_id"))

@@ -3,19 +3,23 @@
     make run                        or: gunicorn server:app, with the settings in the environment (settings.py)
 
     POST /predict                   {"data": [[5.1, 3.5, 1.4, 0.2]]} → {"prediction": [0]}       role predict
+                                    or an array as numpy.save writes it, application/x-npy
     GET  /model                     what is served: version, signature, checksum                 role predict or admin
+    GET  /metrics                   all workers' metrics, for Prometheus                         role metrics
     GET  /healthz                   the process answers                                          open
     GET  /readyz                    the model is loaded and has answered its sample              open
 
 A request's way: auth → body → version (model.serving) → rows (model.signature) → predict → one line in the journal
-(monitor) → answer. Every error is answered as problem+json (problems).
+(monitor) and one in the metrics (metrics) → answer. Every error is answered as problem+json (problems).
 """
 
+import _thread  # gevent leaves its RLock as it is
 import itertools
 import logging
 import os
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -26,11 +30,13 @@ from typing import Any
 from flask import Flask, Response, g, request
 from flask_httpauth import HTTPBasicAuth
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Forbidden, HTTPException, Unauthorized, UnsupportedMediaType
+from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable, Unauthorized, UnsupportedMediaType
 from werkzeug.middleware.proxy_fix import ProxyFix
 
+import slots
 from auth import Users
-from body import BodyReader, Unprocessable, parse_call
+from body import BodyReader, Unprocessable, parse_array, parse_call
+from metrics import Metrics
 from model import (
     METHODS,
     BadRows,
@@ -38,6 +44,7 @@ from model import (
     LoadedModel,
     ModelFailed,
     ModelNotReady,
+    Overloaded,
     Roster,
     RowsRefused,
     Serving,
@@ -61,9 +68,12 @@ def create_app(settings: Settings) -> Flask:
     service = Service(settings)
     app = Flask("server", static_folder=None)
     app.extensions["service"] = service
+    app.ensure_sync = _as_it_is  # type: ignore[assignment,method-assign]  # Flask's own advice
     app.before_request(service.begin)
-    app.add_url_rule("/predict", view_func=service.allow("predict")(service.predict), methods=["POST"])
+    predict = service.metrics.in_flight(service.predict)
+    app.add_url_rule("/predict", view_func=service.allow("predict")(predict), methods=["POST"])
     app.add_url_rule("/model", view_func=service.allow("predict", "admin")(service.model))
+    app.add_url_rule("/metrics", view_func=service.allow("metrics")(service.expose))
     app.add_url_rule("/healthz", view_func=service.healthz)
     app.add_url_rule("/readyz", view_func=service.readyz)
     app.register_error_handler(HTTPException, problem)
@@ -83,6 +93,11 @@ def __getattr__(name: str) -> Any:
     return globals()["app"]
 
 
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a view as it is: Flask would ask at each request whether it is a coroutine."""
+    return function
+
+
 class Service:
     """What one worker process holds, and the views."""
 
@@ -90,13 +105,20 @@ class Service:
         self.native = native = native_call()
         self.max_rows = settings.max_rows
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
-        self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
+        workers = partial(Roster.read, settings.journal_dir)
+        self.metrics = Metrics(settings.journal_dir, settings.ships, workers, slots.directory)
+        self.journal = Journal(
+            settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency, self.metrics.dropped
+        )
         self.serving = Serving(
             settings.model_path,
             settings.model_dir,
             settings.allow_version_mismatch,
             native,
             Roster(settings.journal_dir),
+            settings.max_waiting_rows,
+            self.metrics.batched,
+            self.metrics.load_failed,
         )
         self.guard = Guard(settings.journal_dir, settings.model_dir)
         self._tail: Tail | None = None  # of the journal, while this worker guards a canary
@@ -104,6 +126,7 @@ class Service:
         self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
         self._started_in: int | None = None
         self._ships = settings.ships
+        self._predict_timeout = settings.predict_timeout
         self._journal_dir = settings.journal_dir
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
@@ -112,6 +135,7 @@ class Service:
         """Load the model and begin to keep house, once in each process: threads do not survive a fork."""
         if self._started_in != os.getpid():
             self._started_in = os.getpid()
+            self.metrics.join()
             self.serving.veto(*veto(self._journal_dir))  # before the first load: a canary that is vetoed stays away
             self.serving.start()
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
@@ -120,22 +144,30 @@ class Service:
 
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
-        if not request.is_json:
+        environ, record = request.environ, g.record
+        content_type = environ.get("CONTENT_TYPE", "")
+        is_array = content_type == "application/x-npy"
+        if not is_array and content_type != "application/json" and not request.is_json:
             raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
-        if "Content-Encoding" in request.headers:
+        if "HTTP_CONTENT_ENCODING" in environ:
             raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
-        model = self._choose()
-        body = self.bodies.read(request)
-        decode = partial(parse_call, body, self.max_rows)
-        data, method = self.native(decode) if len(body) > LARGE_BODY else decode()
+        model, record["variant"] = self._choose(environ)
+        record["model_version"] = model.version
+        body = self.bodies.read(environ)
+        if is_array:
+            data, method = parse_array(body, self.max_rows), request.args.get("method", "predict")
+        elif len(body) > LARGE_BODY:
+            data, method = self.native(parse_call, body, self.max_rows, model.signature.width_in_floats)
+        else:
+            data, method = parse_call(body, self.max_rows)
         if method not in model.methods:
             raise Unprocessable(
                 f"this model has no method {method!r}"
                 if method in METHODS
                 else f"method is none of {', '.join(model.methods)}"
             )
-        g.record |= {"method": method}
-        answer = {"prediction": self._call(model, data, method)}
+        record["method"] = method
+        answer = {"prediction": self._ask(model, data, method, record)}
         classes = model.classes_for(method)
         if classes is not None:
             answer["classes"] = classes
@@ -153,6 +185,12 @@ class Service:
             found["error"] = f"{what}; the server's log says why"
         return json_response(found)
 
+    def expose(self) -> Response:
+        """GET /metrics: all workers' metrics."""
+        accept = request.headers.get("Accept", "")
+        body, content_type = self.native(self.metrics.expose, accept, self.serving.describe())
+        return Response(body, content_type=content_type)
+
     def healthz(self) -> Response:
         """GET /healthz: the process answers."""
         return json_response({"status": "ok"})
@@ -169,13 +207,22 @@ class Service:
 
     def begin(self) -> None:
         """Note when a request came and what it is called."""
+        environ = request.environ
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        g.record = {
+            "error": "",
+            "error_type": "",
+            "path": environ["PATH_INFO"],
+            "rows": 0,
+            "model_version": "",
+            "variant": "",
+            "user": None,
+            "method": "",
+            "request_id": given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16),
+        }
         g.began = time.perf_counter()
-        given = request.headers.get("X-Request-ID", "")
-        g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        g.record = {"error_type": "", "rows": 0, "model_version": "", "variant": "", "user": None, "method": ""}
-        g.error = ""
-        if not request.headers.get("Authorization", "").isascii():
-            del request.environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
+        if not environ.get("HTTP_AUTHORIZATION", "").isascii():
+            del environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
         self.start()
 
     def allow(self, *roles: str) -> Callable[[Callable[[], Response]], Callable[[], Response]]:
@@ -187,7 +234,7 @@ class Service:
                     g.record["user"] = ""
                     return view()
 
-                answer.__name__ = view.__name__  # Flask names the endpoint after it
+                answer.__name__ = view.__name__
                 return answer
 
             return as_anybody
@@ -197,10 +244,12 @@ class Service:
         @auth.verify_password
         def verify(name: str, password: str) -> str | None:
             # Flask-HTTPAuth would take the credentials under any scheme.
-            is_basic = request.headers.get("Authorization", "")[:6].lower() == "basic "
-            if not (is_basic and name and users.verify(name, password, request.remote_addr or "")):
+            environ = request.environ
+            is_basic = environ.get("HTTP_AUTHORIZATION", "")[:6].lower() == "basic "
+            if not (is_basic and name and users.verify(name, password, environ.get("REMOTE_ADDR", ""))):
                 return None
             g.record["user"] = name
+            users.remember(environ["HTTP_AUTHORIZATION"], name)
             return name
 
         @auth.get_user_roles
@@ -218,65 +267,76 @@ class Service:
                 www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
             )
 
-        return auth.login_required(role=list(roles))  # type: ignore[no-any-return]  # Flask-HTTPAuth has no types
+        checked = auth.login_required(role=list(roles))
+
+        def decorate(view: Callable[[], Response]) -> Callable[[], Response]:
+            in_full = checked(view)
+
+            def answer() -> Response:
+                # A header that was proved before needs no decoding: a tenth of what Flask-HTTPAuth takes.
+                name = users.remembered(request.environ.get("HTTP_AUTHORIZATION", ""))
+                if name is None or not set(roles).intersection(users.roles(name)):
+                    return in_full()  # type: ignore[no-any-return]  # Flask-HTTPAuth has no types
+                g.record["user"] = name
+                return view()
+
+            answer.__name__ = view.__name__  # Flask names the endpoint after it
+            return answer
+
+        return decorate
 
     def finish(self, response: Response) -> Response:
         """Record a prediction request and complete its answer."""
-        self.bodies.finish(request, response)
-        response.headers["X-Request-ID"] = g.request_id
-        if g.record["model_version"]:
-            response.headers["X-Model-Version"] = g.record["model_version"]
+        self.bodies.finish(request.environ, response)
+        record, status = g.record, response.status_code
+        response.headers.add("X-Request-ID", record["request_id"])
+        if record["model_version"]:
+            response.headers.add("X-Model-Version", record["model_version"])
+        if record["error_type"] == "auth":
+            self.metrics.refused(status)
         if request.endpoint == "predict":
-            if g.record["user"] is not None:
-                log_monitor(
-                    time.perf_counter() - g.began,
-                    response.status_code < 400,
-                    g.error,
-                    journal=self.journal,
-                    status=response.status_code,
-                    path=request.path,
-                    request_id=g.request_id,
-                    **g.record,
-                )
-            elif response.status_code >= 400:
+            seconds = time.perf_counter() - g.began
+            self.metrics.answered(seconds, record)
+            if record["user"] is not None:
+                log_monitor(seconds, status < 400, journal=self.journal, status=status, **record)
+            elif status >= 400:
                 next(self._strangers)
         return response
 
     # --- helpers
 
-    def _choose(self) -> LoadedModel:
+    def _choose(self, environ: dict[str, Any]) -> tuple[LoadedModel, str]:
         try:
-            asked = request.headers.get("X-Model-Version", "")
+            asked = environ.get("HTTP_X_MODEL_VERSION", "")
             if asked and not self._has_role("admin"):
                 raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
-            model, variant = self.serving.choose(request.headers.get("X-Routing-Key", ""), asked)
+            return self.serving.choose(environ.get("HTTP_X_ROUTING_KEY", ""), asked)
         except ModelNotReady as reason:
             raise NotReady(f"not ready: {reason}", retry_after=5) from None
         except UnknownVersion as reason:
             raise Unprocessable(f"X-Model-Version: {reason}") from None
-        g.record |= {"model_version": model.version, "variant": variant}
-        return model
 
     def _has_role(self, role: str) -> bool:
         return self.users is not None and role in self.users.roles(g.record["user"])
 
-    def _call(self, model: LoadedModel, data: Any, method: str) -> Any:
+    def _ask(self, model: LoadedModel, data: Any, method: str, record: dict[str, Any]) -> Any:
         try:
-            rows = model.signature.parse(data)
-            g.record["rows"] = len(rows)
-            predict = partial(model.predict, rows, method)
-            return self.native(predict) if model.is_slow(rows) else predict()
+            rows = model.signature.check(data)
+            record["rows"] = len(rows)
+            return model.ask(rows, method)
         except BadRows as bad:
             raise Unprocessable(bad.detail, bad.errors) from None
         except RowsRefused as refusal:
             # The model's own words may hold the caller's values: they stay in this log.
-            log.warning("request %s: the model refused its rows: %r", g.request_id, refusal.__cause__)
+            log.warning("request %s: the model refused its rows: %r", record["request_id"], refusal.__cause__)
             raise Unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
         except ModelFailed as failure:
             raise self._model_fault(failure) from None
+        except Overloaded as reason:
+            raise ServiceUnavailable(f"overloaded: {reason}; try again", retry_after=1) from None
 
     def _model_fault(self, error: Exception) -> "ModelFault":
-        log.error("request %s: the model failed", g.request_id, exc_info=error)
+        log.error("request %s: the model failed", g.record["request_id"], exc_info=error)
         return ModelFault("the model failed on this request; the server's log says why")
 
     def _keep_house(self) -> None:
@@ -286,7 +346,9 @@ class Service:
         while True:
             time.sleep(1.0)
             try:
+                self._end_if_stuck()
                 self.bodies.sweep()
+                self.metrics.join()
                 if self.users is not None:
                     self.users.refresh()
                 if time.monotonic() - summarised >= SUMMARY_SECONDS:
@@ -299,6 +361,16 @@ class Service:
                 if time.monotonic() - complained >= 60.0:  # seconds; it may be the same at every round
                     complained = time.monotonic()
                     log.exception("housekeeping failed")
+
+    def _end_if_stuck(self) -> None:
+        """End this process where a model hangs: what runs on a native thread cannot be stopped in any other way.
+
+        gunicorn starts another. It would itself see only a loop that hangs, which this one does not.
+        """
+        seconds = self.serving.running_for()
+        if seconds > self._predict_timeout:
+            log.critical("the model has been at one call for %.0f seconds (PREDICT_TIMEOUT): this worker ends", seconds)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def _watch_canary(self) -> None:
         """Honour a veto on the canary; and in one worker, come to one."""
@@ -358,6 +430,8 @@ def native_call() -> Callable[..., Any]:
         return lambda function, *arguments: function(*arguments)
     from gevent import get_hub
 
+    _use_native_locks_in_logging()
+
     def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
         try:
             return function(*arguments), None
@@ -371,3 +445,22 @@ def native_call() -> Callable[..., Any]:
         return value
 
     return call
+
+
+def _use_native_locks_in_logging() -> None:
+    """Take gevent's locks out of logging again.
+
+    gunicorn asks for a logger at each request, and a library does so as it is imported, on a native thread. A lock of
+    gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
+    """
+    logging._lock = _thread.RLock()  # type: ignore[attr-defined]
+    for reference in logging._handlerList:  # type: ignore[attr-defined]
+        handler = reference()
+        if handler is not None and handler.lock is not None:
+            handler.lock = _thread.RLock()
+
+    def create_lock(handler: logging.Handler) -> None:
+        handler.lock = _thread.RLock()
+        logging._register_at_fork_reinit_lock(handler)  # type: ignore[attr-defined]
+
+    logging.Handler.createLock = create_lock  # type: ignore[assignment,method-assign]

@@ -104,6 +104,8 @@ class Settings:
 
     # How much at once
     max_rows: int = _setting(_number(1, 10_000_000, "rows"), 100_000)  # in one request
+    max_waiting_rows: int = _setting(_number(1, 10_000_000, "rows"), 50_000)  # in a worker, for the model; then 503
+    predict_timeout: float = _setting(_number(1, 86_400, "seconds", float), 30.0)  # of one call of the model
     max_body_bytes: int = _setting(_number(1, 2**31, "bytes"), 16 * 2**20)  # of one request
     body_timeout: float = _setting(_number(1, 3600, "seconds", float), 30.0)  # for a request's body to arrive
 

@@ -4,16 +4,18 @@
     serving.start()
     serving.finished.wait()
     model, variant = serving.choose()
-    model.predict(model.signature.parse(rows), "predict")
+    model.ask(model.signature.check(rows), "predict")
 
-Arrows run one way: serving → versions, formats, learning → tensors → signature; guard → versions; publishing, export →
-serving, learning, formats.
+Arrows run one way: serving → loaded → batching, versions, formats, learning → tensors → signature; guard → versions;
+publishing, export → loaded, learning, formats.
 """
 
+from .batching import Overloaded
 from .formats import ModelLoadError
 from .guard import Guard, veto
+from .loaded import METHODS, LoadedModel, ModelFailed, RowsRefused
 from .roster import Roster
-from .serving import METHODS, LoadedModel, ModelFailed, ModelNotReady, RowsRefused, Serving, UnknownVersion
+from .serving import ModelNotReady, Serving, UnknownVersion
 from .signature import BadRows, Signature
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "ModelFailed",
     "ModelLoadError",
     "ModelNotReady",
+    "Overloaded",
     "Roster",
     "RowsRefused",
     "Serving",

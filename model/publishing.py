@@ -160,7 +160,7 @@ def _resident() -> int:
 
 def _prove_here(asked: dict[str, Any]) -> dict[str, Any]:
     """The fresh process's part."""
-    from .serving import load_version
+    from .loaded import load_version
 
     before = _resident() if sys.platform == "linux" else None
     manifest = Manifest(Path(asked["artifact"]), asked["version"], asked["about"])

@@ -1,34 +1,29 @@
 """The model in memory: loaded beside the traffic, proved with a sample, then swapped in as one reference."""
 
+import gc
 import hashlib
 import logging
-import math
 import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from . import formats, versions
+from . import versions
+from .batching import Batcher
 from .formats import ModelLoadError
-from .learning import learn
+from .loaded import LoadedModel, check_bytes, load_version
 from .roster import Roster
-from .signature import Signature
 
 log = logging.getLogger(__name__)
 
-# What a caller may ask for in "method", where the model has it.
-METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
-SLOW = 0.002  # seconds of a predict; handing it to a native thread costs 0.15 ms
 WATCH = 0.5  # seconds between two looks at the version store
 BARE = "file"  # stands for the version of a bare file until its hash is known
-MANY_ROWS = 500  # even a fast model takes milliseconds for them
-_WITH_CLASSES = ("predict_proba", "predict_log_proba", "decision_function")
 
 
 class ModelNotReady(Exception):
@@ -37,95 +32,6 @@ class ModelNotReady(Exception):
 
 class UnknownVersion(Exception):
     """A version that was asked for outright is not served."""
-
-
-class RowsRefused(Exception):
-    """The model raised ValueError or TypeError on these rows: their values are the caller's to mend.
-
-    `__cause__` holds the model's own exception, whose text may hold the caller's data.
-    """
-
-
-class ModelFailed(Exception):
-    """The model raised anything else, or answered with something that is not one prediction a row."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """One version, ready to predict."""
-
-    version: str
-    estimator: Any
-    signature: Signature
-    methods: tuple[str, ...]
-    classes: Any  # as the estimator's classes_; None where it has none
-    scores_pairs: bool  # its decision_function has a column for each pair of classes (an SVC with "ovo")
-    seconds: float  # that one predict of the proving rows took
-    about: dict[str, Any]  # for GET /model
-
-    def predict(self, rows: Any, method: str = "predict") -> Any:
-        """Call the model's `method` on what `signature.parse` returned; see `as_json` for the result.
-
-        Raises:
-            RowsRefused, ModelFailed: see there.
-        """
-        try:
-            result = getattr(self.estimator, method)(rows)
-        except (ValueError, TypeError) as error:
-            raise RowsRefused(type(error).__name__) from error
-        except (Exception, SystemExit) as error:  # let out, a SystemExit would end the worker, or the whole server
-            raise ModelFailed(f"{type(error).__name__} in {method}") from error
-        try:
-            return as_json(result, len(rows))
-        except ModelFailed:
-            raise
-        except Exception as error:
-            raise ModelFailed(f"{method} returned what is not one prediction a row") from error
-
-    def is_slow(self, rows: Any) -> bool:
-        """Tell whether a predict would hold up an event loop for more than a few milliseconds."""
-        return self.seconds > SLOW or len(rows) > MANY_ROWS
-
-    def classes_for(self, method: str) -> Any:
-        """Return the classes, in the order of the columns of the method's result, or None where they say nothing."""
-        if method == "decision_function" and self.scores_pairs:
-            return None
-        return self.classes if method in _WITH_CLASSES else None
-
-
-def as_json(result: Any, n_rows: int) -> Any:
-    """Turn what a model returned into what orjson encodes: one entry a row, or one list a row for each output.
-
-    Args:
-        result: an array `(n_rows, …)`, sparse or not, a data frame, a list of values, or (multi-output
-            `predict_proba`) a list of arrays.
-        n_rows: the number of rows asked about.
-
-    Raises:
-        ModelFailed: the result does not have one entry a row.
-    """
-    if isinstance(result, list):
-        arrays = bool(result) and all(isinstance(each, np.ndarray) for each in result)
-        if arrays and (len(result) != n_rows or result[0].ndim == 2):
-            return [as_json(each, n_rows) for each in result]
-        _check_length(len(result), n_rows)
-        return [each.tolist() if isinstance(each, np.ndarray) else each for each in result]
-    if hasattr(result, "toarray"):
-        result = result.toarray()
-    array = np.asarray(result.to_numpy() if hasattr(result, "to_numpy") else result)
-    _check_length(len(array) if array.ndim else "a single value", n_rows)
-    if array.dtype.kind in "biuf":
-        # orjson encodes arrays of numbers itself, in the machine's byte order, NaN and infinities as null.
-        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
-        return np.ascontiguousarray(array, dtype=native)
-    if array.dtype.kind == "M":
-        array = array.astype("datetime64[us]")  # nanoseconds would become plain numbers
-    return array.tolist()
-
-
-def _check_length(found: int | str, n_rows: int) -> None:
-    if found != n_rows:
-        raise ModelFailed(f"the model returned {found} for {n_rows} rows")
 
 
 @dataclass(frozen=True)
@@ -152,6 +58,9 @@ class Serving:
         allow_version_mismatch: bool = False,
         native: Callable[..., Any] = lambda function, *arguments: function(*arguments),
         roster: Roster | None = None,
+        most_waiting: int = 50_000,
+        observe: Callable[[int, float], None] = lambda rows, waited: None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Remember where the model is; nothing is read before `start`.
 
@@ -159,10 +68,16 @@ class Serving:
             model_path: one file to serve, or None to serve from the version store `model_dir`.
             native: runs a function on a native thread and returns its result, while the caller's event loop goes on.
             roster: is told what is served, and remembers it for a start without a routing that can be read.
+            most_waiting: rows that may wait for a version.
+            observe: is told of each call of a model; see Batcher.
+            on_failure: is called when a version does not load.
         """
         self._path, self._dir = model_path, model_dir
         self._allow_version_mismatch = allow_version_mismatch
         self._native, self._roster = native, roster
+        self._new_batcher = partial(Batcher, native, most_waiting, observe)
+        self._on_failure = on_failure
+        self._batchers: weakref.WeakSet[Batcher] = weakref.WeakSet()  # of all versions that still answer
         self._routes: Routes | None = None
         self._preloaded: list[LoadedModel] = []  # before the fork; served only where the routing asks for them
         self._errors: list[str] = []
@@ -211,14 +126,18 @@ class Serving:
             return canary, "canary"
         return routes.stable, "stable"
 
+    def running_for(self) -> float:
+        """Return the seconds that some model has been at its present call: one that hangs never ends it."""
+        return max((batcher.running_for() for batcher in list(self._batchers)), default=0.0)
+
     def describe(self) -> dict[str, Any]:
         """Describe what is served, as JSON values."""
         routes = self._routes
         return {
             "ready": routes is not None,
             "error": "; ".join(self._errors) or None,
-            "stable": routes and routes.stable.about,
-            "canary": routes and routes.canary and routes.canary.about,
+            "stable": routes and _described(routes.stable),
+            "canary": routes and routes.canary and _described(routes.canary),
             "routing": routes.routing.as_json() if routes and not self._path else None,
         }
 
@@ -301,6 +220,7 @@ class Serving:
             log.error("%s: %s", "NOT READY, no model is served" if self._routes is None else "not served", message)
         if self._routes is not None and (old is None or _names(old) != _names(self._routes)):
             log.info("serving %s", _names(self._routes))
+            _collect_garbage(all_of_it=old is not None)
 
     def _routing(self, errors: list[str]) -> versions.Routing:
         """Return what is to be served. At boot, where that cannot be read, what was served last."""
@@ -337,6 +257,7 @@ class Serving:
         model, error = self._native(self._read, version, self._loaded())
         if error is not None:
             errors.append(str(error))
+            self._on_failure()
         return model  # type: ignore[no-any-return]  # native() returns whatever the function does
 
     def _loaded(self) -> list[LoadedModel]:
@@ -358,7 +279,8 @@ class Serving:
                 if kept and kept.about["sha256"] == manifest.about["sha256"]:
                     check_bytes(manifest)
                     return kept, None
-            model = load_version(manifest, self._allow_version_mismatch)
+            model = load_version(manifest, self._allow_version_mismatch, self._new_batcher())
+            self._batchers.add(model.batcher)
             model.about["load_seconds"] = round(time.monotonic() - started, 3)
             return model, None
         except ModelLoadError as error:
@@ -367,6 +289,21 @@ class Serving:
             return kept, ModelLoadError(f"{type(error).__name__}: {error}")
         finally:
             sys.setswitchinterval(interval)
+
+
+def _collect_garbage(all_of_it: bool) -> None:
+    """Collect now, and spare later collections what was loaded: each would stop all requests for 0.1 s.
+
+    At first not what was there before a fork: looking at it would write to memory that processes share.
+    """
+    if all_of_it:
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _described(model: LoadedModel) -> dict[str, Any]:
+    return model.about | {"calls": model.batcher.timings.describe()}
 
 
 def share_of(key: str, version: str) -> float:
@@ -396,102 +333,3 @@ def _mark(path: Path) -> tuple[str, Any]:
         return str(path), (found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError:
         return str(path), None
-
-
-def load_version(manifest: "versions.Manifest", allow_version_mismatch: bool = False) -> LoadedModel:
-    """Load a version and prove it: its bytes first, then that it answers its sample as it did when it was published.
-
-    Raises:
-        ModelLoadError: saying what is wrong with it.
-    """
-    path, about = manifest.artifact, manifest.about
-    sha256 = check_bytes(manifest)
-    estimator = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(manifest.version))
-    signature, rows = learn(estimator, about.get("sample"))
-    methods = tuple(method for method in METHODS if callable(getattr(estimator, method, None)))
-    version = manifest.version or sha256[:12]
-    classes = _as_lists(getattr(estimator, "classes_", None))
-    pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in formats.estimators_in(estimator))
-    model = LoadedModel(version, estimator, signature, methods, classes, pairs, 0.0, {})
-    try:
-        parsed = signature.parse(rows)
-        predictions = model.predict(parsed)
-        began = time.perf_counter()
-        model.predict(parsed)  # again: the first call pays for what is made only once
-        model = replace(model, seconds=time.perf_counter() - began)
-    except (ModelFailed, RowsRefused) as error:
-        raise ModelLoadError(f"version {version} does not answer row by row: {error}") from error
-    if about.get("predictions") is not None and not same_predictions(predictions, about["predictions"]):
-        raise ModelLoadError(f"version {version} answers its recorded sample otherwise than when it was published")
-    told = {"signature": signature.describe(), "methods": list(methods), "classes": model.classes}
-    for name, found in told.items():
-        if name in about and about[name] != found:
-            raise ModelLoadError(f"version {version} has another {name} than its manifest says")
-    model.about.update(
-        {
-            "version": version,
-            "file": path.name,
-            "sha256": sha256,
-            "estimator": type(estimator).__name__,
-            "methods": methods,
-            "classes": model.classes,
-            "signature": signature.describe(),
-            "example": {"data": rows[:1]},
-            "predict_seconds": round(model.seconds, 6),
-            "proved_with": "its recorded sample"
-            if about.get("sample") and about.get("sample_from") != "synthetic"
-            else "a synthetic row (no sample was recorded)",
-            "made_with": about.get("libraries"),
-            "published": about.get("published"),
-            "metrics": about.get("metrics"),
-            "note": about.get("note"),
-        }
-    )
-    return model
-
-
-def check_bytes(manifest: "versions.Manifest") -> str:
-    """Return the sha256 of a version's artifact.
-
-    Raises:
-        ModelLoadError: it cannot be read, or is not what the manifest says.
-    """
-    path, published = manifest.artifact, manifest.about.get("sha256")
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        what = f"version {manifest.version}: " if manifest.version else ""
-        raise ModelLoadError(f"{what}{path} cannot be read: {error}") from error
-    if published not in (None, sha256):
-        raise ModelLoadError(
-            f"{path} is not the file that was published: its sha256 is {sha256}, its manifest says {published}"
-        )
-    return sha256
-
-
-def same_predictions(now: Any, recorded: Any, tolerance: float = 1e-9) -> bool:
-    """Compare predictions: labels exactly, floats within 1e-9 relative (another CPU may round the last bits).
-
-    Of float32 arrays within 1e-5, of float16 within 1e-2: what networks answer.
-    """
-    if isinstance(now, np.ndarray):
-        tolerance = {"float32": 1e-5, "float16": 1e-2}.get(now.dtype.name, tolerance)
-        now = now.tolist()
-    if isinstance(now, list) and isinstance(recorded, list):
-        pairs = zip(now, recorded, strict=False)
-        return len(now) == len(recorded) and all(same_predictions(a, b, tolerance) for a, b in pairs)
-    if isinstance(now, float) and isinstance(recorded, (int, float)):
-        close = math.isclose(now, recorded, rel_tol=tolerance, abs_tol=max(1e-12, tolerance / 100))
-        return close or (math.isnan(now) and math.isnan(recorded))
-    if isinstance(now, float) and recorded is None:
-        return not math.isfinite(now)  # as JSON keeps it
-    return bool(now == recorded)
-
-
-def _as_lists(classes: Any) -> Any:
-    if classes is None:
-        return None
-    if isinstance(classes, (list, tuple)):  # one array for each output
-        return [_as_lists(each) for each in classes]
-    return np.asarray(classes).tolist()

@@ -6,8 +6,9 @@ model.predict(signature.parse([[5.1, 3.5, 1.4, 0.2]]))
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -99,17 +100,56 @@ class Signature:
         Raises:
             BadRows: naming the row and column, with at most `MAX_ERRORS` places.
         """
+        return self.build([self.check(data)])
+
+    def check(self, data: Any) -> Any:
+        """Return the rows of `data`, a list or an array of them, where they fit the model.
+
+        Args:
+            data: a decoded JSON value, or an array of numbers `(n_rows, …)`.
+
+        Raises:
+            BadRows: naming the row and column, with at most `MAX_ERRORS` places.
+        """
+        if isinstance(data, np.ndarray):
+            return self._check_array(data)
         if type(data) is not list:
             raise BadRows(f"data is {_json_name(data)}; expected a list of rows, {self.example()}")
         if not data:
             raise BadRows("data has no rows")
         if self.layout in ("texts", "numbers"):
-            return self._parse_scalars(data)
+            return self._check_scalars(data)
         if self.layout == "tensor":
             return self._tensor(data)
         rows = self._in_column_order(data)
-        if self.columns is None or all(c.dtype == "float64" for c in self.columns):
-            numbers = self._number_array(rows)
+        if self._all_floats:
+            self._check_numbers(rows)
+        else:
+            self._check_values(rows)
+        return rows
+
+    def merges_with(self, rows: Any) -> Hashable:
+        """Return what rows that `check` returned must have in common with others to go with them into `build`."""
+        if isinstance(rows, np.ndarray):
+            return tuple(rows.shape[1:])
+        return len(rows[0]) if self.columns is None else None
+
+    def build(self, parts: Sequence[Any]) -> Any:
+        """Make what the model's `predict` takes out of rows that `check` returned, those of several callers.
+
+        Raises:
+            BadRows: a number does not fit the type of its column.
+        """
+        if isinstance(parts[0], np.ndarray):
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            return self._frame(array) if self.layout == "frame" else array
+        rows = parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
+        if self.layout == "texts":
+            return rows
+        if self.layout == "numbers":
+            return _numpy(rows, self.precision)
+        if self._all_floats:
+            numbers = _numpy(rows, self.precision)  # None becomes NaN
             return self._frame(numbers) if self.layout == "frame" else numbers
         return self._records(rows) if self.layout == "records" else self._mixed(rows)
 
@@ -187,13 +227,16 @@ class Signature:
 
     # --- values
 
-    def _number_array(self, rows: list[Any]) -> Any:
+    @cached_property
+    def _all_floats(self) -> bool:
+        return self.columns is None or (self.layout != "records" and all(c.dtype == "float64" for c in self.columns))
+
+    def _check_numbers(self, rows: list[Any]) -> None:
         kinds = set(map(type, itertools.chain.from_iterable(rows)))
         if not kinds <= {int, float} and not (
             kinds <= {int, float, type(None)} and self.columns and all(c.nullable for c in self.columns)
         ):
             self._check_values(rows)
-        return _numpy(rows, self.precision)  # None becomes NaN
 
     def _frame(self, numbers: Any) -> Any:
         import pandas as pd
@@ -202,7 +245,6 @@ class Signature:
 
     def _mixed(self, rows: list[Any]) -> Any:
         assert self.columns is not None  # a model that does not tell its columns takes numbers
-        self._check_values(rows)
         if kind_of(self.precision) != "number":  # all columns are of this type
             return _numpy(rows, self.precision)
         by_column = [
@@ -226,7 +268,6 @@ class Signature:
 
     def _records(self, rows: list[Any]) -> Any:
         assert self.columns is not None
-        self._check_values(rows)
         types = [(str(c.name), object if c.dtype == "str" else c.dtype) for c in self.columns]
         array = np.empty(len(rows), dtype=types)
         for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
@@ -251,6 +292,56 @@ class Signature:
                     yield where | {"detail": "null; this model does not take a missing value here"}
                 else:
                     yield where | {"detail": f"{_json_name(value)}; expected {_EXPECTED[column.kind]}"}
+
+    # --- rows as an array
+
+    @cached_property
+    def width_in_floats(self) -> int:
+        """How many columns an array of float64 has that means the same as rows of JSON numbers; 0 where none does."""
+        return len(self.columns) if self.columns and self.layout in ("array", "frame") and self._all_floats else 0
+
+    def _check_array(self, array: Any) -> Any:
+        kind = kind_of(self.precision)
+        plain = self.layout in ("tensor", "numbers") or (self.layout in ("array", "frame") and self._all_floats)
+        if kind not in ("number", "integer") or not (plain or (self.layout == "array" and kind == "integer")):
+            raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
+        if array.ndim == 0 or len(array) == 0:
+            raise BadRows("the array has no rows")
+        if self.layout == "tensor":
+            wanted: tuple[int | None, ...] = self.shape
+        elif self.layout == "numbers":
+            wanted = ()
+        else:
+            wanted = (len(self.columns) if self.columns is not None else None,)
+        found = array.shape[1:]
+        if len(found) != len(wanted) or 0 in found or _filled(wanted, found) != found:
+            shape = ", ".join(["rows", *("any" if size is None else str(size) for size in wanted)])
+            raise BadRows(f"the array has the shape {array.shape}; expected ({shape})")
+        if array.dtype.kind not in ("iu" if kind == "integer" else "iuf"):
+            raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
+        with np.errstate(over="ignore"):
+            numbers = np.ascontiguousarray(array, dtype=self.precision)
+        for what, is_wrong in ("an infinity", np.isinf), ("NaN or null, a missing value", np.isnan):
+            if numbers.dtype.kind == "f" and (wrong := self._wrong_cells(is_wrong(numbers), what)):
+                raise wrong
+        return numbers
+
+    def _wrong_cells(self, mask: Any, what: str) -> BadRows | None:
+        """Make the error for cells that hold what they must not, unless it is a NaN where one is taken."""
+        if what.startswith("NaN") and self.columns and mask.ndim == 2:
+            mask &= [not c.nullable for c in self.columns]
+        if not mask.any():
+            return None
+        return _bad(
+            {"row": int(at[0]), **self._named(at[1:]), "detail": f"{what}; expected a finite number"}
+            for at in np.argwhere(mask)[: MAX_ERRORS + 1]
+        )
+
+    def _named(self, at: Any) -> dict[str, Any]:
+        if len(at) != 1:
+            return {}
+        name = self.columns[at[0]].name if self.columns else None
+        return {"column": int(at[0]) if name is None else name}
 
     # --- rows as nested lists
 
@@ -282,7 +373,7 @@ class Signature:
                         yield {"row": at, "detail": f"holds {_json_name(value)}; expected {_EXPECTED[kind]}"}
                         break
 
-    def _parse_scalars(self, data: list[Any]) -> Any:
+    def _check_scalars(self, data: list[Any]) -> Any:
         kind: Kind = "text" if self.layout == "texts" else "number"
         if not set(map(type, data)) <= ACCEPTED[kind]:
             raise _bad(
@@ -290,7 +381,7 @@ class Signature:
                 for at, value in enumerate(data)
                 if type(value) not in ACCEPTED[kind]
             )
-        return data if kind == "text" else _numpy(data, self.precision)
+        return data
 
 
 def kind_of(dtype: str) -> Kind:

@@ -166,7 +166,7 @@ class Shipper:
             forever: go on when nobody serves.
         """
         self._directory, self._send, self._forever = directory, send, forever
-        self._state = _read_state(directory) or {"offsets": {}, **dict.fromkeys(COUNTS, 0), "error": None}
+        self._state = _read_state(directory) or _no_progress()
         self._ending = False  # once over, always over: workers that start meanwhile start a shipper of their own
         self._serving = open_lock(directory / "serving.lock")
         self._reminded: dict[str, float] = {}  # trouble → when it was logged
@@ -352,9 +352,9 @@ class Progress:
     error: str  # SLS's last, until it takes records again; else ""
 
     @classmethod
-    def read(cls, directory: Path) -> "Progress | None":
-        """Read it from a journal's directory; None where no shipper has been at work."""
-        state = _read_state(directory)
+    def read(cls, directory: Path, expected: bool = False) -> "Progress | None":
+        """Read it from a journal's directory; None where no shipper has been at work, unless one is `expected`."""
+        state = _read_state(directory) or (_no_progress() if expected else {})
         if not state:
             return None
         waiting, oldest = 0, None
@@ -367,6 +367,10 @@ class Progress:
                     oldest = float(orjson.loads(line)["time"])
         error = state["error"]["message"] if state["error"] else ""
         return cls(state["shipped"], state["refused"], state["dropped"], waiting, oldest, error)
+
+
+def _no_progress() -> dict[str, Any]:
+    return {"offsets": {}, **dict.fromkeys(COUNTS, 0), "error": None}
 
 
 def _read_state(directory: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not here: pip install 
 
 from model import ModelLoadError
 from model.export import TOLERANCE, NotExported, Report, export
-from model.serving import LoadedModel, load_version
+from model.loaded import LoadedModel, load_version
 from model.versions import Manifest
 
 IRIS = load_iris(as_frame=True)

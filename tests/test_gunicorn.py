@@ -1,5 +1,6 @@
 """The server as it runs: real gunicorn, real sockets and signals."""
 
+import http.client
 import json
 import os
 import re
@@ -35,7 +36,7 @@ class Slow:
             sum(range(1000)) if self.busy else time.sleep(0.1)
 
     def predict(self, rows):
-        time.sleep(getattr(self, "predict_seconds", 0))
+        time.sleep(1000 if min(row[0] for row in rows) < 0 else getattr(self, "predict_seconds", 0))
         return [row[0] for row in rows]
 """
 
@@ -159,6 +160,35 @@ def test_slow_predict_does_not_keep_probes_waiting(tmp_path: Path, slow_model: A
 
 
 @pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+def test_worker_whose_model_hangs_is_replaced_while_the_other_serves_on(
+    tmp_path: Path, slow_model: Any, worker_class: str
+) -> None:
+    path = slow_model(0)
+    with gunicorn(tmp_path, model_path=path, worker_class=worker_class, web_concurrency=2, predict_timeout=2) as server:
+        before = set(server.workers())
+        hung: list[Any] = []
+
+        def ask() -> None:
+            try:
+                hung.append(server.predict([[-1.0]]))
+            except (OSError, http.client.HTTPException) as error:
+                hung.append(error)
+
+        caller = threading.Thread(target=ask)
+        began = time.monotonic()
+        caller.start()
+        caller.join(30)
+        assert isinstance(hung[0], (OSError, http.client.HTTPException)), hung  # as gunicorn's own time-out ends it
+        assert 2.0 < time.monotonic() - began < 10.0
+        assert "the model has been at one call for" in server.log.read_text()
+        assert server.predict([[1.0]]) == (200, {"prediction": [1.0]})
+        server.wait_until(lambda: server.log.read_text().count("serving version") == 3)
+        after = set(server.workers())
+        assert len(after) == 2
+        assert len(before & after) == 1  # the other one went on
+
+
+@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
 def test_reload_under_load_fails_no_request(tmp_path: Path, iris_file: Path, worker_class: str) -> None:
     with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2, worker_class=worker_class) as server:
         with Load(server) as load:
@@ -248,3 +278,26 @@ def test_predictions_of_several_workers_are_the_models_own(tmp_path: Path, iris_
     with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2) as server:
         for _ in range(10):
             assert server.predict(iris.data.to_numpy().tolist()) == (200, {"prediction": expected})
+
+
+def test_native_thread_that_asks_for_loggers_does_not_hang_the_loop_that_does_too() -> None:
+    script = """
+from gevent import monkey; monkey.patch_all()
+import gevent, logging, time
+from server import native_call
+native, ends = native_call(), time.monotonic() + 3
+
+def ask(gives_way):
+    while time.monotonic() < ends:
+        logging.getLogger("one").debug("said")
+        if gives_way:
+            time.sleep(0)
+    return "ended"
+
+logging.basicConfig(level="ERROR")
+asking = [gevent.spawn(ask, True) for _ in range(4)] + [gevent.spawn(native, ask, False)]
+gevent.joinall(asking, raise_error=True)
+print([each.value for each in asking])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{['ended'] * 5}\n", done.stderr

@@ -58,6 +58,8 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "auth": ("off", "off"),
         "users_file": ("/etc/users.json", Path("/etc/users.json")),
         "max_rows": ("10", 10),
+        "max_waiting_rows": ("30", 30),
+        "predict_timeout": ("12.5", 12.5),
         "max_body_bytes": ("1000", 1000),
         "body_timeout": ("2.5", 2.5),
         "journal_dir": ("/var/log/journal-of-predictions", Path("/var/log/journal-of-predictions")),

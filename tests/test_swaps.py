@@ -29,8 +29,9 @@ from sklearn.datasets import load_iris
 from sklearn.tree import DecisionTreeClassifier
 
 from model.guard import MINIMUM
+from model.loaded import load_version
 from model.roster import Roster
-from model.serving import load_version, share_of
+from model.serving import share_of
 from model.versions import Routing, Store, write_json
 
 IRIS = load_iris().data

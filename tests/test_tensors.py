@@ -25,7 +25,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from model import BadRows, ModelLoadError, RowsRefused, formats
 from model.learning import learn
-from model.serving import LoadedModel, load_version
+from model.loaded import LoadedModel, load_version
 from model.versions import Manifest
 
 X, Y = load_iris(return_X_y=True)
@@ -927,7 +927,7 @@ def test_learned_signature_is_the_one_that_the_file_tells(onnx: Any, tmp_path: P
 def test_every_kind_of_file_is_published_promoted_served_and_rolled_back_by_the_same_commands(
     onnx: Any, torch: Any, network: Any, trained_keras: Any, tmp_path: Path
 ) -> None:
-    from conftest import gunicorn, write_users
+    from conftest import Load, gunicorn, write_users
 
     iris = LogisticRegression(max_iter=500).fit(X, Y)
     sample = tmp_path / "rows.json"
@@ -962,10 +962,14 @@ def test_every_kind_of_file_is_published_promoted_served_and_rolled_back_by_the_
             assert status == 200, answered
             assert np.allclose(answered["prediction"], expected[suffix], rtol=1e-5, atol=1e-6)
 
-        for suffix in expected:
-            if suffix != ".joblib":
-                assert "all 2 workers serve it" in command("promote", suffix[1:], "--wait", "120")
-            assert_serves(suffix)
-        for suffix in list(expected)[-2::-1]:
-            assert "all 2 workers serve it" in command("rollback", "--wait", "120")
-            assert_serves(suffix)
+        with Load(server) as load:
+            for suffix in expected:
+                if suffix != ".joblib":
+                    assert "all 2 workers serve it" in command("promote", suffix[1:], "--wait", "120")
+                assert_serves(suffix)
+            for suffix in list(expected)[-2::-1]:
+                assert "all 2 workers serve it" in command("rollback", "--wait", "120")
+                assert_serves(suffix)
+        assert load.errors == []
+        assert set(load.statuses) == {200}
+        assert {answer.version for answer in load.answers} == {suffix[1:] for suffix in expected}

@@ -1,0 +1,19 @@
+"""The snippet of the README, mended only so far that it answers: `tolist()`, no debugger, and nothing is logged.
+
+gunicorn bench.naive:app, with its default worker, which closes each connection after an answer.
+"""
+
+import os
+
+import joblib
+from flask import Flask, jsonify, request
+
+app = Flask(__name__)
+model = joblib.load(os.environ["MODEL_PATH"])
+
+
+@app.route("/predict", methods=["POST"])
+def predict():
+    data = request.json["data"]
+    prediction = model.predict(data)
+    return jsonify({"prediction": prediction.tolist()})
