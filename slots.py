@@ -145,3 +145,13 @@ class _Value:
     def inc(self, amount: float) -> None:
         with _lock:
             self._cell[0] += amount
+
+    def set(self, value: float, timestamp: float | None = None) -> None:
+        with _lock:
+            self._cell[0] = value
+
+    def get(self) -> float:
+        return float(self._cell[0])
+
+    def get_exemplar(self) -> None:
+        return None
