@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from flask import Flask, Response, g, request
@@ -227,60 +227,20 @@ class Service:
 
     def allow(self, *roles: str) -> Callable[[Callable[[], Response]], Callable[[], Response]]:
         """Return a decorator that lets a view answer only users with one of the roles."""
-        if self.users is None:
-
-            def as_anybody(view: Callable[[], Response]) -> Callable[[], Response]:
-                def answer() -> Response:
-                    g.record["user"] = ""
-                    return view()
-
-                answer.__name__ = view.__name__
-                return answer
-
-            return as_anybody
         users = self.users
-        auth = HTTPBasicAuth(realm="predictions")
-
-        @auth.verify_password
-        def verify(name: str, password: str) -> str | None:
-            # Flask-HTTPAuth would take the credentials under any scheme.
-            environ = request.environ
-            is_basic = environ.get("HTTP_AUTHORIZATION", "")[:6].lower() == "basic "
-            if not (is_basic and name and users.verify(name, password, environ.get("REMOTE_ADDR", ""))):
-                return None
-            g.record["user"] = name
-            users.remember(environ["HTTP_AUTHORIZATION"], name)
-            return name
-
-        @auth.get_user_roles
-        def roles_of(name: str) -> list[str]:
-            return users.roles(name)
-
-        @auth.error_handler
-        def refuse(status: int) -> Response:
-            if status == 403:
-                raise Forbidden(f"this needs the role {' or '.join(roles)}, which your user does not have")
-            raise Unauthorized(
-                "a user name and a password are needed (HTTP basic auth), and these are not right"
-                if request.authorization
-                else "send a user name and a password (HTTP basic auth): curl -u NAME",
-                www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
-            )
-
-        checked = auth.login_required(role=list(roles))
 
         def decorate(view: Callable[[], Response]) -> Callable[[], Response]:
-            in_full = checked(view)
+            in_full: Any = _authentication(users, roles).login_required(role=list(roles))(view) if users else view
 
+            @wraps(view)  # Flask names the endpoint after it
             def answer() -> Response:
                 # A header that was proved before needs no decoding: a tenth of what Flask-HTTPAuth takes.
-                name = users.remembered(request.environ.get("HTTP_AUTHORIZATION", ""))
-                if name is None or not set(roles).intersection(users.roles(name)):
+                name = users.remembered(request.environ.get("HTTP_AUTHORIZATION", "")) if users else ""
+                if users and (name is None or not set(roles).intersection(users.roles(name))):
                     return in_full()  # type: ignore[no-any-return]  # Flask-HTTPAuth has no types
                 g.record["user"] = name
                 return view()
 
-            answer.__name__ = view.__name__  # Flask names the endpoint after it
             return answer
 
         return decorate
@@ -415,6 +375,39 @@ class Service:
                 request_id="",
                 requests=count,
             )
+
+
+def _authentication(users: Users, roles: tuple[str, ...]) -> HTTPBasicAuth:
+    """Set up basic auth for views that need one of the roles."""
+    auth = HTTPBasicAuth(realm="predictions")
+
+    @auth.verify_password
+    def verify(name: str, password: str) -> str | None:
+        # Flask-HTTPAuth would take the credentials under any scheme.
+        environ = request.environ
+        is_basic = environ.get("HTTP_AUTHORIZATION", "")[:6].lower() == "basic "
+        if not (is_basic and name and users.verify(name, password, environ.get("REMOTE_ADDR", ""))):
+            return None
+        g.record["user"] = name
+        users.remember(environ["HTTP_AUTHORIZATION"], name)
+        return name
+
+    @auth.get_user_roles
+    def roles_of(name: str) -> list[str]:
+        return users.roles(name)
+
+    @auth.error_handler
+    def refuse(status: int) -> Response:
+        if status == 403:
+            raise Forbidden(f"this needs the role {' or '.join(roles)}, which your user does not have")
+        raise Unauthorized(
+            "a user name and a password are needed (HTTP basic auth), and these are not right"
+            if request.authorization
+            else "send a user name and a password (HTTP basic auth): curl -u NAME",
+            www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
+        )
+
+    return auth
 
 
 # --- threads

@@ -161,14 +161,11 @@ class Batcher:
     def _leave(self, call: _Call, batch: list[_Call]) -> None:
         """Wake those who were answered; and where this caller led, who leads next."""
         with self._lock:
-            if self._leader is not call:
-                if not call.answered and call in self._queue:
-                    self._queue.remove(call)
-                    self._waiting -= len(call.rows)
-                return
-            if call in self._queue:
+            if not batch and call in self._queue:  # killed while it waited
                 self._queue.remove(call)
                 self._waiting -= len(call.rows)
+            if self._leader is not call:
+                return
             again = [each for each in batch if each is not call and not each.answered]  # their leader was killed
             self._queue.extendleft(reversed(again))
             self._waiting += sum(len(each.rows) for each in again)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import skops.io
+from conftest import ROOT
 from sklearn import __version__ as sklearn_version
 from sklearn.base import BaseEstimator
 from sklearn.calibration import CalibratedClassifierCV
@@ -35,7 +36,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.tree._tree import Tree
@@ -418,3 +419,25 @@ def test_every_part_runs_in_one_thread(tmp_path: Path, monkeypatch: Any, name: s
 def test_what_learns_the_signature_takes_what_each_format_loads(tmp_path: Path, suffix: str) -> None:
     signature, _ = learn(formats.load(saved(tmp_path, MODEL, suffix)))
     assert len(signature.columns or ()) == 4
+
+
+def test_pandas_is_imported_only_for_a_model_that_takes_data_frames(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"colour": ["red", "blue"] * 10, "size": range(20)})
+    encoder = make_column_transformer((OneHotEncoder(), ["colour"]), remainder="passthrough")
+    framed = make_pipeline(encoder, LogisticRegression())
+    joblib.dump(framed.fit(frame, [0, 1] * 10), tmp_path / "framed.joblib")
+    joblib.dump(MODEL, tmp_path / "plain.joblib")
+    script = """
+import sys
+from pathlib import Path
+from model.loaded import load_version
+from model.versions import Manifest
+for name, rows in ("plain", [[5.1, 3.5, 1.4, 0.2]]), ("framed", [["red", 4], ["blue", 5]]):
+    model = load_version(Manifest(Path(sys.argv[1]) / f"{name}.joblib"))
+    print(list(model.ask(model.signature.check(rows))), "pandas" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plain, frames = done.stdout.splitlines()
+    assert plain.endswith("False")
+    assert frames == f"{list(framed.predict(pd.DataFrame({'colour': ['red', 'blue'], 'size': [4, 5]})))} True"
