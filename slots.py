@@ -146,9 +146,7 @@ class _Value:
         with _lock:
             self._cell[0] += amount
 
-    def set(self, value: float, timestamp: float | None = None) -> None:
-        with _lock:
-            self._cell[0] = value
+    # The two below are asked for where an application shows its own metrics after another in its process has joined.
 
     def get(self) -> float:
         return float(self._cell[0])
