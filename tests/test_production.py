@@ -82,10 +82,12 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
         start_new_session=True,
     )
     os.close(far_end)
+    ready = select.poll()  # select.select takes no descriptor above 1023, as a long run of tests may have
+    ready.register(terminal, select.POLLIN)
     shown, answered, deadline = "", 0, time.monotonic() + 600
     try:
         while time.monotonic() < deadline:
-            if select.select([terminal], [], [], 0.5)[0]:
+            if ready.poll(500):  # milliseconds
                 try:
                     shown += os.read(terminal, 65536).decode(errors="replace")
                 except OSError:  # the last process that had it open has ended

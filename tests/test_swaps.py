@@ -819,7 +819,8 @@ def test_versions_that_are_no_longer_served_are_freed(world: World) -> None:
         after = resident()
     assert_true(load.answers)
     assert after.keys() == before.keys()
-    assert all(after[pid] - before[pid] < 45 for pid in after), (before, after)
+    # Ten versions that were kept would be 300 MB. glibc may keep the room of one for each thread that has loaded some.
+    assert all(after[pid] - before[pid] < 120 for pid in after), (before, after)
     for pid in after:
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert ("/45/model.joblib" in maps, "/44/model.joblib" in maps) == (True, False)
