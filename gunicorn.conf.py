@@ -30,7 +30,7 @@ _socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
-worker_class = _settings.worker_class
+worker_class = "worker.Worker" if _settings.worker_class == "gevent" else "gthread"
 
 # One process loads the model and is forked; see on_starting.
 preload_app = _settings.preload
@@ -52,8 +52,8 @@ graceful_timeout = _settings.graceful_timeout
 # does not count.
 timeout = max(30, round(_settings.predict_timeout))
 
-# gunicorn's own HTTP parser, also where gunicorn_h1c is installed: up to release 0.6.9 that takes folded headers and
-# bare line feeds, which a proxy in front may read otherwise; gunicorn itself asks for 0.6.14.
+# For what worker.py leaves to gunicorn: its own HTTP parser, also where gunicorn_h1c is installed. Up to release 0.6.9
+# that takes folded headers and bare line feeds, which a proxy in front may read otherwise; gunicorn asks for 0.6.14.
 http_parser = "python"
 
 # Two masters on one machine would share the default control socket's path, and one would delete the other's.
