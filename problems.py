@@ -1,10 +1,11 @@
 """Answers as JSON, and errors as problem+json (RFC 9457, https://www.rfc-editor.org/rfc/rfc9457)."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from flask import Response, g, request
+from werkzeug.datastructures import Headers
 from werkzeug.exceptions import (
     Forbidden,
     HTTPException,
@@ -18,13 +19,23 @@ from werkzeug.exceptions import (
 
 from body import Unprocessable
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
 log = logging.getLogger(__name__)
+
+
+class JSONResponse(Response):
+    """A whole body with its length, and no redirect: its headers need no completion before they are sent."""
+
+    def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
+        return self.headers
 
 
 def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
     """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null."""
     body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    return Response(body, status, content_type=content_type)
+    return JSONResponse(body, status, content_type=content_type)
 
 
 class NotReady(ServiceUnavailable):

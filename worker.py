@@ -132,7 +132,9 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             lines += "Server: gunicorn", f"Date: {self._now()}", f"Connection: {'keep-alive' if stays else 'close'}"
             if not status.startswith(("204", "304")):  # which have no body
                 lines.append(f"Content-Length: {len(body)}")
-            client.sendall("\r\n".join((f"HTTP/1.1 {status}", *lines, "\r\n")).encode("latin-1") + body)
+            message = "\r\n".join((f"HTTP/1.1 {status}", *lines, "\r\n")).encode("latin-1") + body
+            if (sent := client.send(message)) < len(message):  # gevent's sendall would first ask for the buffer's size
+                client.sendall(message[sent:])
         finally:
             if hasattr(pieces, "close"):
                 pieces.close()
