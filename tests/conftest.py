@@ -32,6 +32,10 @@ PASSWORD = "correct horse"  # of every test user
 CHEAP = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # a real hash without the cost
 
 
+# For tests of the whole server; under gthread, which few use, in `make test-all` only.
+WORKER_CLASSES = ["gevent", pytest.param("gthread", marks=pytest.mark.long)]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run that left a test out where all must run (REQUIRE_ALL=1, as CI sets it)."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # in the main process of xdist only

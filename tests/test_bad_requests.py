@@ -18,7 +18,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PASSWORD, Client, Gunicorn, basic, gunicorn, read_all, records, write_users
+from conftest import PASSWORD, WORKER_CLASSES, Client, Gunicorn, basic, gunicorn, read_all, records, write_users
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -599,7 +599,7 @@ LIMIT = 2_000_000  # bytes of a body
 TIMEOUT = 2  # seconds for a body
 
 
-@pytest.fixture(scope="module", params=["gevent", "gthread"])
+@pytest.fixture(scope="module", params=WORKER_CLASSES)
 def server(request: Any, iris_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
     """A gunicorn for each worker class, with one worker, a small body limit and a short time for bodies."""
     place = tmp_path_factory.mktemp(request.param)

@@ -14,7 +14,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import ROOT, Gunicorn, Load, basic, gunicorn, write_users
+from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn, write_users
 from sklearn.datasets import load_iris
 
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
@@ -60,7 +60,7 @@ def slow_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     sys.modules.pop("slow_module", None)
 
 
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 @pytest.mark.parametrize("busy", [False, True], ids=["sleeping", "busy"])
 def test_worker_that_loads_for_longer_than_the_timeout_is_live_not_ready_and_not_killed(
     tmp_path: Path, slow_model: Any, worker_class: str, busy: bool
@@ -131,7 +131,7 @@ def test_files_that_break_while_serving_end_neither_worker_nor_server(tmp_path: 
         assert server.ask("GET", "/healthz")[0] == 200
 
 
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_requests_in_flight_at_sigterm_are_answered_and_recorded(
     tmp_path: Path, slow_model: Any, worker_class: str
 ) -> None:
@@ -159,7 +159,7 @@ def test_slow_predict_does_not_keep_probes_waiting(tmp_path: Path, slow_model: A
         assert answers == [(200, {"prediction": [1.0]})]
 
 
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_worker_whose_model_hangs_is_replaced_while_the_other_serves_on(
     tmp_path: Path, slow_model: Any, worker_class: str
 ) -> None:
@@ -188,7 +188,7 @@ def test_worker_whose_model_hangs_is_replaced_while_the_other_serves_on(
         assert len(before & after) == 1  # the other one went on
 
 
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_reload_under_load_fails_no_request(tmp_path: Path, iris_file: Path, worker_class: str) -> None:
     with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2, worker_class=worker_class) as server:
         with Load(server) as load:

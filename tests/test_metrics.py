@@ -407,7 +407,9 @@ def ask_many(server: Gunicorn, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"worker_class": "gthread"}, {"preload": 1}], ids=["gevent", "gthread", "preload"]
+    "setting",
+    [{}, pytest.param({"worker_class": "gthread"}, marks=pytest.mark.long), {"preload": 1}],
+    ids=["gevent", "gthread", "preload"],
 )
 def test_sums_are_right_over_several_workers_a_killed_one_and_a_reload(
     tmp_path: Path, iris_file: Path, setting: dict[str, Any]
@@ -538,6 +540,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
+@pytest.mark.long
 def test_full_disk_neither_kills_workers_nor_stops_their_counting(
     tmp_path: Path, iris_file: Path, small_disk: Path
 ) -> None:

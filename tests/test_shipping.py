@@ -66,6 +66,7 @@ def test_records_arrive_from_flask_run(tmp_path: Path, iris_file: Path, sls: Loo
         sls.wait_until(lambda: not shippers(tmp_path / "journal"))
 
 
+@pytest.mark.long
 def test_sls_down_for_the_whole_run_and_back_costs_no_record(tmp_path: Path, iris_file: Path, sls: LoopbackSLS) -> None:
     sls.down()
     with shipping(tmp_path, iris_file, sls) as server:
@@ -128,6 +129,7 @@ def test_killed_shipper_is_replaced_and_sends_no_record_twice_but_what_it_had_un
     assert twice <= doubtful
 
 
+@pytest.mark.long
 def test_everything_killed_at_once_leaves_its_records_to_the_next_start(
     tmp_path: Path, iris_file: Path, sls: LoopbackSLS
 ) -> None:

@@ -149,6 +149,7 @@ def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
     assert len(records(tmp_path / "journal")) == 5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", ["ship.json.new", "refused.json"])
 def test_progress_that_cannot_be_written_stops_no_shipping(tmp_path: Path, file: str, caplog: Any) -> None:
     directory = journal_of(tmp_path, 5)

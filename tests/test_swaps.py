@@ -128,6 +128,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with odd_models_in(place) as odd:
         store = filled(place)
         with serving(store) as server:
+            server.wait_until(lambda: len(Roster.read(server.journal_dir)) == 2)  # a moment after they serve
             yield World(server, store, odd)
 
 
@@ -344,6 +345,7 @@ def test_versions_come_and_go_under_load_and_every_answer_is_of_the_version_it_n
     assert_true(load.answers)
 
 
+@pytest.mark.long
 def test_versions_come_and_go_on_the_workers_with_threads(store: Store) -> None:
     with serving(store, worker_class="gthread") as server, Load(server, callers=2, pause=0) as load:
         assert max(live(server, store, load, 10, False, "--force")) < 2.0
@@ -708,6 +710,7 @@ def test_guard_takes_a_worse_canary_back_by_itself_and_says_why(world: World, ki
     assert world.log().count(f"the guard takes canary {version} back") == 1
 
 
+@pytest.mark.long
 def test_guard_that_cannot_write_the_store_holds_on_this_host_and_through_a_workers_death(world: World) -> None:
     publish(world.store, world.odd.Failing(46), "46")
     lock = world.store.directory / ".lock"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Gunicorn, Load, gunicorn
+from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, gunicorn
 from nginx_tools import needs_nginx, nginx, one_host, substitute
 
 from settings import Settings
@@ -102,7 +102,7 @@ def test_restart_with_a_socket_that_systemd_holds_fails_no_request(tmp_path: Pat
         assert set(load.statuses) == {200}
 
 
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_first_workers_answer_what_waited_in_the_socket_only_with_a_model(
     tmp_path: Path, iris_file: Path, worker_class: str
 ) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Gunicorn, basic, gunicorn, read_all
+from conftest import ROOT, WORKER_CLASSES, Gunicorn, basic, gunicorn, read_all
 from nginx_tools import SHIPPED, certificate, needs_nginx, nginx, one_host, substitute
 from test_bad_requests import BODY, LIMIT, chunk, chunked, sized
 
@@ -80,7 +80,7 @@ def test_nginx_and_the_hosts_speak_tls_with_the_documented_lines(tmp_path: Path,
                 assert front.ask("POST", "/predict", BODY, **headers)[0] == status
 
 
-@pytest.fixture(scope="module", params=["gevent", "gthread"])
+@pytest.fixture(scope="module", params=WORKER_CLASSES)
 def server(request: Any, iris_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gunicorn]:
     """A gunicorn that speaks TLS itself, for each worker class."""
     place = tmp_path_factory.mktemp(request.param)

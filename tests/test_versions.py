@@ -693,6 +693,7 @@ def test_wait_ends_when_the_workers_serve_it(store: Store, artifact: Path, comma
     assert re.search(r"^all 1 workers serve it, after 0\.\d s$", done.out, re.M)
 
 
+@pytest.mark.long
 def test_wait_tells_of_a_worker_that_cannot_serve_it(store: Store, artifact: Path, command: Any, worker: Any) -> None:
     put(store, artifact, "1")
     worker(1, error="version 1 does not load")
