@@ -128,7 +128,14 @@ def _pieces(stream: Any, length: int, deadline: float) -> Iterator[bytes]:
 
 
 def _shut(environ: dict[str, Any], how: int) -> None:
-    """Shut a side of the request's connection. On a duplicate, since a TLS socket would forget its keys."""
+    """Shut a side of the request's connection. On a duplicate, since a TLS socket would forget its keys.
+
+    What has come until then can still be read. Where both sides are shut it must not be taken for a request: gunicorn
+    ends the connection of a body that is marked as failed.
+    """
+    if how == socket.SHUT_RDWR:
+        with suppress(AttributeError):  # of another server's
+            environ["wsgi.input"].failed = True
     connection = environ.get("gunicorn.socket")
     if connection is not None:
         with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:

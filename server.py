@@ -106,9 +106,6 @@ class Application(Flask):
         def open_session(self, app: Flask, request: Request) -> NullSession:
             return self.none
 
-        def is_null_session(self, obj: object) -> bool:
-            return True
-
     session_interface = NoSessions()
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:

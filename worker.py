@@ -5,7 +5,7 @@
 gunicorn's parser is written in Python; it and what surrounds it took more of a request's time than the whole of this
 server (docs/performance.md). Here one regular expression takes the head of a request that every server reads in the
 same way, and its answer is sent in one piece. Whatever else comes, from a chunked body to a folded header, is not
-judged here: gunicorn gets the connection with all that was read of it, and keeps it.
+judged here: gunicorn gets the connection with all that was read of it, and keeps it to its end.
 """
 
 import io
@@ -14,37 +14,41 @@ import re
 import time
 from typing import Any
 
-from gevent import Timeout
+import gevent
 from gunicorn.http.body import Body, LengthReader
 from gunicorn.http.errors import InvalidResponseHeader
 from gunicorn.http.message import HeaderPolicy
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.http.wsgi import base_environ
-from gunicorn.util import close, http_date
+from gunicorn.util import close, hop_headers, http_date, write_error
 from gunicorn.workers.ggevent import GeventWorker
-
-MOST = 8192  # bytes that are read at once, so no plain head is longer
 
 # A path without escapes, perhaps a query; then fields of printable ASCII.
 HEAD = re.compile(
-    rb"(GET|POST) ((?:/[A-Za-z0-9._~-]+)+)(?:\?([A-Za-z0-9._~=&%+-]+))? HTTP/1\.1\r\n"
+    rb"((?:GET|POST) ((?:/[A-Za-z0-9._~-]+)+)(?:\?([A-Za-z0-9._~=&%+-]+))? HTTP/1\.1)\r\n"
     rb"((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n"
 )
 FIELD = re.compile(r"([^:]+):([^\r]*)\r\n")
+HOST = re.compile(r"([^:]+)(?::([0-9]+))?")
+
+# gunicorn's limits where it is not told others. Its third, 8,190 bytes for a field, a head of one read cannot pass.
+MOST = 8192  # bytes that are read at once
 MOST_FIELDS = 100
+MOST_OF_A_LINE = 4094  # bytes of the first line
 
 # Fields that frame a message otherwise than by its length, or are between two hops.
 NOT_PLAIN = {"EXPECT", "KEEP-ALIVE", "PROXY-CONNECTION", "TE", "TRAILER", "TRANSFER-ENCODING", "UPGRADE"}
 
 # What gunicorn can be told to do with a request. Where one of these is not as it comes, it does so itself.
 SETTINGS = (
-    *("http_protocols", "limit_request_field_size", "limit_request_fields", "limit_request_line"),
+    *("http_protocols", "limit_request_field_size", "limit_request_fields", "limit_request_line", "logger_class"),
     *("post_request", "pre_request", "protocol", "proxy_protocol"),
 )
 
-
 # What an environ holds for every plain request.
 BASIS = {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1", "SCRIPT_NAME": ""}
+
+OURS = hop_headers | {"content-length"}  # headers of an answer that the application does not set; lower case
 
 
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -54,11 +58,12 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     of `NOT_PLAIN`. Its body has a Content-Length; what is not there of it yet, gunicorn's own reader brings.
     """
 
+    alive: bool  # false from the signal to stop on
+
     def init_process(self) -> None:
         """Look once at what gunicorn is told to do with requests."""
         self.takes_plain = leaves_requests_alone(self.cfg, self.log)
-        self._basis = base_environ(self.cfg) | BASIS
-        self._date = 0, ""
+        self._gave_way = 0.0
         super().init_process()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
@@ -68,45 +73,63 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             return
         rest = b""
         try:
+            client.setblocking(1)  # whatever socket.setdefaulttimeout says
             rest = self._serve_plain(listener.getsockname(), client, addr)
-        except OSError as error:
+        except (BrokenPipeError, ConnectionResetError) as error:
             self.log.debug("connection lost: %s", error)
-        except (Exception, SystemExit) as error:
-            self.handle_error(None, client, addr, error)
+        except (Exception, SystemExit):  # SystemExit: gunicorn aborts a worker that hangs
+            self.log.exception("error on a connection")
         finally:
             if not rest:
                 close(client)
         if rest:
             super().handle(listener, _Unread(client, rest), addr)
 
+    def handle_request(self, *arguments: Any) -> Any:
+        """Answer a request that was not plain."""
+        self._give_way()
+        return super().handle_request(*arguments)
+
+    def _give_way(self) -> None:
+        """Let others have their turn, a hundred times a second.
+
+        As long as there is something to read, gevent goes on with one connection: with who sends request after request
+        and does not wait for answers, until gunicorn takes the worker to hang.
+        """
+        if time.monotonic() - self._gave_way > 0.01:
+            gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
+            self._gave_way = time.monotonic()
+
     def _serve_plain(self, server: Any, client: Any, addr: Any) -> bytes:
         """Answer plain requests. Return what was read of the first other; nothing where the connection has ended."""
-        basis, schemes = self._basis | _ends(server, addr) | {"gunicorn.socket": client}, _schemes(self.cfg, addr)
+        basis = base_environ(self.cfg) | BASIS | _ends(server, addr) | {"gunicorn.socket": client}
+        schemes = _schemes(self.cfg, addr)
         data = b""
         while True:
             if not data:
-                with Timeout(self.cfg.keepalive, False):
+                with gevent.Timeout(self.cfg.keepalive, False):
                     data = client.recv(MOST)
                 if not data:
                     return b""
-            head = HEAD.match(data)
-            environ = _environ(head, basis, schemes) if head else None
-            if head is None or environ is None:
+            environ, size = environ_of(data, basis, schemes)
+            if environ is None:
                 return data
-            length, data = int(environ.get("CONTENT_LENGTH", 0)), data[head.end() :]
+            length, data = int(environ.get("CONTENT_LENGTH", 0)), data[size:]
             unreader = None
             if len(data) >= length:
-                environ["wsgi.input"] = io.BytesIO(data[:length])
+                stream: Any = io.BytesIO(data[:length])
             else:
                 unreader = SocketUnreader(client)
                 unreader.unread(data)
-                environ["wsgi.input"] = Body(LengthReader(unreader, length))
-            if not self._answer(client, environ):
+                stream = Body(LengthReader(unreader, length))
+            environ["wsgi.input"] = stream
+            self._give_way()
+            if not self._answer(client, environ) or getattr(stream, "failed", False):
                 return b""
             if unreader is None:
                 data = data[length:]
             else:
-                while environ["wsgi.input"].read(MOST):  # what the application left
+                while stream.read(MOST):  # what the application left
                     pass
                 data = unreader.take_buffered()
 
@@ -115,45 +138,39 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         self.nr += 1
         if self.nr >= self.max_requests and self.alive:
             self.log.info("Autorestarting worker after current request.")
-            self.alive: bool = False
+            self.alive = False
         stays = self.alive and environ.get("HTTP_CONNECTION") != "close"
         status, headers = "", []
 
-        def start_response(*given: Any) -> None:
+        def start_response(line: str, fields: list[tuple[str, str]], exc_info: Any = None) -> None:
             nonlocal status, headers
-            status, headers = given[:2]
+            status, headers = line, fields
 
-        pieces = self.wsgi(environ, start_response)
         try:
-            body = b"".join(pieces)
-            lines = [f"{name}: {value}" for name, value in headers if name != "Content-Length"]
-            if "\n" in (text := "".join(lines)) or "\r" in text:
-                raise InvalidResponseHeader("a line break")
-            lines += "Server: gunicorn", f"Date: {self._now()}", f"Connection: {'keep-alive' if stays else 'close'}"
-            if not status.startswith(("204", "304")):  # which have no body
-                lines.append(f"Content-Length: {len(body)}")
-            message = "\r\n".join((f"HTTP/1.1 {status}", *lines, "\r\n")).encode("latin-1") + body
-            if (sent := client.send(message)) < len(message):  # gevent's sendall would first ask for the buffer's size
-                client.sendall(message[sent:])
+            pieces = self.wsgi(environ, start_response)
+            try:
+                message = message_of(status, headers, b"".join(pieces), stays)
+            except BaseException:
+                _end(pieces)
+                raise
+        except (Exception, SystemExit):
+            self.log.exception("error handling request %s %s", environ["REQUEST_METHOD"], environ["RAW_URI"])
+            write_error(client, 500, "Internal Server Error", "")
+            return False
+        try:
+            # gevent's sendall would first ask for the size of the kernel's buffer.
+            if (sent := client.send(message)) < len(message):
+                client.sendall(memoryview(message)[sent:])
         finally:
-            if hasattr(pieces, "close"):
-                pieces.close()
+            _end(pieces)
         return stays
-
-    def _now(self) -> str:
-        """Return the time as HTTP has it."""
-        second = int(time.time())
-        if self._date[0] != second:
-            self._date = second, http_date(second)
-        return self._date[1]
 
 
 def leaves_requests_alone(cfg: Any, log: Any) -> bool:
     """Tell whether gunicorn is told to do no more with a request than it does by default."""
-    told = (cfg.settings[name] for name in SETTINGS)
-    by_default = all(each.get() == type(each)().get() for each in told) and cfg.keepalive
+    by_default = all(each.get() == type(each)().get() for each in (cfg.settings[name] for name in SETTINGS))
     more = cfg.is_ssl or cfg.statsd_host or log.access_log_enabled or os.environ.get("SCRIPT_NAME")
-    return bool(by_default and not more)
+    return bool(by_default and cfg.keepalive and not more)
 
 
 def _ends(server: Any, addr: Any) -> dict[str, str]:
@@ -164,45 +181,96 @@ def _ends(server: Any, addr: Any) -> dict[str, str]:
 
 def _schemes(cfg: Any, addr: Any) -> dict[str, str]:
     """Return the fields by which this peer may say that it was itself asked over TLS, and how."""
-    policy = HeaderPolicy()
+    policy = HeaderPolicy()  # of gunicorn, which decides here too whom FORWARDED_ALLOW_IPS trusts
     policy.cfg, policy.peer_addr = cfg, addr
     return policy._peer_trusted_for_forwarded()[0]  # type: ignore[no-any-return]
 
 
-def _environ(head: re.Match[bytes], basis: dict[str, Any], schemes: dict[str, str]) -> dict[str, Any] | None:
-    """Return the WSGI environ of a request, as gunicorn would make it; None if it is not plain after all."""
-    method, path, query, fields = (part.decode("ascii") for part in head.groups(b""))
-    environ = basis | {
-        "REQUEST_METHOD": method,
-        "PATH_INFO": path,
-        "QUERY_STRING": query,
-        "RAW_URI": f"{path}?{query}" if query else path,
-    }
+def environ_of(
+    data: bytes, basis: dict[str, Any], schemes: dict[str, str]
+) -> tuple[dict[str, Any], int] | tuple[None, int]:
+    """Read the head of a plain request.
+
+    Args:
+        data: what was received.
+        basis: what the environ holds for every request of the connection.
+        schemes: see `_schemes`.
+
+    Returns:
+        The WSGI environ, as gunicorn would make it, and the head's length in bytes; None if the request is not plain.
+    """
+    head = HEAD.match(data)
+    if head is None or head.end(1) > MOST_OF_A_LINE:
+        return None, 0
+    line, path, query, fields = (part.decode("ascii") for part in head.groups(b""))
+    method, target, _ = line.split(" ")
+    environ = basis | {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "RAW_URI": target}
     found, scheme = FIELD.findall(fields), ""
     for name, value in found:
         name, value = name.upper(), value.strip(" ")
         if name in NOT_PLAIN or (name == "CONNECTION" and value not in ("keep-alive", "close")):
-            return None
+            return None, 0
         if name in schemes:
             if scheme:
-                return None
+                return None, 0
             scheme = "https" if value == schemes[name] else "http"
         key = name.replace("-", "_")
         if name == "CONTENT-LENGTH":
             if not (value.isdigit() and len(value) < 10):
-                return None
+                return None, 0
         elif name != "CONTENT-TYPE":
             key = f"HTTP_{key}"
         if key in environ:
-            return None
+            return None, 0
         environ[key] = value
-    if len(found) > MOST_FIELDS or "HTTP_HOST" not in environ:
-        return None
     environ["wsgi.url_scheme"] = scheme or "http"
+    host = HOST.fullmatch(environ.get("HTTP_HOST", ""))
+    if host is None or len(found) > MOST_FIELDS:
+        return None, 0
     if "SERVER_NAME" not in environ:
-        host, _, port = environ["HTTP_HOST"].partition(":")
-        environ |= {"SERVER_NAME": host, "SERVER_PORT": port or ("443" if scheme == "https" else "80")}
-    return environ
+        environ |= {"SERVER_NAME": host[1], "SERVER_PORT": host[2] or ("443" if scheme == "https" else "80")}
+    return environ, head.end()
+
+
+def message_of(status: str, headers: list[tuple[str, str]], body: bytes, stays: bool) -> bytes:
+    """Return an answer as it is sent.
+
+    Args:
+        status: as in WSGI, `200 OK`.
+        headers: of the application; those that are the server's to set are left out.
+        body: the whole of it.
+        stays: whether the connection goes on.
+
+    Raises:
+        InvalidResponseHeader: no status, or a line break within a line.
+    """
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers if name.lower() not in OURS)]
+    text = "".join(lines)
+    if not status or "\n" in text or "\r" in text:
+        raise InvalidResponseHeader("no status, or a line break in a header")
+    lines += "Server: gunicorn", f"Date: {_now()}", f"Connection: {'keep-alive' if stays else 'close'}"
+    if status.startswith(("204", "304")):
+        body = b""
+    else:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join((*lines, "\r\n")).encode("latin-1") + body
+
+
+_date = 0, ""  # the second that was last asked for, and how HTTP writes it
+
+
+def _now() -> str:
+    global _date
+    second = int(time.time())
+    if _date[0] != second:
+        _date = second, http_date(second)
+    return _date[1]
+
+
+def _end(pieces: Any) -> None:
+    """Tell the application that its answer was sent, as WSGI has it."""
+    if hasattr(pieces, "close"):
+        pieces.close()
 
 
 class _Unread:

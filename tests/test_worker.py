@@ -2,22 +2,37 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Gunicorn, basic, gunicorn, read_all
+from conftest import Gunicorn, basic, gunicorn, read_all, records
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.http import wsgi
+from gunicorn.http.errors import InvalidResponseHeader
 from gunicorn.http.parser import RequestParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker import BASIS, HEAD, MOST_FIELDS, NOT_PLAIN, _ends, _environ, _schemes, leaves_requests_alone
+from worker import (
+    BASIS,
+    MOST_FIELDS,
+    MOST_OF_A_LINE,
+    NOT_PLAIN,
+    SETTINGS,
+    _ends,
+    _schemes,
+    environ_of,
+    leaves_requests_alone,
+    message_of,
+)
 
 ROW = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 SERVER, CALLER = ("127.0.0.1", 5000), ("192.0.2.7", 4321)  # a caller who is not trusted to say that it came by TLS
@@ -42,6 +57,8 @@ PLAIN = [
     head_of("X-Forwarded-Ssl: on", host="Host: example.com"),
     head_of(line="GET /a/b-c/d.e~f/../g HTTP/1.1"),
     head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS - 1))),
+    head_of(line="GET /".ljust(MOST_OF_A_LINE - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    head_of(f"X-A: {'a' * 8000}"),
 ]
 NOT = [
     *(head_of(f"{name.title()}: 1") for name in sorted(NOT_PLAIN)),
@@ -67,6 +84,8 @@ NOT = [
     head_of(host=""),
     head_of("Host: other"),
     head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS))),
+    head_of(line="GET /".ljust(MOST_OF_A_LINE + 1 - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    *(head_of(host=f"Host: {host}") for host in ("", ":80", "a:b", "a:1:2", "[::1]:80", "a:")),
     *(
         head_of(line=line)
         for line in (
@@ -87,9 +106,10 @@ NOT = [
 def as_plain(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
     """Return the environ that the short way makes."""
     cfg = Config()
-    found = HEAD.match(sent)
     basis = wsgi.base_environ(cfg) | BASIS | _ends(server, addr)
-    return _environ(found, basis, _schemes(cfg, addr)) if found else None
+    environ, size = environ_of(sent, basis, _schemes(cfg, addr))
+    assert (environ is None) == (size == 0)
+    return environ
 
 
 def as_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
@@ -148,22 +168,67 @@ LINE = st.builds(
 )
 
 
+ENDS = st.sampled_from([(CALLER, SERVER), (PROXY, SERVER), ("", "/run/server.sock")])
+
+
 @settings(max_examples=1500, deadline=None)
-@given(LINE, st.lists(FIELD, max_size=4), st.sampled_from(["Host: a", "Host: b:80", ""]))
-def test_no_request_is_plain_that_gunicorn_would_read_otherwise(line: str, fields: list[str], host: str) -> None:
+@given(LINE, st.lists(FIELD, max_size=4), st.sampled_from(["Host: a", "Host: b:80", ""]), ENDS)
+def test_no_request_is_plain_that_gunicorn_would_read_otherwise(
+    line: str, fields: list[str], host: str, ends: Any
+) -> None:
     sent = head_of(*fields, line=line, host=host)
-    if as_plain(sent) is not None:
-        check_alike(sent)
+    if as_plain(sent, *ends) is not None:
+        check_alike(sent, *ends)
 
 
 @settings(max_examples=800, deadline=None)
-@given(st.sampled_from(PLAIN), st.data())
-def test_no_byte_makes_a_request_plain_that_gunicorn_would_read_otherwise(sent: bytes, data: Any) -> None:
+@given(st.sampled_from(PLAIN), ENDS, st.data())
+def test_no_byte_makes_a_request_plain_that_gunicorn_would_read_otherwise(sent: bytes, ends: Any, data: Any) -> None:
     at = data.draw(st.integers(0, len(sent) - 1))
     put = data.draw(st.one_of(st.binary(max_size=2), st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b":", b"\t"])))
     changed = sent[:at] + put + sent[at + data.draw(st.integers(0, 1)) :]
-    if as_plain(changed) is not None:
-        check_alike(changed)
+    if as_plain(changed, *ends) is not None:
+        check_alike(changed, *ends)
+
+
+# --- what is sent
+
+
+def test_answer_has_the_applications_headers_and_the_servers_own() -> None:
+    headers = [
+        ("X-A", "1"),
+        ("content-length", "7"),
+        ("Connection", "close"),
+        ("Transfer-Encoding", "chunked"),
+        ("Date", ""),
+    ]
+    head, _, body = message_of("200 OK", headers, b"{}", True).partition(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    assert (line, body) == ("HTTP/1.1 200 OK", b"{}")
+    names = [field.split(": ")[0] for field in fields]
+    assert names == ["X-A", "Server", "Date", "Connection", "Content-Length"]
+    assert (fields[-2], fields[-1]) == ("Connection: keep-alive", "Content-Length: 2")
+    assert b"Connection: close" in message_of("200 OK", [], b"", False)
+
+
+@pytest.mark.parametrize("status", ["204 NO CONTENT", "304 NOT MODIFIED"])
+def test_answer_without_a_body_has_neither_body_nor_length(status: str) -> None:
+    message = message_of(status, [("Content-Length", "2")], b"{}", True)
+    assert message.endswith(b"keep-alive\r\n\r\n")
+    assert b"Length" not in message
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        ("", []),
+        ("200 OK\r\nX-B: 2", []),
+        *(("200 OK", [each]) for each in (("X-A", "1\r\nX-B: 2"), ("X-A", "1\nX-B: 2"), ("X-A", "\r"), ("X\nA", ""))),
+    ],
+)
+def test_answer_that_would_be_split_is_not_made(status: str, headers: Any) -> None:
+    with pytest.raises(InvalidResponseHeader):
+        message_of(status, headers, b"", True)
 
 
 # --- through a real worker
@@ -235,29 +300,116 @@ def test_body_that_nobody_reads_is_not_taken_for_a_request(server: Gunicorn) -> 
     assert "smuggled" not in str(got)
 
 
-def test_line_break_in_a_header_of_an_answer_is_not_sent(tmp_path: Path, iris_file: Path) -> None:
-    (tmp_path / "odd.py").write_text(
-        "import server\n"
-        "def odd(environ, start_response):\n"
-        "    start_response('200 OK', [('X-A', '1\\r\\nSet-Cookie: a=b')])\n"
-        "    return [b'{}']\n"
-        "server.app.wsgi_app = odd\n"
-        "app = server.app\n"
-    )
-    with gunicorn(tmp_path, "odd:app", ready=False, model_path=iris_file) as running:
-        running.wait_until(lambda: "serving version" in running.log.read_text())
-        received = running.raw(call())
-        assert received.startswith(b"HTTP/1.1 500")
-        assert b"Set-Cookie" not in received
+ODD_APPLICATION = """
+import server
+
+class Pieces(list):
+    def close(self):
+        raise RuntimeError("as it closed")
+
+def odd(environ, start_response):
+    path = environ["PATH_INFO"]
+    if path == "/raises":
+        raise RuntimeError("before it answered")
+    if path == "/disk":
+        raise OSError(28, "No space left on device")
+    if path == "/exits":
+        raise SystemExit(3)
+    if path != "/silent":
+        start_response("200 OK", [("X-A", "1\\r\\nSet-Cookie: a=b" if path == "/splits" else "1")])
+    return Pieces([b"{}"]) if path == "/closes" else [b"{}"]
+
+app = server.app
+app.wsgi_app = odd
+"""
+
+
+@pytest.mark.parametrize("path", ["/raises", "/disk", "/exits", "/silent", "/splits", "/closes"])
+def test_application_that_fails_gives_one_answer_and_a_line_in_the_log(path: str, odd: Gunicorn) -> None:
+    logged = odd.log.stat().st_size
+    received = odd.raw(head_of(line=f"GET {path} HTTP/1.1") + head_of(line="GET /fine HTTP/1.1", host="Host: second"))
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert received.startswith(b"HTTP/1.1 200" if path == "/closes" else b"HTTP/1.1 500")
+    assert b"Set-Cookie" not in received
+    assert b"before it" not in received
+    assert "Traceback" in odd.log.read_text()[logged:]
+    assert odd.raw(head_of("Connection: close", line="GET /fine HTTP/1.1")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Iterator[Gunicorn]:
+    """A worker whose application misbehaves."""
+    place = tmp_path_factory.mktemp("odd")
+    (place / "odd.py").write_text(ODD_APPLICATION)
+    with gunicorn(place, "odd:app", model_path=iris_file) as running:
+        yield running
+
+
+@pytest.mark.parametrize("first", ["plain", "not plain"])
+def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server: Gunicorn) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Pad: ".ljust(60, b"a") + b"\r\n\r\n"  # 128 are just a read
+    ending = time.monotonic() + 3.0
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        if first == "not plain":
+            connection.sendall(request.replace(b"GET", b"HEAD"))
+
+        def read() -> None:
+            while connection.recv(2**20):
+                pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+
+        def send() -> None:
+            while time.monotonic() < ending:
+                connection.sendall(request * 1024)
+            connection.shutdown(socket.SHUT_RDWR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        time.sleep(0.3)
+        asked = 0
+        while time.monotonic() < ending - 0.5:
+            assert server.ask("GET", "/healthz")[0] == 200
+            asked += 1
+        sender.join()
+        reader.join()
+    assert asked >= 5  # without a pause it is one, when the flood has ended
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arguments", [(), ("--worker-class", "gevent")], ids=["this worker", "gunicorn's"])
+def test_what_comes_after_a_body_was_given_up_is_no_request(
+    tmp_path: Path, iris_file: Path, arguments: tuple[str, ...]
+) -> None:
+    inner = call(b"", "X-Request-ID: smuggled")
+    length = 16_000 // len(inner) * len(inner)
+    given = (f"Content-Length: {length}", f"Authorization: {basic('predict')}")
+    outer = head_of("Content-Type: application/json", *given)
+
+    def send(number: int) -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(outer)
+            time.sleep(0.95 + number * 0.0007)  # so that some arrive just when the time for the body is over
+            for _ in range(length // len(inner)):
+                connection.sendall(inner)
+                time.sleep(0.008)
+
+    with (
+        gunicorn(tmp_path, *arguments, model_path=iris_file, body_timeout=1) as running,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        list(pool.map(send, range(120)))
+        found = records(running.journal_dir)
+    assert len(found) > 100
+    assert {record["status"] for record in found} <= {408, 400}
+    assert not [record for record in found if record["request_id"] == "smuggled"]
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [
-        *(("accesslog", "-"), ("certfile", "a"), ("keepalive", 0), ("limit_request_fields", 3)),
-        *(("limit_request_line", 20), ("pre_request", lambda worker, req: None), ("proxy_protocol", "auto")),
-        *(("statsd_host", "localhost:8125"), ("logconfig", "a"), ("http_protocols", "h1,h2")),
-    ],
+    [("accesslog", "-"), ("certfile", "a"), ("keepalive", 0), ("statsd_host", "localhost:8125"), ("logconfig", "a")],
 )
 def test_what_gunicorn_is_told_to_do_with_requests_is_left_to_it(setting: str, value: Any) -> None:
     def plain() -> bool:
@@ -270,6 +422,27 @@ def test_what_gunicorn_is_told_to_do_with_requests_is_left_to_it(setting: str, v
     assert plain()
     cfg.set(setting, value)
     assert not plain()
+
+
+def test_settings_are_each_looked_at() -> None:
+    values = {
+        "http_protocols": "h1,h2",
+        "limit_request_field_size": 9,
+        "limit_request_fields": 3,
+        "limit_request_line": 9,
+    }
+    values |= {
+        "logger_class": "odd.Logger",
+        "post_request": lambda worker, req: None,
+        "pre_request": lambda worker, req: None,
+    }
+    values |= {"protocol": "uwsgi", "proxy_protocol": "auto"}
+    assert values.keys() == set(SETTINGS)
+    for name, value in values.items():
+        cfg = Config()
+        assert leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False))
+        cfg.set(name, value)
+        assert not leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False)), name
 
 
 def test_access_log_is_written_where_it_is_asked_for(tmp_path: Path, iris_file: Path) -> None:
