@@ -18,7 +18,8 @@ from typing import Any
 MOST_ROWS = 4096  # of one call of the model; who has more asks in pieces, and others get their turn in between
 SLOW = 0.002  # seconds of a call; handing it to a native thread costs 0.15 ms
 LONELY = 8  # calls without company
-_WEIGHT = 0.2  # of the newest call in the moving average
+# Of the newest call in the moving average. What disturbs a call only adds to it: less counts soon, more has to last.
+_WEIGHT_OF_LESS, _WEIGHT_OF_MORE = 0.5, 0.1
 
 Run = Callable[[Sequence[Any], str], list[Any]]
 
@@ -140,9 +141,9 @@ class Batcher:
         size = sum(len(each.rows) for each in batch)
         is_slow = self.timings.expect(method, size) > SLOW
         parts = [each.rows for each in batch]
-        self._running_since = began = time.perf_counter()
+        self._running_since = time.perf_counter()
         try:
-            results = self._native(run, parts, method) if is_slow else run(parts, method)
+            results, seconds = self._native(_timed, run, parts, method) if is_slow else _timed(run, parts, method)
         except Exception as error:
             if len(batch) > 1:  # one of them may have spoiled it for all
                 for each in batch:
@@ -150,7 +151,7 @@ class Batcher:
                 return
             batch[0].error = error
         else:
-            self.timings.note(method, size, time.perf_counter() - began)
+            self.timings.note(method, size, seconds)
             for each, result in zip(batch, results, strict=True):
                 each.result = result
         finally:
@@ -178,6 +179,12 @@ class Batcher:
                 each.wake.release()
 
 
+def _timed(run: Run, parts: Sequence[Any], method: str) -> tuple[list[Any], float]:
+    """Return what the model answers, and the seconds it took: its own, without the way to its thread."""
+    began = time.perf_counter()
+    return run(parts, method), time.perf_counter() - began
+
+
 class Timings:
     """How long calls of a model take, by method and by powers of two of their rows: moving averages, in seconds."""
 
@@ -188,7 +195,7 @@ class Timings:
         """Count a call in."""
         key = method, rows.bit_length()
         before = self._seconds.get(key, seconds)
-        self._seconds[key] = before + _WEIGHT * (seconds - before)
+        self._seconds[key] = before + (_WEIGHT_OF_LESS if seconds < before else _WEIGHT_OF_MORE) * (seconds - before)
 
     def expect(self, method: str, rows: int) -> float:
         """Return the seconds that a call will take; of sizes not seen yet, what it may take at worst."""

@@ -170,9 +170,9 @@ def test_large_callers_neither_starve_others_nor_are_starved() -> None:
 def test_slow_calls_are_handed_to_a_native_thread_and_fast_ones_are_not() -> None:
     handed: list[int] = []
 
-    def native(function: Any, parts: Any, method: str) -> Any:
+    def native(function: Any, run: Any, parts: Any, method: str) -> Any:
         handed.append(sum(map(len, parts)))
-        return function(parts, method)
+        return function(run, parts, method)
 
     model, batcher = Model(3 * SLOW), Batcher(native)
     batcher.call(model, [1], "square")
@@ -188,6 +188,20 @@ def test_slow_calls_are_handed_to_a_native_thread_and_fast_ones_are_not() -> Non
     assert len(handed) == count
     batcher.call(model, [1], "cube")
     assert len(handed) == count + 1
+
+
+def test_timings_follow_what_lasts_and_not_a_disturbance() -> None:
+    timings = Timings()
+    timings.note("predict", 1, 0.0015)
+    for _ in range(2):
+        timings.note("predict", 1, 0.003)
+    assert timings.expect("predict", 1) < SLOW
+    for _ in range(20):
+        timings.note("predict", 1, 0.003)
+    assert timings.expect("predict", 1) > SLOW
+    for _ in range(3):
+        timings.note("predict", 1, 0.0015)
+    assert timings.expect("predict", 1) < SLOW
 
 
 def test_timings_expect_the_worst_of_sizes_that_were_not_seen() -> None:
