@@ -96,9 +96,10 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         As long as there is something to read, gevent goes on with one connection: with who sends request after request
         and does not wait for answers, until gunicorn takes the worker to hang.
         """
-        if time.monotonic() - self._gave_way > 0.01:
+        now = time.monotonic()
+        if now - self._gave_way > 0.01:
+            self._gave_way = now
             gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
-            self._gave_way = time.monotonic()
 
     def _serve_plain(self, server: Any, client: Any, addr: Any) -> bytes:
         """Answer plain requests. Return what was read of the first other; nothing where the connection has ended."""
