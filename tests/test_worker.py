@@ -354,16 +354,18 @@ def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server
             connection.sendall(request.replace(b"GET", b"HEAD"))
 
         def read() -> None:
-            while connection.recv(2**20):
-                pass
+            with suppress(OSError):  # it may be reset as it ends
+                while connection.recv(2**20):
+                    pass
 
         reader = threading.Thread(target=read)
         reader.start()
 
         def send() -> None:
-            while time.monotonic() < ending:
-                connection.sendall(request * 1024)
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):
+                while time.monotonic() < ending:
+                    connection.sendall(request * 1024)
+                connection.shutdown(socket.SHUT_RDWR)
 
         sender = threading.Thread(target=send)
         sender.start()
@@ -374,7 +376,7 @@ def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server
             asked += 1
         sender.join()
         reader.join()
-    assert asked >= 5  # without a pause it is one, when the flood has ended
+    assert asked >= 3  # without a pause it is one, when the flood has ended
 
 
 @pytest.mark.long
