@@ -1,6 +1,6 @@
 # make run       serve the demo model, or yours: MODEL_PATH=/path/to/model.joblib make run
 # make test      the tests, in a few minutes
-# make test-all  those that take their time as well: failures under load, onnxruntime, torch, keras (1.1 GB)
+# make test-all  those that take their time as well: gthread, failures under load, onnxruntime, torch, keras (1.1 GB)
 # make check     format, lint and types
 # make bench     this server beside others, in some hours; BENCH_ARGS=--quick in minutes
 # make lock      write the exact, hashed requirements from the ranges in requirements*.in

@@ -130,11 +130,11 @@ def _pieces(stream: Any, length: int, deadline: float) -> Iterator[bytes]:
 def _shut(environ: dict[str, Any], how: int) -> None:
     """Shut a side of the request's connection. On a duplicate, since a TLS socket would forget its keys.
 
-    What has come until then can still be read. Where both sides are shut it must not be taken for a request: gunicorn
-    ends the connection of a body that is marked as failed.
+    What had arrived before can still be read. Where both sides are shut it must not be taken for a request, so the body
+    is marked as failed: then gunicorn, or worker.py, ends the connection.
     """
     if how == socket.SHUT_RDWR:
-        with suppress(AttributeError):  # of another server's
+        with suppress(AttributeError):  # another server's stream may not take it
             environ["wsgi.input"].failed = True
     connection = environ.get("gunicorn.socket")
     if connection is not None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class JSONResponse(Response):
-    """A whole body with its length, and no redirect: its headers need no completion before they are sent."""
+    """An answer whose headers are complete when it is made: its length is known, and it is no redirect."""
 
     def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
         return self.headers

@@ -70,6 +70,7 @@ def create_app(settings: Settings) -> Flask:
     service = Service(settings)
     app = Application("server", static_folder=None)
     app.extensions["service"] = service
+    app.url_map.merge_slashes = False  # no path is answered with a redirect
     app.ensure_sync = _as_it_is  # type: ignore[assignment,method-assign]  # Flask's own advice
     app.before_request(service.begin)
     predict = service.metrics.in_flight(service.predict)
@@ -96,10 +97,10 @@ def __getattr__(name: str) -> Any:
 
 
 class Application(Flask):
-    """Flask without what costs each request time and no route here has: hosts to tell apart, and sessions."""
+    """Flask without two things that cost time at each request and that no route here needs: hosts, and sessions."""
 
     class NoSessions(SessionInterface):
-        """Has none to open or save."""
+        """There are none to open or save."""
 
         none = NullSession()
 

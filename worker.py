@@ -2,10 +2,11 @@
 
     worker_class = "worker.Worker"          # in gunicorn.conf.py, where WORKER_CLASS is gevent
 
-gunicorn's parser is written in Python; it and what surrounds it took more of a request's time than the whole of this
-server (docs/performance.md). Here one regular expression takes the head of a request that every server reads in the
-same way, and its answer is sent in one piece. Whatever else comes, from a chunked body to a folded header, is not
-judged here: gunicorn gets the connection with all that was read of it, and keeps it to its end.
+gunicorn's parser is written in Python; it and what surrounds it took half of the processor time of a request that does
+nothing (docs/performance.md). Here one regular expression takes those heads that leave no room for interpretation, and
+an answer is sent in one piece. Anything else, from a chunked body to a folded header, is not judged here: gunicorn gets
+the connection, with all that was read of it, and keeps it until it ends. And it gets all connections where it speaks
+TLS itself, writes an access log or is told anything else about requests (`leaves_requests_alone`).
 """
 
 import io
@@ -31,7 +32,7 @@ HEAD = re.compile(
 FIELD = re.compile(r"([^:]+):([^\r]*)\r\n")
 HOST = re.compile(r"([^:]+)(?::([0-9]+))?")
 
-# gunicorn's limits where it is not told others. Its third, 8,190 bytes for a field, a head of one read cannot pass.
+# gunicorn's default limits. That of a field, 8,190 bytes, needs no check: no head that fits one read exceeds it.
 MOST = 8192  # bytes that are read at once
 MOST_FIELDS = 100
 MOST_OF_A_LINE = 4094  # bytes of the first line
@@ -39,7 +40,7 @@ MOST_OF_A_LINE = 4094  # bytes of the first line
 # Fields that frame a message otherwise than by its length, or are between two hops.
 NOT_PLAIN = {"EXPECT", "KEEP-ALIVE", "PROXY-CONNECTION", "TE", "TRAILER", "TRANSFER-ENCODING", "UPGRADE"}
 
-# What gunicorn can be told to do with a request. Where one of these is not as it comes, it does so itself.
+# gunicorn's settings that change what it does with a request. Where one is not at its default, it takes all requests.
 SETTINGS = (
     *("http_protocols", "limit_request_field_size", "limit_request_fields", "limit_request_line", "logger_class"),
     *("post_request", "pre_request", "protocol", "proxy_protocol"),
@@ -52,16 +53,17 @@ OURS = hop_headers | {"content-length"}  # headers of an answer that the applica
 
 
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
-    """Serves the requests of a connection as long as they are plain; from the first other on, GeventWorker does.
+    """Serves a connection's requests as long as they are plain; from the first that is not, GeventWorker does.
 
-    A plain request is `GET` or `POST` of HTTP/1.1. Its head is there in one read, has a Host, no field twice, and none
-    of `NOT_PLAIN`. Its body has a Content-Length; what is not there of it yet, gunicorn's own reader brings.
+    A plain request is a `GET` or `POST` of HTTP/1.1 whose path has no escapes. Its head arrives in one read, has a
+    Host, no field twice, none of `NOT_PLAIN`, and no Connection but keep-alive or close. A body has a Content-Length;
+    what has not arrived of it yet is read by gunicorn's own reader.
     """
 
     alive: bool  # false from the signal to stop on
 
     def init_process(self) -> None:
-        """Look once at what gunicorn is told to do with requests."""
+        """Look, once, at whether gunicorn is told to do anything special with requests."""
         self.takes_plain = leaves_requests_alone(self.cfg, self.log)
         self._gave_way = 0.0
         super().init_process()
@@ -86,15 +88,15 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             super().handle(listener, _Unread(client, rest), addr)
 
     def handle_request(self, *arguments: Any) -> Any:
-        """Answer a request that was not plain."""
+        """Answer a request that gunicorn has read."""
         self._give_way()
         return super().handle_request(*arguments)
 
     def _give_way(self) -> None:
-        """Let others have their turn, a hundred times a second.
+        """Let other connections have their turn, a hundred times a second.
 
-        As long as there is something to read, gevent goes on with one connection: with who sends request after request
-        and does not wait for answers, until gunicorn takes the worker to hang.
+        gevent stays with one connection as long as there is something to read. A caller that sends request after
+        request without waiting for answers would keep the worker to itself, until gunicorn took it to hang.
         """
         now = time.monotonic()
         if now - self._gave_way > 0.01:

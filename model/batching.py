@@ -18,7 +18,7 @@ from typing import Any
 MOST_ROWS = 4096  # of one call of the model; who has more asks in pieces, and others get their turn in between
 SLOW = 0.002  # seconds of a call; handing it to a native thread costs 0.15 ms
 LONELY = 8  # calls without company
-# Of the newest call in the moving average. What disturbs a call only adds to it: less counts soon, more has to last.
+# Of the newest call in the moving average. A disturbance only makes a call longer: so it falls fast and rises slowly.
 _WEIGHT_OF_LESS, _WEIGHT_OF_MORE = 0.5, 0.1
 
 Run = Callable[[Sequence[Any], str], list[Any]]
@@ -180,7 +180,7 @@ class Batcher:
 
 
 def _timed(run: Run, parts: Sequence[Any], method: str) -> tuple[list[Any], float]:
-    """Return what the model answers, and the seconds it took: its own, without the way to its thread."""
+    """Return what the model answers, and the seconds that it took, without those to hand it to a thread and back."""
     began = time.perf_counter()
     return run(parts, method), time.perf_counter() - began
 

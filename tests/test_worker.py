@@ -1,4 +1,4 @@
-"""The short way for plain requests: it reads nothing otherwise than gunicorn does, and hands over the rest as it is."""
+"""The short way for plain requests: it reads each as gunicorn does, and hands over the rest as it came."""
 
 import json
 import socket
@@ -291,6 +291,14 @@ def test_body_behind_its_head_is_read_and_what_follows_is_the_next_request(serve
         time.sleep(0.2)
         connection.sendall(first[300:] + second)
         assert [status for status, _, _ in answers(read_all(connection))] == [200, 200]
+
+
+@pytest.mark.parametrize(("path", "wanted"), [("//predict", 200), ("/predict//", 404), ("/predict/", 404), ("//", 404)])
+def test_path_with_slashes_too_many_is_answered_without_a_redirect(path: str, wanted: int, server: Gunicorn) -> None:
+    known = {"Authorization": basic("predict"), "Content_Type": "application/json"}
+    status, headers, body = server.ask("POST", path, ROW, **known)
+    assert (status, headers["Location"]) == (wanted, None)
+    assert status == 200 or json.loads(body)["status"] == 404
 
 
 def test_body_that_nobody_reads_is_not_taken_for_a_request(server: Gunicorn) -> None:
