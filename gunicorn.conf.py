@@ -96,8 +96,8 @@ def on_starting(server):
     slots.clear(slots.directory)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
-        gc.collect()
-        gc.freeze()  # the collector would write to what is shared
+    gc.collect()
+    gc.freeze()  # in a worker the collector would write to what it shares with the others
 
 
 def _check_addresses(server):

@@ -4,11 +4,13 @@ Loading a pickle runs whatever code its author put in it: serve only files that 
 is the exception: its types are checked before anything is built. The formats of tensor libraries are in `tensors.py`.
 """
 
+import importlib
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from . import tensors
@@ -78,17 +80,45 @@ def check_name(path: Path) -> None:
 
 
 def _import_sklearn() -> None:
-    """Import scikit-learn, but not pandas.
+    """Import scikit-learn, but neither pandas nor `scipy.stats`: 43 MB and half a second in each worker.
 
-    `sklearn.utils.fixes` imports pandas where it is installed, without a use for it: 26 MB and 0.3 s in each worker,
-    which only a model that takes data frames needs.
+    `sklearn.utils.fixes` imports both without a use for them. Of `scipy.stats` the modules that are imported here take
+    some functions more, nearly all for fitting. What is left out is imported when it is used.
     """
-    if "sklearn" not in sys.modules and "pandas" not in sys.modules:
-        sys.modules["pandas"] = None  # type: ignore[assignment]  # so that an import of it fails
-        try:
-            import sklearn.utils.fixes  # noqa: F401
-        finally:
-            del sys.modules["pandas"]
+    if {"sklearn", "pandas", "scipy.stats"}.intersection(sys.modules):
+        return
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # so that an import of it fails
+    sys.modules["scipy.stats"] = _Postponed("scipy.stats")
+    try:
+        for name in ("covariance", "isotonic", "linear_model", "model_selection", "preprocessing"):
+            importlib.import_module(f"sklearn.{name}")
+    finally:
+        del sys.modules["pandas"], sys.modules["scipy.stats"]
+
+
+class _Postponed(ModuleType):
+    """Stands for a module while others import from it."""
+
+    def __getattr__(self, name: str) -> "_PostponedName":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _PostponedName(self.__name__, name)
+
+
+class _PostponedName:
+    """A function, or an object with methods; its module is imported at the first call."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def _find(self) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._find()(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._find(), name)
 
 
 def _load_joblib(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """Model files: each format loads, and what does not load says why and what to do."""
 
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import skops.io
 from conftest import ROOT
 from sklearn import __version__ as sklearn_version
@@ -36,7 +38,13 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    PowerTransformer,
+    QuantileTransformer,
+    StandardScaler,
+)
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.tree._tree import Tree
@@ -421,23 +429,58 @@ def test_what_learns_the_signature_takes_what_each_format_loads(tmp_path: Path, 
     assert len(signature.columns or ()) == 4
 
 
-def test_pandas_is_imported_only_for_a_model_that_takes_data_frames(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"colour": ["red", "blue"] * 10, "size": range(20)})
-    encoder = make_column_transformer((OneHotEncoder(), ["colour"]), remainder="passthrough")
-    framed = make_pipeline(encoder, LogisticRegression())
-    joblib.dump(framed.fit(frame, [0, 1] * 10), tmp_path / "framed.joblib")
+FRAME = pd.DataFrame({"colour": ["red", "blue"] * 10, "size": range(20)})
+LATE = {  # what is imported late, by a model that uses it, and for which rows
+    "pandas": (
+        "pandas",
+        make_pipeline(
+            make_column_transformer((OneHotEncoder(), ["colour"]), remainder="passthrough"), LogisticRegression()
+        ).fit(FRAME, [0, 1] * 10),
+        FRAME[:2],
+    ),
+    "an object of scipy.stats": (
+        "scipy.stats",
+        make_pipeline(QuantileTransformer(n_quantiles=50, output_distribution="normal"), LogisticRegression()).fit(
+            X, Y
+        ),
+        X[::30],
+    ),
+    "a function of scipy.stats": (
+        "scipy.stats",
+        make_pipeline(PowerTransformer(), LogisticRegression()).fit(X, Y),
+        X[::30],
+    ),
+    "scipy.stats in the pickle": (
+        "scipy.stats",
+        make_pipeline(FunctionTransformer(scipy.stats.norm.cdf), LogisticRegression()).fit(X, Y),
+        X[::30],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_few_models_use_is_imported_only_for_them(tmp_path: Path, name: str) -> None:
+    module, late, rows = LATE[name]
+    joblib.dump(late, tmp_path / "late.joblib")
     joblib.dump(MODEL, tmp_path / "plain.joblib")
     script = """
+import json
 import sys
 from pathlib import Path
 from model.loaded import load_version
 from model.versions import Manifest
-for name, rows in ("plain", [[5.1, 3.5, 1.4, 0.2]]), ("framed", [["red", 4], ["blue", 5]]):
+for name in "plain", "late":
     model = load_version(Manifest(Path(sys.argv[1]) / f"{name}.joblib"))
-    print(list(model.ask(model.signature.check(rows))), "pandas" in sys.modules)
+    print(sys.argv[2] in sys.modules)
+rows = model.signature.check(json.loads(sys.argv[3]))
+print(json.dumps([row.tolist() for row in model.ask(rows, "predict_proba")]))
+print(sys.argv[2] in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    given = json.dumps(np.asarray(rows, dtype=object).tolist())
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path, module, given], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    plain, frames = done.stdout.splitlines()
-    assert plain.endswith("False")
-    assert frames == f"{list(framed.predict(pd.DataFrame({'colour': ['red', 'blue'], 'size': [4, 5]})))} True"
+    before, _, answer, after = done.stdout.splitlines()
+    assert (before, after) == ("False", "True")
+    assert json.loads(answer) == late.predict_proba(rows).tolist()
