@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.running import TICKS, NotRight, Running
+from bench.running import NotRight, Running
 from bench.servers import ROOT, Rows
 
 SCRIPT = """\
@@ -83,7 +83,7 @@ def _open_loop(run: Running, bodies: list[Rows], cores: str, seconds: float, *ar
 def machine_busy() -> float:
     """Return the processor time that all processes of the machine have taken, in seconds."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / TICKS
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def children() -> float:
