@@ -1,11 +1,11 @@
 """Answers as JSON, and errors as problem+json (RFC 9457, https://www.rfc-editor.org/rfc/rfc9457)."""
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from flask import Response, g, request
-from werkzeug.datastructures import Headers
 from werkzeug.exceptions import (
     Forbidden,
     HTTPException,
@@ -20,16 +20,19 @@ from werkzeug.exceptions import (
 from body import Unprocessable
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
 
 class JSONResponse(Response):
-    """An answer whose headers are complete when it is made: its length is known, and it is no redirect."""
+    """An answer that is complete when it is made: the length of its one piece is known, and it is no redirect."""
 
-    def get_wsgi_headers(self, environ: "WSGIEnvironment") -> Headers:
-        return self.headers
+    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        if self._on_close or environ["REQUEST_METHOD"] == "HEAD":
+            return super().__call__(environ, start_response)
+        start_response(self.status, self.headers.to_wsgi_list())
+        return self.response  # type: ignore[return-value]  # a list of bytes
 
 
 def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
