@@ -65,7 +65,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     def init_process(self) -> None:
         """Look, once, at whether gunicorn is told to do anything special with requests."""
         self.takes_plain = leaves_requests_alone(self.cfg, self.log)
-        self._gave_way = 0.0
+        self._looked, self._turns = 0.0, 0
         super().init_process()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
@@ -93,15 +93,18 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         return super().handle_request(*arguments)
 
     def _give_way(self) -> None:
-        """Let other connections have their turn, a hundred times a second.
+        """Let other connections have their turn where none has had one for 10 ms.
 
         gevent stays with one connection as long as there is something to read. A caller that sends request after
         request without waiting for answers would keep the worker to itself, until gunicorn took it to hang.
         """
         now = time.monotonic()
-        if now - self._gave_way > 0.01:
-            self._gave_way = now
-            gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
+        if now - self._looked > 0.01:
+            self._looked = now
+            loop = gevent.get_hub().loop
+            if loop.iteration == self._turns:
+                gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
+            self._turns = loop.iteration
 
     def _serve_plain(self, server: Any, client: Any, addr: Any) -> bytes:
         """Answer plain requests. Return what was read of the first other; nothing where the connection has ended."""
