@@ -80,7 +80,7 @@ def check_name(path: Path) -> None:
 
 
 def _import_sklearn() -> None:
-    """Import scikit-learn, but neither pandas nor `scipy.stats`: 43 MB and half a second in each worker.
+    """Import scikit-learn, but neither pandas nor `scipy.stats`: 44 MB and half a second in each worker.
 
     `sklearn.utils.fixes` imports both without a use for them. Of `scipy.stats` the modules that are imported here take
     some functions more, nearly all for fitting. What is left out is imported when it is used.
