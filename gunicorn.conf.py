@@ -66,6 +66,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1
 # The workers' metrics are summed, from files here.
 slots.directory = _settings.journal_dir / "metrics"
 
+# Of TLS 1.2, where gunicorn speaks TLS itself: what nginx takes here. Debian's Python would take all of OpenSSL's.
+ciphers = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
 # The application logs like gunicorn does, on standard error.
 logging.basicConfig(
     level="INFO",
