@@ -42,7 +42,6 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils import parallel, validation
 
 from model import formats, sparing
-from model.loaded import METHODS
 
 X, Y = load_breast_cancer(return_X_y=True)
 X = X[:, :6]
@@ -78,33 +77,38 @@ MODELS = {
 }
 
 
-def asked(path: Path, spared: bool, rows: dict[str, Any]) -> dict[str, Any]:
-    """Ask a model in a fresh process, with the checks or without, for all its methods and kinds of rows."""
+def asked(path: Path, spared: bool) -> dict[str, dict[tuple[str, str], Any]]:
+    """Ask all models in a fresh process, with the checks or without, for all their methods and kinds of rows."""
     script = f"""
-import sys, warnings, joblib
+import warnings, joblib
+from model.loaded import METHODS
+from model.sparing import spare_checks
 warnings.simplefilter("ignore")
-model, rows, methods = joblib.load({str(path)!r})
-if {spared}:
-    from model.sparing import spare_checks
-    spare_checks(model)
+models, rows = joblib.load({str(path)!r})
 answers = {{}}
-for method in methods:
-    for name, x in rows.items():
-        try:
-            answers[method, name] = getattr(model, method)(x)
-        except Exception as error:
-            answers[method, name] = type(error).__name__ + ": " + str(error)
+for model_name, model in models.items():
+    if {spared}:
+        spare_checks(model)
+    found = answers[model_name] = {{}}
+    for method in METHODS:
+        for name, x in rows.items():
+            if callable(getattr(model, method, None)):
+                try:
+                    found[method, name] = getattr(model, method)(x)
+                except Exception as error:
+                    found[method, name] = type(error).__name__ + ": " + str(error)
 joblib.dump(answers, {str(path)!r} + ".answers")
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     return joblib.load(str(path) + ".answers")  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_answers_and_refusals_are_those_with_all_checks(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Return what all models answer with all checks, and without."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some do not converge in so few rounds, which is not the subject
-        model = MODELS[name].fit(X[FEW], Y[FEW])
+        models = {name: model.fit(X[FEW], Y[FEW]) for name, model in MODELS.items()}
     holed, infinite, huge = X[:3].copy(), X[:3].copy(), X[:3].copy()
     holed[1, 2], infinite[1, 2], huge[1, 2] = np.nan, np.inf, 1e300
     rows = {
@@ -123,10 +127,16 @@ def test_answers_and_refusals_are_those_with_all_checks(name: str, tmp_path: Pat
         "flat": X[0],
         "read only": np.frombuffer(X[:5].tobytes()).reshape(5, -1),
     }
-    methods = [method for method in METHODS if callable(getattr(model, method, None))]
-    joblib.dump((model, rows, methods), tmp_path / "model")
-    expected, found = asked(tmp_path / "model", False, rows), asked(tmp_path / "model", True, rows)
+    path = tmp_path_factory.mktemp("sparing") / "models"
+    joblib.dump((models, rows), path)
+    return asked(path, False), asked(path, True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_and_refusals_are_those_with_all_checks(name: str, answers: tuple[Any, Any]) -> None:
+    expected, found = (each[name] for each in answers)
     assert expected.keys() == found.keys()
+    assert len(expected) >= 14
     for key, wanted in expected.items():
         if isinstance(wanted, str):
             assert found[key] == wanted, key

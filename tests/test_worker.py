@@ -1,6 +1,7 @@
 """The short way for plain requests: it reads each as gunicorn does, and hands over the rest as it came."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -468,4 +469,5 @@ def test_worker_that_has_answered_its_share_is_replaced_and_no_request_fails(tmp
             assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
         running.wait_until(lambda: running.workers() not in (first, []))
         assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
-        assert running.log.read_text().count("Autorestarting worker") == 1
+        said = re.findall(r"\[(\d+)\] \[INFO\] Autorestarting worker", running.log.read_text())
+        assert len(said) == len(set(said)) >= 1  # each worker once; on a slow machine a second one gets to its 20
