@@ -126,7 +126,7 @@ def nginx(
         )
     server = Nginx(process, place, ports)
     try:
-        server.wait_until((place / "nginx.pid").exists, 10)
+        server.wait_until((place / "nginx.pid").exists)
         yield server
     finally:
         with suppress(ProcessLookupError):
