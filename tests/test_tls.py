@@ -150,7 +150,7 @@ def send_without_end(server: Gunicorn, first: bytes, again: bytes) -> tuple[byte
     with trusting(server).wrap_socket(raw, server_hostname="localhost") as connection:
         connection.sendall(first)
         connection.settimeout(0.3)
-        while time.monotonic() - began < 8:
+        while time.monotonic() - began < 18:
             try:
                 new = connection.recv(65536)
             except TimeoutError:
@@ -173,7 +173,7 @@ def test_body_that_does_not_end_is_answered_under_tls_as_without(server: Gunicor
         assert received.startswith(b"HTTP/1.1 %d " % status), name
         assert b"application/problem+json" in received
         assert received.endswith(b"}\n")  # whole
-        assert seconds < 6
+        assert seconds < 15  # keepalive would end it after 20
     assert ask(server, trusting(server))[0] == 200
 
 
@@ -192,7 +192,7 @@ def test_connections_that_speak_no_tls_keep_nobody_waiting(sent: bytes, server: 
             silent.enter_context(socket.create_connection(("127.0.0.1", server.port))).sendall(sent)
         began = time.monotonic()
         assert ask(server, trusting(server))[0] == 200
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
 
 
 def test_password_in_clear_is_not_taken_on_the_tls_port(server: Gunicorn) -> None:

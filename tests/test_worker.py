@@ -357,7 +357,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Iterator[G
 @pytest.mark.parametrize("first", ["plain", "not plain"])
 def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server: Gunicorn) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Pad: ".ljust(60, b"a") + b"\r\n\r\n"  # 128 are just a read
-    ending = time.monotonic() + 3.0
+    enough = threading.Event()
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         if first == "not plain":
             connection.sendall(request.replace(b"GET", b"HEAD"))
@@ -372,20 +372,21 @@ def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server
 
         def send() -> None:
             with suppress(OSError):
-                while time.monotonic() < ending:
+                while not enough.is_set():
                     connection.sendall(request * 1024)
                 connection.shutdown(socket.SHUT_RDWR)
 
         sender = threading.Thread(target=send)
         sender.start()
         time.sleep(0.3)
-        asked = 0
-        while time.monotonic() < ending - 0.5:
-            assert server.ask("GET", "/healthz")[0] == 200
-            asked += 1
-        sender.join()
-        reader.join()
-    assert asked >= 3  # without a pause it is one, when the flood has ended
+        try:
+            for _ in range(3):
+                assert server.ask("GET", "/healthz")[0] == 200
+            assert sender.is_alive()  # the flood did not end before
+        finally:
+            enough.set()
+            sender.join()
+            reader.join()
 
 
 @pytest.mark.long
@@ -412,6 +413,8 @@ def test_what_comes_after_a_body_was_given_up_is_no_request(
         ThreadPoolExecutor(40) as pool,
     ):
         list(pool.map(send, range(120)))
+        running.wait_until(lambda: len(records(running.journal_dir)) > 100)
+        time.sleep(2.0)  # what is left comes with the next sweep
         found = records(running.journal_dir)
     assert len(found) > 100
     assert {record["status"] for record in found} <= {408, 400}
@@ -459,7 +462,7 @@ def test_settings_are_each_looked_at() -> None:
 def test_access_log_is_written_where_it_is_asked_for(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, "--access-logfile", "-", model_path=iris_file) as running:
         assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
-        running.wait_until(lambda: '"POST /predict HTTP/1.1" 200' in running.log.read_text(), 10)
+        running.wait_until(lambda: '"POST /predict HTTP/1.1" 200' in running.log.read_text(), 30)
 
 
 def test_worker_that_has_answered_its_share_is_replaced_and_no_request_fails(tmp_path: Path, iris_file: Path) -> None:
