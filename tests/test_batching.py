@@ -21,6 +21,7 @@ class Model:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
+        self.gate: Callable[[], object] = lambda: True  # a call goes on once it is true
         self.sizes: list[int] = []  # of the calls, in rows
         self.running = 0
         self.may_overlap = False  # a killed leader's call goes on beside that of its heir
@@ -29,12 +30,21 @@ class Model:
         self.running += 1
         assert self.running == 1 or self.may_overlap, "two calls at once"
         self.sizes.append(sum(map(len, parts)))
+        until(self.gate)
         if self.seconds:
             time.sleep(self.seconds)
         self.running -= 1
         if any(row < 0 for part in parts for row in part):
             raise ValueError("negative")
         return [[row ** (2 if method == "square" else 3) for row in part] for part in parts]
+
+
+def until(met: Callable[[], object]) -> None:
+    """Wait until `met()` is true."""
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -56,14 +66,19 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def after(seconds: float, call: Callable[[], Any]) -> Callable[[], Any]:
-    """Make a call later."""
+def meanwhile(model: Model, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a call once the model is at another."""
 
     def wait_and_call() -> Any:
-        time.sleep(seconds)
+        until(lambda: model.sizes)
         return call()
 
     return wait_and_call
+
+
+def hold(model: Model, batcher: Batcher, callers: int) -> None:
+    """Keep the model at its first call until so many others wait."""
+    model.gate = lambda: len(model.sizes) > 1 or len(batcher._queue) == callers
 
 
 def test_lone_caller_is_answered_at_once() -> None:
@@ -73,10 +88,11 @@ def test_lone_caller_is_answered_at_once() -> None:
 
 
 def test_what_waits_while_the_model_is_busy_goes_in_as_one_call() -> None:
-    model, batcher = Model(0.3), Batcher()
-    first = [lambda: batcher.call(model, [0], "square")]
-    others = [after(0.1, lambda n=n: batcher.call(model, [n] * 2, "square")) for n in range(20)]  # type: ignore[misc]
-    assert at_once(*first, *others) == [[0]] + [[n * n] * 2 for n in range(20)]
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 20)
+    calls = [lambda: batcher.call(model, [0], "square")]
+    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n] * 2, "square")) for n in range(20)]  # type: ignore[misc]
+    assert at_once(*calls) == [[0]] + [[n * n] * 2 for n in range(20)]
     assert model.sizes == [1, 40]
 
 
@@ -113,32 +129,42 @@ def test_each_of_many_callers_gets_the_answers_to_its_rows(seed: int) -> None:
 
 
 def test_only_rows_of_one_method_and_shape_are_merged() -> None:
-    model, batcher = Model(0.2), Batcher()
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 4)
     calls = [
         lambda: batcher.call(model, [1], "square"),
-        after(0.05, lambda: batcher.call(model, [2], "square")),
-        after(0.06, lambda: batcher.call(model, [3], "cube")),
-        after(0.07, lambda: batcher.call(model, [4], "square", shape=(1,))),
-        after(0.08, lambda: batcher.call(model, [5], "square")),
+        meanwhile(model, lambda: batcher.call(model, [2], "square")),
+        meanwhile(model, lambda: batcher.call(model, [3], "cube")),
+        meanwhile(model, lambda: batcher.call(model, [4], "square", shape=(1,))),
+        meanwhile(model, lambda: batcher.call(model, [5], "square")),
     ]
     assert at_once(*calls) == [[1], [4], [27], [16], [25]]
     assert sorted(model.sizes) == [1, 1, 1, 2]
 
 
 def test_a_refused_row_harms_only_its_caller() -> None:
-    model, batcher = Model(0.1), Batcher()
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 3)
     calls = [lambda: batcher.call(model, [1], "square")]
-    calls += [after(0.05, lambda n=n: batcher.call(model, [n], "square")) for n in (2, -3, 4)]  # type: ignore[misc]
+    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n], "square")) for n in (2, -3, 4)]  # type: ignore[misc]
     first, second, bad, fourth = at_once(*calls)
     assert (first, second, fourth) == ([1], [4], [16])
     assert isinstance(bad, ValueError)
 
 
 def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:
-    model, batcher = Model(0.3), Batcher(most_waiting=10)
-    calls = [lambda: batcher.call(model, [1], "square")]
-    calls += [after(0.1, lambda: batcher.call(model, [2] * 4, "square")) for _ in range(5)]
-    results = at_once(*calls)
+    model, batcher = Model(), Batcher(most_waiting=10)
+    refused: list[Overloaded] = []
+    model.gate = lambda: len(refused) == 3
+
+    def call() -> Any:
+        try:
+            return batcher.call(model, [2] * 4, "square")
+        except Overloaded as error:
+            refused.append(error)
+            raise
+
+    results = at_once(lambda: batcher.call(model, [1], "square"), *[meanwhile(model, call)] * 5)
     assert [type(result) for result in results].count(Overloaded) == 3
     assert results.count([4] * 4) == 2
     assert batcher.call(model, [3] * 100, "square") == [9] * 100  # more than may wait, but nobody waits
@@ -146,25 +172,23 @@ def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:
 
 def test_large_callers_neither_starve_others_nor_are_starved() -> None:
     model, batcher = Model(0.01), Batcher()
-    ended: list[str] = []
+    counts = [0] * 8
     stop = threading.Event()
 
     def large() -> None:
-        for _ in range(5):  # the pieces of one request
+        for piece in range(2000):  # the pieces of one request
             batcher.call(model, [1] * MOST_ROWS, "square")
-        ended.append("large")
+            if piece >= 4 and min(counts) > 0:
+                break
         stop.set()
 
-    def small() -> int:
-        count = 0
+    def small(number: int) -> None:
         while not stop.is_set():
             batcher.call(model, [1], "square")
-            count += 1
-        return count
+            counts[number] += 1
 
-    results = at_once(large, *[small] * 8)
-    assert ended == ["large"]
-    assert min(results[1:]) >= 1  # each got turns in between; how many is for the machine to say
+    assert at_once(large, *(lambda n=n: small(n) for n in range(8))) == [None] * 9  # type: ignore[misc]
+    assert min(counts) > 0  # each got turns in between; how many is for the machine to say
 
 
 def test_slow_calls_are_handed_to_a_native_thread_and_fast_ones_are_not() -> None:
@@ -219,9 +243,16 @@ def test_timings_expect_the_worst_of_sizes_that_were_not_seen() -> None:
 
 def test_it_is_told_of_each_call() -> None:
     told: list[tuple[int, float]] = []
-    model = Model(0.2)
-    batcher = Batcher(observe=lambda rows, waited: told.append((rows, waited)))
-    at_once(lambda: batcher.call(model, [1] * 3, "square"), after(0.1, lambda: batcher.call(model, [2] * 5, "square")))
+    model = Model()
+
+    def observe(rows: int, waited: float) -> None:
+        told.append((rows, waited))
+        model.seconds = waited + 0.05  # so the second waits for longer than the first
+
+    batcher = Batcher(observe=observe)
+    hold(model, batcher, 1)
+    second = meanwhile(model, lambda: batcher.call(model, [2] * 5, "square"))
+    at_once(lambda: batcher.call(model, [1] * 3, "square"), second)
     assert [rows for rows, _ in told] == [3, 5]
     assert told[0][1] < told[1][1] > 0.02
 
@@ -259,6 +290,6 @@ def test_all_of_it_under_gevent() -> None:
         env=os.environ | {"UNDER_GEVENT": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
