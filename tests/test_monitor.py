@@ -589,7 +589,7 @@ def test_killed_worker_loses_no_answered_request(tmp_path: Path, iris_file: Path
         for thread in threads:
             thread.start()
         try:
-            time.sleep(0.5)
+            server.wait_until(lambda: answered and len(segments(server.journal_dir)) == 2)  # both have had requests
             victim, other = server.workers()
             os.kill(victim, signal.SIGKILL)
             before = len(answered)
