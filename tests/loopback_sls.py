@@ -266,9 +266,9 @@ class LoopbackSLS(Service):
         logs = decode(raw)
         require(not any(map(self._is_refused, logs)), 400, "PostBodyInvalid", "a log is refused, as the test asked")
         with self._lock:
-            self.logs += logs
             self.batches.append(len(logs))
             self.batch_bytes.append(len(raw))
+            self.logs += logs  # last, since it is what tests wait for
 
 
 def own_headers(request: Request, *others: str) -> list[tuple[str, str]]:
@@ -406,6 +406,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         sls, mode = self.server.service, self.server.service.mode
+        released = sls._released  # before it is counted: a test may release it at once
         url = urlsplit(self.path)  # an absolute URI, or a path alone
         headers = {name.lower(): value for name, value in self.headers.items()}
         query = dict(parse_qsl(url.query, keep_blank_values=True))
@@ -413,7 +414,7 @@ class Handler(BaseHTTPRequestHandler):
             sls.count(mode)
         if mode == "reset":
             return self.reset()
-        if mode == "hang" and not self.is_released():
+        if mode == "hang" and not self.is_released(released):
             return
         try:
             body = sls.answer(Request(self.command, unquote(url.path), query, headers, received), mode)
@@ -424,14 +425,13 @@ class Handler(BaseHTTPRequestHandler):
         sls.count(mode if mode.startswith("lying") else "ok")
         if mode == "lying reset":
             return self.reset()
-        if mode != "lying" or self.is_released():
+        if mode != "lying" or self.is_released(released):
             self.send(200, b"" if body is None else json.dumps(body).encode())
 
     do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815 - the names http.server looks for
 
-    def is_released(self) -> bool:
+    def is_released(self, released: threading.Event) -> bool:
         """Wait until `release()`, which is True, or until the client has left or the server stops, which is False."""
-        released = self.server.service._released
         is_released = False
         while not is_released:
             is_released = released.wait(0.02)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, records
 from ecs_metadata import EcsMetadata
 from loopback_sls import LoopbackSLS
-from sls_tools import shipper, shippers, state, stored
+from sls_tools import clock, shipper, shippers, state, stored
 
 from monitor import Journal, segments
 from settings import Settings
@@ -168,7 +168,7 @@ def test_progress_that_cannot_be_written_stops_no_shipping(tmp_path: Path, file:
             assert sent == ["0", "1", "2"]  # what cannot be set aside is not lost
             assert len(records(directory)) == 5
             (directory / file).rmdir()
-            wait_for(lambda: sent == ["0", "1", "2", "4"], 40)
+            wait_for(lambda: sent == ["0", "1", "2", "4"], 60)
         wait_for(lambda: not segments(directory))
     assert sum(str(directory) in entry.getMessage() or file in entry.getMessage() for entry in caplog.records) >= 1
     assert sorted(sent) == sorted(set(sent))
@@ -345,12 +345,13 @@ def test_credentials_from_a_file_that_changes(tmp_path: Path, sls: LoopbackSLS) 
 def test_credentials_of_the_ecs_role_are_renewed_while_it_runs(
     sls: LoopbackSLS, monkeypatch: Any, requires_token: bool, role: str
 ) -> None:
-    with EcsMetadata(sls.accept, lifetime=4, requires_token=requires_token) as metadata:
+    forward = clock(monkeypatch)
+    with EcsMetadata(sls.accept, lifetime=60, requires_token=requires_token) as metadata:
         monkeypatch.setattr("sls.client.METADATA", metadata.base)
         client = client_of(sls, **({"ALIBABA_CLOUD_ECS_METADATA": role} if role else {}))
         for n in range(25):
             send_one(client, sls, str(n))
-            time.sleep(0.2)
+            forward(3)
         assert metadata.calls["credentials"] >= 2
         assert metadata.calls["role"] == (0 if role else metadata.calls["credentials"])
     assert len(stored(sls)) == 25
