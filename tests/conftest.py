@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,8 +71,9 @@ def write_users(path: Path, password_hash: str = CHEAP) -> Path:
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """Read every record of a journal, in order of writing in each segment."""
-    return [json.loads(line) for path in segments(directory) for line in path.read_text().splitlines()]
+    """Read every record of a journal, in order of writing in each segment; not a line that is still being written."""
+    whole = (path.read_text().rpartition("\n")[0] for path in segments(directory))
+    return [json.loads(line) for lines in whole for line in lines.splitlines()]
 
 
 class Client:
@@ -175,7 +176,7 @@ class Server:
             connection.sendall(sent)
             return read_all(connection)
 
-    def wait_until(self, met: Any, seconds: float = 60.0) -> None:
+    def wait_until(self, met: Any, seconds: float = 180.0) -> None:
         """Wait until `met()` is true, while the server runs."""
         deadline = time.monotonic() + seconds
         while not met():
@@ -277,12 +278,22 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
+_held: deque[int] = deque()
+
+
 def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that is free, and that nobody else is given before a server listens there.
+
+    Bound and never listening, a socket keeps it ours; servers set SO_REUSEADDR too, and so may bind it beside that.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port: int = holder.getsockname()[1]
+    _held.append(holder.detach())
+    if len(_held) > 200:  # descriptors, of which a process may have few
+        os.close(_held.popleft())
+    return port
 
 
 @contextmanager
