@@ -84,7 +84,7 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
     os.close(far_end)
     ready = select.poll()  # select.select takes no descriptor above 1023, as a long run of tests may have
     ready.register(terminal, select.POLLIN)
-    shown, answered, deadline = "", 0, time.monotonic() + 600
+    shown, answered, deadline = "", 0, time.monotonic() + 1800
     try:
         while time.monotonic() < deadline:
             if ready.poll(500):  # milliseconds
@@ -123,7 +123,8 @@ def test_production_section_typed_word_for_word_ends_in_a_prediction(tmp_path: P
         check_front(namespace)
     finally:
         for pid in pids(namespace):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(pid, signal.SIGKILL)
         while pids(namespace):
             time.sleep(0.1)
         namespace.delete()

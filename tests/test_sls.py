@@ -151,7 +151,10 @@ def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("file", ["ship.json.new", "refused.json"])
-def test_progress_that_cannot_be_written_stops_no_shipping(tmp_path: Path, file: str, caplog: Any) -> None:
+def test_progress_that_cannot_be_written_stops_no_shipping(
+    tmp_path: Path, file: str, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr("sls.shipper.SLOW_RETRY", 1.0)
     directory = journal_of(tmp_path, 5)
     (directory / file).mkdir()  # so nothing can be written there
     sent: list[str] = []

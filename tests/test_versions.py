@@ -1167,7 +1167,7 @@ def test_artifact_that_is_no_file_is_refused(store: Store, tmp_path: Path, comma
 
 # A model that misbehaves in the way that it was made with.
 ODD_MODEL = """
-import os, random, signal
+import os, random, signal, time
 
 class Odd:
     n_features_in_ = 2
@@ -1186,6 +1186,8 @@ class Odd:
         if self.how == "prints":
             print("hello from the model")
             os.write(1, b"and from below\\n")
+        if self.how == "sleeps":
+            time.sleep(10)
 
     def predict(self, x):
         return [random.random() if self.how == "gambles" else 1.0 for _ in x]
@@ -1252,9 +1254,9 @@ def test_what_a_model_prints_while_it_loads_is_seen_and_does_no_harm(store: Stor
     assert Manifest.read(store.directory, "1").about["predictions"] == [1.0]
 
 
-def test_killed_publish_leaves_no_version_and_its_name_free(store: Store, iris: Path, command: Any) -> None:
+def test_killed_publish_leaves_no_version_and_its_name_free(store: Store, iris: Path, command: Any, odd: Any) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "model", "publish", str(iris / "iris.joblib")], cwd=ROOT, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "model", "publish", str(odd("sleeps"))], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
     while not (store.directory.exists() and tree(store)):  # until the proof has begun
@@ -1629,7 +1631,7 @@ print(json.dumps(outcomes))
 @pytest.mark.parametrize("step", [59, pytest.param(1, marks=pytest.mark.long)], ids="each {} bytes".format)
 @pytest.mark.parametrize("work", ["publish", "promote", "canary", "rollback", "remove"])
 def test_crash_or_full_disk_at_any_step_leaves_the_old_state_or_the_new(tmp_path: Path, work: str, step: int) -> None:
-    outcomes = run_script(AT_ANY_STEP, tmp_path, work, step, seconds=300)
+    outcomes = run_script(AT_ANY_STEP, tmp_path, work, step, seconds=1500)
     steps = len(outcomes["before"])
     assert steps >= 6
     assert outcomes["before"] == outcomes["after"] == [9] * (steps - 1) + [0]
