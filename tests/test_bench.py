@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from conftest import basic, write_users
 
+from bench.profile import STAGES
 from bench.report import offered, report
 
 ROOT = Path(__file__).parent.parent
@@ -70,3 +73,26 @@ def test_rates_and_ratios_are_medians_and_the_chart_is_xml(tmp_path: Path, capsy
     ]
     assert texts[1:] == ["iris.joblib", "this server", "1000", "FastAPI + uvicorn", "450"]
     assert offered(found, "ours", "iris.joblib", 1) == {1: {"own": 700.0, "best": 315.0}}
+
+
+def test_profile_times_every_stage_of_a_request(tmp_path: Path, iris_file: Path) -> None:
+    script = """
+import json, sys
+from bench.profile import inside, request
+headers = {"Content-Type": "application/json", "Authorization": sys.argv[1]}
+plain, stages = inside(request(b'{"data": [[5.1, 3.5, 1.4, 0.2]]}', headers), 50)
+print(json.dumps({"plain": plain} | stages))
+"""
+    settings = {"MODEL_PATH": iris_file, "USERS_FILE": write_users(tmp_path / "users.json"), "JOURNAL_DIR": tmp_path}
+    done = subprocess.run(
+        [sys.executable, "-c", script, basic("predict")],
+        cwd=ROOT,
+        env=os.environ | {name: str(value) for name, value in settings.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"plain", *STAGES}
+    assert min(found.values()) > 0
