@@ -165,4 +165,4 @@ def post_worker_init(worker):
 def worker_exit(server, worker):
     """Record what a worker that ends has counted since its last summary."""
     if getattr(worker, "wsgi", None):  # it may end because the application did not load
-        worker.wsgi.extensions["service"].summarise_strangers()
+        worker.wsgi.extensions["service"].house.summarise_strangers()

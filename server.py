@@ -13,15 +13,10 @@ A request's way: auth → body → version (model.serving) → rows (model.signa
 (monitor) and one in the metrics (metrics) → answer. Every error is answered as problem+json (problems).
 """
 
-import _thread  # gevent leaves its RLock as it is
-import itertools
 import logging
 import os
 import random
 import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial, wraps
@@ -38,11 +33,11 @@ from werkzeug.routing import MapAdapter
 import slots
 from auth import Users
 from body import BodyReader, Unprocessable, parse_array, parse_call
+from housekeeping import Housekeeping
 from metrics import Metrics
 from model import (
     METHODS,
     BadRows,
-    Guard,
     LoadedModel,
     ModelFailed,
     ModelNotReady,
@@ -53,16 +48,15 @@ from model import (
     UnknownVersion,
     veto,
 )
-from monitor import Journal, Tail, log_monitor
+from monitor import Journal, log_monitor
+from native import native_call
 from problems import ModelFault, NotReady, fault, json_response, problem
 from settings import Settings
-from sls import Presence
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what we take over from a caller: safe in logs and headers
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
-SUMMARY_SECONDS = 60.0  # between the summary records of requests without a valid password
 
 
 def create_app(settings: Settings) -> Flask:
@@ -149,13 +143,9 @@ class Service:
             self.metrics.batched,
             self.metrics.load_failed,
         )
-        self.guard = Guard(settings.journal_dir, settings.model_dir)
-        self._tail: Tail | None = None  # of the journal, while this worker guards a canary
         self.users = None if settings.auth == "off" else Users(settings.users_file, native)
-        self._strangers = itertools.count()  # requests without a valid password; next() is one step, so safe in threads
+        self.house = Housekeeping(settings, native, self.users, self.bodies, self.serving, self.metrics, self.journal)
         self._started_in: int | None = None
-        self._ships = settings.ships
-        self._predict_timeout = settings.predict_timeout
         self._journal_dir = settings.journal_dir
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
@@ -167,7 +157,7 @@ class Service:
             self.metrics.join()
             self.serving.veto(*veto(self._journal_dir))  # before the first load: a canary that is vetoed stays away
             self.serving.start()
-            threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+            self.house.start()
 
     # --- views
 
@@ -289,7 +279,7 @@ class Service:
             if record["user"] is not None:
                 log_monitor(seconds, status < 400, journal=self.journal, status=status, **record)
             elif status >= 400:
-                next(self._strangers)
+                self.house.count_stranger()
         return response
 
     # --- helpers
@@ -328,83 +318,6 @@ class Service:
         log.error("request %s: the model failed", g.record["request_id"], exc_info=error)
         return ModelFault("the model failed on this request; the server's log says why")
 
-    def _keep_house(self) -> None:
-        """Do once a second what must not wait for a request, nor make one wait."""
-        summarised, complained = time.monotonic(), -60.0
-        presence = Presence(self._journal_dir) if self._ships else None
-        while True:
-            time.sleep(1.0)
-            try:
-                self._end_if_stuck()
-                self.bodies.sweep()
-                self.metrics.join()
-                if self.users is not None:
-                    self.users.refresh()
-                if time.monotonic() - summarised >= SUMMARY_SECONDS:
-                    summarised = time.monotonic()
-                    self.summarise_strangers()
-                if presence:
-                    presence.tick()
-                self._watch_canary()
-            except Exception:  # one bad round must not be the last
-                if time.monotonic() - complained >= 60.0:  # seconds; it may be the same at every round
-                    complained = time.monotonic()
-                    log.exception("housekeeping failed")
-
-    def _end_if_stuck(self) -> None:
-        """End this process where a model hangs: what runs on a native thread cannot be stopped in any other way.
-
-        gunicorn starts another. It would itself see only a loop that hangs, which this one does not.
-        """
-        seconds = self.serving.running_for()
-        if seconds > self._predict_timeout:
-            log.critical("the model has been at one call for %.0f seconds (PREDICT_TIMEOUT): this worker ends", seconds)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def _watch_canary(self) -> None:
-        """Honour a veto on the canary; and in one worker, come to one."""
-        mark, reason = veto(self._journal_dir)
-        self.serving.veto(mark, reason)
-        routing = self.serving.guarded()
-        if routing is None or routing.mark == mark:
-            self.guard.let_go()  # for a worker that serves the canary
-            self._tail = None
-        if routing is None or routing.mark == mark or not self.guard.has_turn():
-            return
-        self._tail = self._tail or Tail(self._journal_dir, self.guard.since(routing))
-        reason = self.native(self._look, routing)
-        if reason:
-            log.warning("the guard takes canary %s back: %s", routing.canary, reason)
-            self.journal.append(
-                {"event": "rollback", "model_version": routing.canary, "variant": "canary", "reason": reason}
-            )
-
-    def _look(self, routing: Any) -> str:
-        assert self._tail is not None
-        return self.guard.look(routing, self._tail.read())
-
-    def summarise_strangers(self) -> None:
-        """Record the requests without a valid password as one: a stranger must not be able to push real records out."""
-        count = next(self._strangers)
-        self._strangers = itertools.count()
-        if count:
-            log_monitor(
-                0.0,
-                False,
-                "requests without a valid password",
-                journal=self.journal,
-                error_type="auth",
-                status=401,
-                path="/predict",
-                method="",
-                rows=0,
-                model_version="",
-                variant="",
-                user="",
-                request_id="",
-                requests=count,
-            )
-
 
 def _authentication(users: Users, roles: tuple[str, ...]) -> HTTPBasicAuth:
     """Set up basic auth for views that need one of the roles."""
@@ -437,52 +350,3 @@ def _authentication(users: Users, roles: tuple[str, ...]) -> HTTPBasicAuth:
         )
 
     return auth
-
-
-# --- threads
-
-
-def native_call() -> Callable[..., Any]:
-    """Return how to run a function on a native thread and wait for its result while other requests go on.
-
-    Under gevent that is its thread pool; elsewhere requests have native threads of their own.
-    """
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None or not monkey.is_module_patched("threading"):
-        return lambda function, *arguments: function(*arguments)
-    from gevent import get_hub
-
-    _use_native_locks_in_logging()
-
-    def guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
-        try:
-            return function(*arguments), None
-        except BaseException as error:  # gevent would print it as well as raise it
-            return None, error
-
-    def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        value, error = get_hub().threadpool.apply(guarded, (function, arguments))
-        if error is not None:
-            raise error
-        return value
-
-    return call
-
-
-def _use_native_locks_in_logging() -> None:
-    """Take gevent's locks out of logging again.
-
-    gunicorn asks for a logger at each request, and a library does so as it is imported, on a native thread. A lock of
-    gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
-    """
-    logging._lock = _thread.RLock()  # type: ignore[attr-defined]
-    for reference in logging._handlerList:  # type: ignore[attr-defined]
-        handler = reference()
-        if handler is not None and handler.lock is not None:
-            handler.lock = _thread.RLock()
-
-    def create_lock(handler: logging.Handler) -> None:
-        handler.lock = _thread.RLock()
-        logging._register_at_fork_reinit_lock(handler)  # type: ignore[attr-defined]
-
-    logging.Handler.createLock = create_lock  # type: ignore[assignment,method-assign]

@@ -13,7 +13,9 @@ finished = threading.Event()
 finished.set()
 # What the hooks of gunicorn.conf.py call.
 app.extensions["service"] = SimpleNamespace(
-    start=lambda: None, serving=SimpleNamespace(finished=finished), summarise_strangers=lambda: None
+    start=lambda: None,
+    serving=SimpleNamespace(finished=finished),
+    house=SimpleNamespace(summarise_strangers=lambda: None),
 )
 
 

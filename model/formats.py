@@ -232,8 +232,10 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 # The server's own modules: a pickle that names one of them means a module of its author's.
-_OURS = {"auth", "body", "metrics", "model", "monitor", "problems", "report", "server", "settings", "slots", "sls"}
-_OURS |= {"worker"}
+_OURS = {
+    *("auth", "body", "housekeeping", "metrics", "model", "monitor", "native", "problems", "report", "server"),
+    *("settings", "slots", "sls", "worker"),
+}
 
 
 def _run_in_one_thread(model: Any) -> None:

@@ -162,8 +162,8 @@ def test_strangers_are_one_record_with_their_number(client: Client) -> None:
         client.post({"data": [[1]]}, Authorization=basic("predict", f"wrong {n}"))
     client.http.post("/predict", json={"data": [[1]]})
     assert records(client.journal_dir) == []
-    client.service.summarise_strangers()
-    client.service.summarise_strangers()  # nobody came since
+    client.service.house.summarise_strangers()
+    client.service.house.summarise_strangers()  # nobody came since
     (record,) = records(client.journal_dir)
     assert {name: record[name] for name in ("requests", "success", "error_type", "status", "user")} == {
         "requests": 13,
@@ -173,7 +173,7 @@ def test_strangers_are_one_record_with_their_number(client: Client) -> None:
         "user": "",
     }
     client.http.post("/predict", json={"data": [[1]]})
-    client.service.summarise_strangers()
+    client.service.house.summarise_strangers()
     assert [record["requests"] for record in records(client.journal_dir)] == [13, 1]
 
 
@@ -187,7 +187,7 @@ def test_journal_holds_no_password_no_header_and_no_body(client: Client) -> None
     client.post({"data": [[1]]}, Authorization=basic("secret-user"))
     client.post({"data": [[1]]}, X_Request_ID="secret id", Cookie="secret-cookie")
     client.http.post("/predict?secret-query=1", json={"data": [[1]]}, headers=client.headers)
-    client.service.summarise_strangers()
+    client.service.house.summarise_strangers()
     written = b"".join(path.read_bytes() for path in segments(client.journal_dir)).decode()
     assert written.count("\n") == 8
     for secret in ("secret", "98765", PASSWORD, basic("predict"), basic("predict").split()[1]):

@@ -230,7 +230,7 @@ def test_report_of_a_servers_own_journal(serve: Any, iris_file: Path, capsys: py
     client.predict([[5.1, 3.5, 1.4, 0.2]] * 3)
     client.post({"data": []})
     client.post({"data": []}, Authorization=basic("mallory"))
-    client.service.summarise_strangers()
+    client.service.house.summarise_strangers()
     table = run(capsys, "--dir", client.journal_dir)
     assert (table["requests"], table["rows"], table["success"]) == ("2", "3", "50.00 %")
     assert table["client: 422 Unprocessable Entity"] == table["without a valid password"] == "1"
