@@ -233,8 +233,20 @@ def _explain(path: Path, error: Exception) -> str:
 
 # The server's own modules: a pickle that names one of them means a module of its author's.
 _OURS = {
-    *("auth", "body", "housekeeping", "metrics", "model", "monitor", "native", "problems", "report", "server"),
-    *("settings", "slots", "sls", "worker"),
+    "auth",
+    "body",
+    "housekeeping",
+    "metrics",
+    "model",
+    "monitor",
+    "native",
+    "problems",
+    "report",
+    "server",
+    "settings",
+    "slots",
+    "sls",
+    "worker",
 }
 
 

@@ -10,12 +10,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import basic, write_users
+from conftest import ROOT, basic, write_users
 
 from bench.profile import STAGES
 from bench.report import offered, report
-
-ROOT = Path(__file__).parent.parent
 
 
 def measure_a_stall() -> Any:
