@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import slots
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
+from telemetry import shared_counters as slots
 
 try:
     _settings = Settings.from_environ(os.environ)
@@ -30,7 +30,7 @@ _socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
-worker_class = "worker.Worker" if _settings.worker_class == "gevent" else "gthread"
+worker_class = "speedups.gevent_worker.Worker" if _settings.worker_class == "gevent" else "gthread"
 
 # One process loads the model and is forked; see on_starting.
 preload_app = _settings.preload

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from auth import Users
-from body import BodyReader
-from metrics import Metrics
-from model import Guard, Serving, veto
+from model.serving import Serving
+from model.versions.guard import Guard, veto
 from monitor import Journal, Tail, log_monitor
 from settings import Settings
 from sls import Presence
+from telemetry.metrics import Metrics
+from web.body import BodyReader
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
     journal = Journal(Path("var/journal"), max_bytes=10**9)
     log_monitor(0.0021, True, "", journal=journal, status=200, rows=1, …)
 
-`python -m report` reads it for people, and `python -m sls ship` for Alibaba Cloud's log service.
+`python -m telemetry.report` reads it for people, and `python -m sls ship` for Alibaba Cloud's log service.
 """
 
 import errno

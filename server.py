@@ -30,28 +30,22 @@ from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable, Un
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.routing import MapAdapter
 
-import slots
 from auth import Users
-from body import BodyReader, Unprocessable, parse_array, parse_call
 from housekeeping import Housekeeping
-from metrics import Metrics
-from model import (
-    METHODS,
-    BadRows,
-    LoadedModel,
-    ModelFailed,
-    ModelNotReady,
-    Overloaded,
-    Roster,
-    RowsRefused,
-    Serving,
-    UnknownVersion,
-    veto,
-)
+from model.batching import Overloaded
+from model.loaded import METHODS, LoadedModel, ModelFailed, RowsRefused
+from model.serving import ModelNotReady, Serving, UnknownVersion
+from model.signature import BadRows
+from model.versions.guard import veto
+from model.versions.worker_status import Roster
 from monitor import Journal, log_monitor
-from native import native_call
-from problems import ModelFault, NotReady, fault, json_response, problem
 from settings import Settings
+from speedups.threadpool import native_call
+from telemetry import shared_counters as slots
+from telemetry.metrics import Metrics
+from web.body import BodyReader
+from web.decoding import Unprocessable, parse_array, parse_call
+from web.errors import ModelFault, NotReady, fault, json_response, problem
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ def install(environment: str) -> None:
     """Make a virtual environment, unless it is there with the same requirements."""
     files = [ROOT / "bench" / "requirements" / f"{environment}.txt"]
     if environment == "ours":
-        files = [ROOT / "requirements.txt", ROOT / "requirements-onnx.txt"]
+        files = [ROOT / "requirements.txt", ROOT / "requirements/onnx.txt"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     stamp = HOME / "venvs" / environment / "installed"
     if stamp.exists() and stamp.read_text() == wanted:

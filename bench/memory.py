@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for what is measured and the real gunicorn
 
-from model.publishing import publish  # noqa: E402  # found by the line above
-from model.versions import Store  # noqa: E402
+from model.versions.publishing import publish  # noqa: E402  # found by the line above
+from model.versions.store import Store  # noqa: E402
 
 
 def train(name: str) -> tuple[Any, list[list[float]]]:

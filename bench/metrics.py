@@ -21,7 +21,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
-from metrics import Metrics  # noqa: E402  # as in a worker, after the patches
+from telemetry.metrics import Metrics  # noqa: E402  # as in a worker, after the patches
 
 COUNT = 20_000  # updates in a loop
 SUCCESS = {"error_type": "", "model_version": "1", "variant": "stable"}

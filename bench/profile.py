@@ -41,7 +41,7 @@ STAGES = {
         ("server", "Service._ask"),
         ("server", "Service._choose"),
     ],
-    "read the body": [("body", "BodyReader.read")],
+    "read the body": [("web.body", "BodyReader.read")],
     "decode JSON": [("server", "parse_call")],
     "check the rows": [("model.signature", "Signature.check")],
     "queue for the model": [("model.batching", "Batcher.call"), ("model.loaded", "LoadedModel.ask")],
@@ -49,9 +49,9 @@ STAGES = {
     MODEL: [],
     "result to JSON values": [("model.loaded", "LoadedModel.answer"), ("model.loaded", "LoadedModel.predict")],
     "encode the answer": [("server", "json_response")],
-    "headers of the answer": [("server", "Service.finish"), ("body", "BodyReader.finish")],
+    "headers of the answer": [("server", "Service.finish"), ("web.body", "BodyReader.finish")],
     "record: a line in the journal": [("server", "log_monitor")],
-    "metrics": [("metrics", "Metrics.answered"), ("metrics", "Metrics.batched")],
+    "metrics": [("telemetry.metrics", "Metrics.answered"), ("telemetry.metrics", "Metrics.batched")],
 }
 
 
@@ -119,8 +119,8 @@ def inside(environ: dict[str, Any], count: int) -> tuple[float, dict[str, float]
     monkey.patch_all()
     sys.path.insert(0, str(ROOT))
     import server
-    import slots
     from settings import Settings
+    from telemetry import shared_counters as slots
 
     slots.directory = Path(os.environ["JOURNAL_DIR"], "metrics")  # as gunicorn.conf.py has it
 

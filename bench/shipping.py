@@ -39,7 +39,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for what is measured, the real gunicorn and the loopback SLS
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    str(ROOT / "tests/sls"),
+]  # for what is measured, the real gunicorn and the loopback SLS
 
 from monitor import Journal, log_monitor  # noqa: E402  # found by the line above
 

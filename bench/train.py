@@ -1,7 +1,7 @@
 """Train the models that the comparison serves: `python -m bench.train DIRECTORY`.
 
-For each model it writes NAME.joblib, NAME.onnx (made and checked by `model.export`) and NAME.json: a hundred rows, and
-what `model.predict` answers to them. They are fitted on plain arrays, which every server can send.
+For each model it writes NAME.joblib, NAME.onnx (made and checked by `model.versions.onnx_export`) and NAME.json: a
+hundred rows, and what `model.predict` answers to them. They are fitted on plain arrays, which every server can send.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model.export import export  # noqa: E402  # found by the line above
+from model.versions.onnx_export import export  # noqa: E402  # found by the line above
 
 
 def main(directory: Path) -> None:

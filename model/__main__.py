@@ -13,10 +13,10 @@ import orjson
 from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
-from .guard import veto
-from .publishing import preflight, publish, verify
-from .roster import Roster
-from .versions import Manifest, Routing, Store, StoreError, check_weight, rows_from
+from .versions.guard import veto
+from .versions.publishing import preflight, publish, verify
+from .versions.store import Manifest, Routing, Store, StoreError, check_weight, rows_from
+from .versions.worker_status import Roster
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace, settings: Settings) -> int:
         store.remove(given.version)
         print(f"removed version {given.version}")
     elif given.command == "export":
-        from .export import export
+        from .versions.onnx_export import export
 
         print(export(given.file, given.out, rows_from(given.sample) if given.sample else None, given.force))
     return 0
@@ -121,7 +121,7 @@ def _fits(store: Store, version: str, settings: Settings, force: bool) -> None:
         print(f"{'fits' if fits else 'DOES NOT FIT'}  {said}")
     if not force:
         if not all(fits for fits, _ in found):
-            raise StoreError(f"version {version} does not fit this machine; --force serves it all the same")
+            raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
         verify(store, version, settings.allow_version_mismatch)
         print("fits  it answers its sample here as when it was published")
 

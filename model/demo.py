@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .publishing import publish
-from .versions import Store
+from .versions.publishing import publish
+from .versions.store import Store
 
 
 def train() -> tuple[Any, list[list[float]]]:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from . import formats, versions
+from . import formats
 from .batching import MOST_ROWS, Batcher
 from .formats import ModelLoadError
-from .learning import learn
+from .formats.sklearn import estimators_in
+from .infer_signature import learn
 from .signature import Signature
+from .versions.store import Manifest
 
 # What a caller may ask for in "method", where the model has it.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
@@ -145,7 +147,7 @@ def _check_length(found: int | str, n_rows: int) -> None:
 
 
 def load_version(
-    manifest: versions.Manifest, allow_version_mismatch: bool = False, batcher: Batcher | None = None
+    manifest: Manifest, allow_version_mismatch: bool = False, batcher: Batcher | None = None
 ) -> LoadedModel:
     """Load a version and prove it: its bytes first, then that it answers its sample as it did when it was published.
 
@@ -161,7 +163,7 @@ def load_version(
     methods = tuple(method for method in METHODS if callable(getattr(estimator, method, None)))
     version = manifest.version or sha256[:12]
     classes = _as_lists(getattr(estimator, "classes_", None))
-    pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in formats.estimators_in(estimator))
+    pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in estimators_in(estimator))
     batcher = batcher or Batcher()
     model = LoadedModel(version, estimator, signature, methods, classes, pairs, batcher, {})
     try:
@@ -200,7 +202,7 @@ def load_version(
     return model
 
 
-def check_bytes(manifest: versions.Manifest) -> str:
+def check_bytes(manifest: Manifest) -> str:
     """Return the sha256 of a version's artifact.
 
     Raises:

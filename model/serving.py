@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import versions
 from .batching import Batcher
 from .formats import ModelLoadError
 from .loaded import LoadedModel, check_bytes, load_version
-from .roster import Roster
+from .versions import store as versions
+from .versions.worker_status import Roster
 
 log = logging.getLogger(__name__)
 

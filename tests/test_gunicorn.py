@@ -295,7 +295,7 @@ def test_native_thread_that_asks_for_loggers_does_not_hang_the_loop_that_does_to
     script = """
 from gevent import monkey; monkey.patch_all()
 import gevent, logging, time
-from native import native_call
+from speedups.threadpool import native_call
 native, ends = native_call(), time.monotonic() + 3
 
 def ask(gives_way):

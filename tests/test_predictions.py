@@ -35,7 +35,7 @@ from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier
 from threadpoolctl import threadpool_limits
 
-from model import METHODS
+from model.loaded import METHODS
 from monitor import segments
 
 DATASETS = {"iris": "iris", "cancer": "breast_cancer", "digits": "digits", "wine": "wine", "diabetes": "diabetes"}

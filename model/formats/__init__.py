@@ -1,0 +1,130 @@
+"""One loader per file format, chosen by the file's suffix.
+
+    estimator = load(Path("model.joblib"))
+
+A loader's module is imported when a file of its format is loaded, so a server needs only the libraries of its own
+model, and a format whose module was removed is simply not known. Loading a pickle runs whatever code its author put in
+it: serve only files that you would run as a script.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+# suffix → "module:function"; the function is called with the path and the keyword arguments of `load`.
+LOADERS = {
+    ".joblib": "model.formats.sklearn:load_joblib",
+    ".pkl": "model.formats.sklearn:load_joblib",
+    ".pickle": "model.formats.sklearn:load_joblib",
+    ".skops": "model.formats.sklearn:load_skops",
+    ".onnx": "model.formats.onnx:load_onnx",
+    ".pt": "model.formats.torch:load_torch",
+    ".pt2": "model.formats.torch:load_torch",
+    ".h5": "model.formats.keras:load_keras",
+    ".keras": "model.formats.keras:load_keras",
+}
+
+
+class ModelLoadError(Exception):
+    """A model that cannot be served. The message says how to fix it; it goes to the log, never to a caller."""
+
+
+class UnsupportedModel(ModelLoadError):
+    """A file that no loader takes. The message continues the file's name: "model.pt holds a state_dict…"."""
+
+
+def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:
+    """Load a fitted model from a file, ready to predict in one thread.
+
+    Args:
+        path: its suffix names the format.
+        allow_version_mismatch: load a model that another minor version of scikit-learn made.
+        immutable: the file is only ever replaced by another, never written to, so its large arrays may be mapped into
+            memory and shared by all processes that load it.
+
+    Raises:
+        ModelLoadError: an unknown suffix, a damaged file, a library or class that is not installed, or a model that
+            another minor version of scikit-learn made.
+    """
+    check_name(path)
+    module, _, function = LOADERS[path.suffix.lower()].partition(":")
+    try:
+        loader = getattr(importlib.import_module(module), function)
+        model = loader(path, allow_version_mismatch=allow_version_mismatch, immutable=immutable)
+    except UnsupportedModel as error:
+        raise ModelLoadError(f"{path.name} {error}") from error
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(_explain(path, error)) from error
+    if isinstance(model, type):
+        raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
+    if not callable(getattr(model, "predict", None)):
+        raise ModelLoadError(
+            f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
+        )
+    return model
+
+
+def check_name(path: Path) -> None:
+    """Reject a file by its name, before it is opened.
+
+    Raises:
+        ModelLoadError: an unknown suffix, or TensorFlow's SavedModel.
+    """
+    if path.suffix == ".pb" or (path / "saved_model.pb").exists():
+        directory = path.parent if path.suffix == ".pb" else path
+        raise ModelLoadError(
+            f"{path.name} is TensorFlow's SavedModel, a directory; a model is served from one file. Make one:\n"
+            "    pip install tf2onnx\n"
+            f"    python -m tf2onnx.convert --saved-model {directory} --output model.onnx"
+        )
+    if path.suffix.lower() not in LOADERS:
+        raise ModelLoadError(f"{path.name}: the suffix names the format; expected one of {', '.join(LOADERS)}")
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Explain why a file did not load. Each of the usual causes has its own fix."""
+    text = f"{path.name} does not load: {type(error).__name__}: {error}"
+    module = ""  # in which something was looked up
+    if isinstance(error, ModuleNotFoundError):
+        module = str(error.name)
+    elif isinstance(error, AttributeError) and (found := re.search(r"<module '([^']+)'", str(error))):
+        module = found[1]
+    root = module.partition(".")[0]
+    if module and module == LOADERS[path.suffix.lower()].partition(":")[0]:
+        return f"{path.name}: this server was installed without {module}, which loads {path.suffix} files"
+    if module.endswith("__main__"):
+        return (
+            f"{text}. It uses a class or function that was defined in a notebook or script: move that into a module "
+            "of its own, put the module beside server.py, import it from there, train and save again"
+        )
+    if (found_at := _here(root)) is not None:
+        return (
+            f"{text}. It was saved beside a module named {root}, and here that name means {found_at}. If yours is "
+            "another one, rename it, put it beside server.py, train and save again"
+        )
+    if root in ("sklearn", "numpy", "scipy") or "incompatible dtype" in str(error):
+        return (
+            f"{text}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
+            "train and save it again with the versions in requirements.txt"
+        )
+    if isinstance(error, ModuleNotFoundError) and root.isidentifier():
+        return (
+            f"{text}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
+            "install it beside the server"
+        )
+    if isinstance(error, (AttributeError, ImportError, OSError, MemoryError)) and not isinstance(
+        error, ModuleNotFoundError
+    ):
+        return text
+    return f"{text}. The file is damaged, incomplete, or not of the format that its suffix names"
+
+
+def _here(module: str) -> Path | None:
+    """Return the file of a module that is this server's own, or lies beside it."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    root = Path(__file__).resolve().parents[2]
+    return Path(file) if file and Path(file).parent in (root, root / module) else None

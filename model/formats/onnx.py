@@ -1,0 +1,185 @@
+"""ONNX, by onnxruntime. Format: https://onnx.ai/onnx/intro/concepts.html"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..signature import Column, Signature, kind_of
+from . import UnsupportedModel
+from .base import TensorModel, first_line, import_library, of_rows, threads
+
+METADATA = "prediction-server"  # key of an ONNX file's metadata under which model/export.py leaves what it knows
+
+
+def load_onnx(path: Path, **_: bool) -> "OnnxModel":
+    """Load an ONNX file for the CPU.
+
+    The model is handed over as bytes: onnxruntime then looks for no weights in other files, which no hash would cover.
+    Custom operators come in native libraries, and none is ever registered.
+
+    Raises:
+        UnsupportedModel: no onnxruntime, or a model that it does not take, or whose inputs are not rows.
+    """
+    ort = import_library("onnxruntime", "requirements/onnx.txt")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads()
+    options.log_severity_level = 4  # it raises what it would log
+    content = path.read_bytes()
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no base of their own
+        text = first_line(error)
+        if "xternal data" in text or "model_path must not be empty" in text:
+            raise UnsupportedModel(
+                "keeps its weights in another file. Make one file of them: "
+                f'onnx.save(onnx.load("{path.name}"), "whole.onnx", save_as_external_data=False)'
+            ) from error
+        raise UnsupportedModel(
+            f"is not taken by onnxruntime {ort.__version__} ({text}): the file is damaged, incomplete, or not of the "
+            "format that its suffix names; or it needs an operator or an opset that this version does not have"
+        ) from error
+    known = _metadata(session)
+    is_classifier = _label_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
+    model = (OnnxClassifier if is_classifier else OnnxModel)(session, known)
+    if isinstance(model, OnnxClassifier) and model.classes_ is None and not model.zipped:
+        model.classes_ = _class_labels(content)
+    return model
+
+
+class OnnxModel(TensorModel):
+    """An onnxruntime session. Its one input is the rows; or each of its inputs is a column, `(n_rows, 1)` each."""
+
+    def __init__(self, session: Any, known: dict[str, Any]) -> None:
+        self._session = session
+        self._inputs = session.get_inputs()
+        self._outputs = [output.name for output in session.get_outputs()]
+        self.signature = _onnx_signature(self._inputs, known)
+        self.sizes_open = self.signature.sizes_open
+        # scikit-learn's regressors return one value a row, their ONNX form a column.
+        self._flat = session.get_modelmeta().producer_name == "skl2onnx"
+
+    def predict(self, rows: Any) -> Any:
+        """Return the first output; `(n_rows,)` where scikit-learn's own would be."""
+        result = self._run(rows, self._outputs[:1])[0]
+        return result[:, 0] if self._flat and np.ndim(result) == 2 and result.shape[1] == 1 else result
+
+    def _run(self, rows: Any, outputs: list[str]) -> Any:
+        if len(self._inputs) > 1:
+            given = {each.name: rows[each.name].reshape(-1, *each.shape[1:]) for each in self._inputs}
+        else:
+            first = self._inputs[0]
+            array = np.asarray(rows, dtype=_numpy_type(_ONNX_TYPES[first.type]))
+            given = {first.name: array.reshape(-1, 1) if array.ndim < len(first.shape) else array}
+        try:
+            return self._session.run(outputs, given)
+        except Exception as error:  # its exceptions have no base of their own
+            if self.sizes_open or type(error).__name__ == "InvalidArgument":
+                raise ValueError("onnxruntime refuses the rows") from error
+            raise
+
+
+class OnnxClassifier(OnnxModel):
+    """A classifier as skl2onnx and its kin write them: labels first, then the probability of each class.
+
+    The probabilities are an array `(n_rows, n_classes)`, or (with "zipmap") a dict a row. An SVC without probabilities
+    puts its scores in their place, and a file does not tell the one from the other.
+    """
+
+    def __init__(self, session: Any, known: dict[str, Any]) -> None:
+        super().__init__(session, known)
+        self.classes_: list[Any] | None = known.get("classes")
+        self.zipped = session.get_outputs()[1].type.startswith("seq(map(")
+
+    def predict(self, rows: Any) -> Any:
+        """Return the labels, `(n_rows,)`."""
+        if self.zipped and self.classes_ is None:
+            self.predict_proba(rows)  # only its result tells the classes
+        return super().predict(rows)
+
+    def predict_proba(self, rows: Any) -> Any:
+        """Return the probabilities, `(n_rows, n_classes)`, in the order of `classes_`."""
+        result = self._run(rows, self._outputs[1:2])[0]
+        if not self.zipped:
+            return result
+        if self.classes_ is None:
+            self.classes_ = list(result[0])
+        return np.array([[row[label] for label in self.classes_] for row in result], dtype=np.float32)
+
+
+_ONNX_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(string)": "str",
+    "tensor(bool)": "bool",
+} | {f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+
+
+def _onnx_signature(inputs: list[Any], known: dict[str, Any]) -> Signature:
+    for each in inputs:
+        if each.type not in _ONNX_TYPES:
+            raise UnsupportedModel(f"takes {each.type} in its input {each.name!r}, which rows cannot be made into")
+        if not each.shape:
+            raise UnsupportedModel(f"takes a single value in its input {each.name!r}, not rows")
+        if isinstance(each.shape[0], int):
+            raise UnsupportedModel(
+                f"takes exactly {each.shape[0]} row(s) at a time: the first dimension of its input {each.name!r} is "
+                "fixed. Export it again with an open one; from PyTorch: "
+                'torch.onnx.export(model, (example,), "model.onnx", dynamo=True, dynamic_shapes=({0: "rows"},))'
+            )
+    if not inputs:
+        raise UnsupportedModel("takes no input")
+    shapes = [tuple(size if isinstance(size, int) else None for size in each.shape[1:]) for each in inputs]
+    types = [_ONNX_TYPES[each.type] for each in inputs]
+    if len(inputs) == 1:
+        return of_rows(shapes[0], types[0], known)
+    if any(shape not in ((), (1,)) for shape in shapes):
+        listed = ", ".join(f"{each.name!r} {each.shape}" for each in inputs)
+        raise UnsupportedModel(f"takes several inputs that are not one column each, which rows do not have: {listed}")
+    nullable = {column["name"] for column in known.get("columns") or [] if column["nullable"]}
+    columns = (
+        Column(each.name, kind_of(dtype), nullable="float" in dtype and each.name in nullable, dtype=dtype)
+        for each, dtype in zip(inputs, types, strict=True)
+    )
+    return Signature("records", tuple(columns))
+
+
+def _metadata(session: Any) -> dict[str, Any]:
+    """Read what `model/export.py` left in the file; of other files nothing is known."""
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    known = json.loads(text) if text else {}
+    if not isinstance(known, dict):
+        raise UnsupportedModel("has metadata that are not what `python -m model export` writes")
+    return known
+
+
+def _label_and_scores(session: Any) -> bool:
+    outputs = session.get_outputs()
+    if len(outputs) != 2 or outputs[0].type not in ("tensor(int64)", "tensor(string)") or len(outputs[0].shape) != 1:
+        return False
+    scores = outputs[1]
+    return scores.type.startswith("seq(map(") or (
+        scores.type in ("tensor(float)", "tensor(double)") and len(scores.shape) == 2
+    )
+
+
+def _class_labels(content: bytes) -> list[Any] | None:
+    """Read the classes off the operators of a classifier; onnxruntime does not show them."""
+    try:
+        onnx = import_library("onnx", "requirements/onnx.txt")
+    except UnsupportedModel:  # only a caller's wish for "classes" needs it
+        return None
+    found = []
+    for node in onnx.load_model_from_string(content).graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
+                found.append(list(attribute.ints))
+            elif attribute.name == "classlabels_strings" and attribute.strings:
+                found.append([text.decode() for text in attribute.strings])
+    return found[0] if found and all(labels == found[0] for labels in found) else None
+
+
+def _numpy_type(dtype: str) -> Any:
+    return object if dtype == "str" else dtype

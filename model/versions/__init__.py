@@ -1,0 +1,1 @@
+"""Model versions: the store on disk, publishing, canary releases and their guard."""

@@ -1,0 +1,48 @@
+"""Imports scikit-learn without pandas and scipy.stats, which it does not use to predict."""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+
+def import_sklearn() -> None:
+    """Import scikit-learn, but neither pandas nor `scipy.stats`: 44 MB and half a second in each worker.
+
+    `sklearn.utils.fixes` imports both without a use for them. Of `scipy.stats` the modules that are imported here take
+    some functions more, nearly all for fitting. What is left out is imported when it is used.
+    """
+    if {"sklearn", "pandas", "scipy.stats"}.intersection(sys.modules):
+        return
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # so that an import of it fails
+    sys.modules["scipy.stats"] = _Postponed("scipy.stats")
+    try:
+        for name in ("covariance", "isotonic", "linear_model", "model_selection", "preprocessing"):
+            importlib.import_module(f"sklearn.{name}")
+    finally:
+        del sys.modules["pandas"], sys.modules["scipy.stats"]
+
+
+class _Postponed(ModuleType):
+    """Stands for a module while others import from it."""
+
+    def __getattr__(self, name: str) -> "_PostponedName":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _PostponedName(self.__name__, name)
+
+
+class _PostponedName:
+    """A function, or an object with methods; its module is imported at the first call."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def _find(self) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._find()(*arguments, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._find(), name)

@@ -1,0 +1,106 @@
+"""Spares scikit-learn checks that were made before: rows are checked by `signature`, and what is loaded is fitted.
+
+They are two thirds of a small predict, and four fifths of a forest's is the warning filters that each tree is wrapped
+in (docs/performance.md). The stand-ins here take only the plain case: an array of finite numbers, a fitted estimator,
+no pool of threads. All else goes to the original, so results and errors are scikit-learn's own.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+from sklearn.utils import parallel, validation
+
+from model.formats.sklearn import estimators_in
+
+_validate_data = getattr(validation, "validate_data", None)  # scikit-learn 1.6 and newer
+_check_is_fitted = validation.check_is_fitted
+# What validate_data may be asked for in the plain case.
+_KNOWN = {
+    "accept_large_sparse",
+    "accept_sparse",
+    "copy",
+    "dtype",
+    "ensure_all_finite",
+    "ensure_min_features",
+    "ensure_min_samples",
+    "force_writeable",
+    "order",
+}
+
+
+def spare_checks(model: Any) -> None:
+    """Put the stand-ins into the modules of scikit-learn that a loaded model's estimators come from."""
+    stand_ins = [
+        ("validate_data", _validate_data, validate_data),
+        ("check_is_fitted", _check_is_fitted, check_is_fitted),
+        ("Parallel", parallel.Parallel, OneAfterAnother),
+    ]
+    classes = {cls for estimator in estimators_in(model) for cls in type(estimator).__mro__}
+    for module in {cls.__module__ for cls in classes if cls.__module__.startswith("sklearn.")}:
+        for name, original, stand_in in stand_ins:
+            if original is not None and getattr(sys.modules[module], name, None) is original:
+                setattr(sys.modules[module], name, stand_in)
+
+
+def validate_data(
+    _estimator: Any,
+    /,
+    X: Any = "no_validation",  # noqa: N803  # its name there
+    y: Any = "no_validation",
+    reset: bool = True,
+    **asked: Any,
+) -> Any:
+    """Return `X` in the type that is asked for, where it is an array of finite numbers of the right width."""
+    fitted = vars(_estimator)
+    if (
+        type(X) is np.ndarray
+        and X.ndim == 2
+        and X.dtype.kind in "fiu"
+        and len(X) > 0
+        and X.shape[1] == fitted.get("n_features_in_")
+        and "feature_names_in_" not in fitted  # it would warn
+        and not reset
+        and isinstance(y, str)
+        and _KNOWN.issuperset(asked)
+        and asked.get("order") in (None, "C")
+    ):
+        array = _converted(X, asked.get("dtype", "numeric"), asked.get("copy", False), asked.get("order"))
+        if _is_finite(array, asked.get("ensure_all_finite", True)) and array.flags.writeable:
+            return array
+    assert _validate_data is not None
+    return _validate_data(_estimator, X, y, reset=reset, **asked)
+
+
+def _converted(array: Any, dtype: Any, copy: bool, order: str | None) -> Any:
+    if isinstance(dtype, (list, tuple)):
+        dtype = None if array.dtype in dtype else dtype[0]
+    if isinstance(dtype, str) and dtype == "numeric":
+        dtype = None
+    with np.errstate(over="ignore"):  # of a float32; then it is not finite
+        return array.astype(dtype or array.dtype, order=order or "K", copy=copy)
+
+
+def _is_finite(array: Any, wanted: bool | str) -> bool:
+    if array.dtype.kind != "f" or wanted is False:
+        return True
+    return not np.isinf(array).any() if wanted == "allow-nan" else bool(np.isfinite(array).all())
+
+
+def check_is_fitted(estimator: Any, attributes: Any = None, **asked: Any) -> None:
+    """Return at once where an estimator, or the last one of a pipeline, has seen a fit."""
+    last = estimator
+    while steps := getattr(last, "__dict__", {}).get("steps"):
+        last = steps[-1][1]
+    if attributes is not None or "n_features_in_" not in getattr(last, "__dict__", {}):
+        _check_is_fitted(estimator, attributes, **asked)
+
+
+class OneAfterAnother(parallel.Parallel):  # type: ignore[misc]  # scikit-learn has no types
+    """Calls one function after the other where there is one job, without the wrapping that threads would need."""
+
+    def __call__(self, iterable: Any) -> Any:
+        """Return the functions' results."""
+        if self.n_jobs != 1:
+            return super().__call__(iterable)
+        return [getattr(function, "function", function)(*given, **named) for function, given, named in iterable]

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus, and the journal's report for people."""

@@ -1,0 +1,248 @@
+"""What watches the server: rules, alerts and dashboard, held to the metrics by promtool and by a real Prometheus."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pytest
+import yaml
+from conftest import PASSWORD, ROOT, Server, free_port, gunicorn, write_users
+from prometheus_client.parser import text_string_to_metric_families
+
+from monitor import LOSSES, Journal
+from telemetry.metrics import OUTCOMES, Metrics
+
+HERE = ROOT / "deploy/prometheus"
+RULES = yaml.safe_load((HERE / "rules.yml").read_text())
+CONFIGURATION = yaml.safe_load((HERE / "prometheus.yml").read_text())
+DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
+
+ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
+RECORDED = {rule["record"] for group in RULES["groups"] for rule in group["rules"] if "record" in rule}
+IN_RULES = [rule["expr"] for group in RULES["groups"] for rule in group["rules"]]
+IN_DASHBOARD = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+needs_prometheus = pytest.mark.skipif(
+    not (shutil.which("promtool") and shutil.which("prometheus")),
+    reason="needs prometheus and promtool: sudo apt install prometheus",
+)
+
+
+def promtool(*arguments: Any) -> None:
+    """Run promtool, which must agree."""
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the files
+
+
+@needs_prometheus
+def test_configuration_and_rules_are_what_prometheus_takes(tmp_path: Path) -> None:
+    for file in HERE.glob("*.yml"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "password").write_text("not-a-real-one")
+    promtool("check", "config", tmp_path / "prometheus.yml")
+    promtool("check", "rules", tmp_path / "rules.yml")
+
+
+@needs_prometheus
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    promtool("test", "rules", HERE / "rules_test.yml")
+
+
+def test_each_alert_is_seen_to_fire_and_to_be_silent() -> None:
+    cases = yaml.safe_load((HERE / "rules_test.yml").read_text())["tests"]
+    asked = [each for case in cases for each in case["alert_rule_test"]]
+    names = {alert["alert"] for alert in ALERTS}
+    assert {each["alertname"] for each in asked if each.get("exp_alerts")} == names
+    assert {each["alertname"] for each in asked if not each.get("exp_alerts")} == names
+
+
+def test_each_alert_has_its_page_and_a_severity() -> None:
+    headings = re.findall(r"^### (Alert: .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    for alert in ALERTS:
+        where, _, page = alert["annotations"]["page"].partition(", ")
+        assert (where, page in headings) == ("docs/operations.md", True), page
+        words = page.removeprefix("Alert: ").split()
+        assert "".join(word.capitalize() for word in words) == alert["alert"]
+        assert alert["labels"]["severity"] in ("critical", "warning")
+
+
+def test_pages_say_which_alerts_only_prometheus_has() -> None:
+    guide = (ROOT / "docs/operations.md").read_text()
+    only = set(re.findall(r"^### Alert: (.*)\n\nPrometheus only\.", guide, re.MULTILINE))
+    of_sls = {alert["title"] for alert in json.loads((ROOT / "deploy/sls/alerts.json").read_text())["alerts"]}
+    assert set(re.findall(r"^### Alert: (.*)$", guide, re.MULTILINE)) == only | of_sls
+    assert {alert["annotations"]["page"].partition("Alert: ")[2] for alert in ALERTS} == only | of_sls - {"Test alert"}
+
+
+@needs_prometheus
+def test_each_expression_of_the_dashboard_is_one(tmp_path: Path) -> None:
+    # In a file of rules, since this promtool checks no single expressions.
+    rules = [
+        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m").replace("$job", "a-job")}
+        for number, expression in enumerate(IN_DASHBOARD)
+    ]
+    assert len(rules) > 20
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", tmp_path / "rules.yml")
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+# --- the names in them
+
+
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Return the names of all that a server that ships shows."""
+    place = tmp_path_factory.mktemp("exposed")
+    Journal(place, 2**20).append({"n": 1})
+    metrics = Metrics(place, ships=True, workers=lambda: [{"stable": "1", "canary": None, "error": None}])
+    metrics.answered(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
+    text = metrics.expose("", {"ready": True, "stable": {"version": "1", "load_seconds": 1.0}, "canary": None})[0]
+    families = text_string_to_metric_families(text.decode())
+    return {sample.name for family in families for sample in family.samples}
+
+
+@pytest.mark.parametrize("expression", IN_RULES + IN_DASHBOARD)
+def test_names_and_values_are_those_of_the_metrics(expression: str, exposed: set[str]) -> None:
+    names = set(re.findall(r"(?<![\w:])prediction_\w+(?![\w:])", expression))
+    recorded = set(re.findall(r"\b\w+:prediction_\w+:\w+", expression))
+    assert names <= exposed
+    assert recorded <= RECORDED
+    assert names or recorded or re.search(r"\bup\b|vector", expression)
+    known = {"outcome": set(OUTCOMES.values()), "reason": set(LOSSES), "variant": {"stable", "canary", ""}}
+    known["model_version"] = {""}
+    for label, values in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', expression):
+        assert label == "job" or set(values.split("|")) <= known[label]
+
+
+def test_each_metric_is_on_the_dashboard(exposed: set[str]) -> None:
+    shown = " ".join(IN_DASHBOARD + [rule["expr"] for group in RULES["groups"] for rule in group["rules"]])
+    families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exposed if not name.endswith("_created")}
+    assert {name for name in families if name not in shown} == set()
+
+
+# --- a real Prometheus
+
+
+class Prometheus(Server):
+    """A running Prometheus."""
+
+    def get(self, path: str, **query: str) -> Any:
+        """Ask its API."""
+        status, _, body = self.ask("GET", f"/api/v1/{path}?{urllib.parse.urlencode(query)}")
+        assert status == 200, body
+        return json.loads(body)["data"]
+
+    def value(self, expression: str) -> float | None:
+        """Return the value of an expression that has one, or None."""
+        found = self.get("query", query=expression)["result"]
+        return float(found[0]["value"][1]) if found else None
+
+    def firing(self) -> set[str]:
+        """Return the names of the alerts that fire."""
+        return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"] if alert["state"] == "firing"}
+
+    def is_up(self) -> bool:
+        """Tell whether it answers."""
+        try:
+            return self.ask("GET", "/-/ready")[0] == 200
+        except OSError:
+            return False
+
+
+@contextmanager
+def prometheus(place: Path, target: int) -> Iterator[Prometheus]:
+    """Run Prometheus with what is in deploy/prometheus; a minute of the rules lasts a tenth of a second."""
+    place.mkdir()
+    configuration = json.loads(json.dumps(CONFIGURATION))
+    configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
+    (job,) = configuration["scrape_configs"]
+    job["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+    rules = re.sub(r"^( *for): (\d+)m$", r"\1: \g<2>00ms", (HERE / "rules.yml").read_text(), flags=re.MULTILINE)
+    (place / "prometheus.yml").write_text(json.dumps(configuration))
+    (place / "rules.yml").write_text(rules)
+    (place / job["basic_auth"]["password_file"]).write_text(PASSWORD)
+    port = free_port()
+    arguments = [f"--config.file={place / 'prometheus.yml'}", f"--storage.tsdb.path={place / 'data'}"]
+    with (place / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["prometheus", *arguments, f"--web.listen-address=127.0.0.1:{port}"], cwd=place, stdout=log, stderr=log
+        )
+    server = Prometheus(process, port, place / "log")
+    try:
+        server.wait_until(server.is_up)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+MODULE = """
+class Picky:
+    n_features_in_ = 1
+
+    def predict(self, rows):
+        if rows[0][0] < 0:
+            raise RuntimeError("negative")
+        return [0] * len(rows)
+"""
+
+
+@needs_prometheus
+def test_real_prometheus_sees_right_sums_and_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "picky_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from picky_module import Picky  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Picky(), tmp_path / "picky.joblib")
+    user = CONFIGURATION["scrape_configs"][0]["basic_auth"]["username"]
+    write_user(tmp_path / "users.json", user)
+    with (
+        gunicorn(tmp_path, model_path=tmp_path / "picky.joblib", web_concurrency=2) as server,
+        prometheus(tmp_path / "prometheus", server.port) as watching,
+    ):
+        for asked, total in (1, 1), (30, 31):  # one first, since an increase begins with what was seen before
+            for _ in range(asked):
+                assert server.predict([[1.0]])[0] == 200
+            watching.wait_until(lambda n=total: watching.value('prediction_requests_total{outcome="success"}') == n)
+        watching.wait_until(lambda: watching.value("up") == 1)  # a scrape that came late has no values
+        watching.wait_until(lambda: watching.value("prediction_model_workers") == 2)
+        watching.wait_until(lambda: watching.firing() == set())  # at first it has not seen that anybody is there
+        for _ in range(30):
+            assert server.predict([[-1.0]])[0] == 500
+        watching.wait_until(lambda: {"ErrorRate", "ErrorBudget"} <= watching.firing())
+        failed = 'prediction_requests_total{outcome="model", variant="stable"}'
+        watching.wait_until(lambda: watching.value(failed) == 30)
+        watching.wait_until(lambda: abs((watching.value("job:prediction_faults:ratio5m") or 0) - 0.5) < 0.05)
+        for group in watching.get("rules")["groups"]:
+            assert [(rule["name"], rule.get("lastError")) for rule in group["rules"] if rule["health"] != "ok"] == []
+        server.stop(signal.SIGQUIT)  # at once
+        watching.wait_until(lambda: {"NoInstanceReady", "InstanceDown"} <= watching.firing())
+
+
+def write_user(path: Path, name: str) -> None:
+    """Write the tests' users, of whom the one with the role metrics is called so."""
+    entries = json.loads(write_users(path).read_text())
+    path.write_text(json.dumps(entries | {name: entries["metrics"]}))

@@ -1,0 +1,295 @@
+"""Concurrent calls are merged, each caller gets its own rows' answers, and nobody hurts anybody else."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.batching import MOST_ROWS, SLOW, Batcher, Overloaded, Timings
+
+
+class Model:
+    """Squares numbers, cubes them by another method, and refuses a call with a negative one in it."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.gate: Callable[[], object] = lambda: True  # a call goes on once it is true
+        self.sizes: list[int] = []  # of the calls, in rows
+        self.running = 0
+        self.may_overlap = False  # a killed leader's call goes on beside that of its heir
+
+    def __call__(self, parts: Sequence[Any], method: str) -> list[Any]:
+        self.running += 1
+        assert self.running == 1 or self.may_overlap, "two calls at once"
+        self.sizes.append(sum(map(len, parts)))
+        until(self.gate)
+        if self.seconds:
+            time.sleep(self.seconds)
+        self.running -= 1
+        if any(row < 0 for part in parts for row in part):
+            raise ValueError("negative")
+        return [[row ** (2 if method == "square" else 3) for row in part] for part in parts]
+
+
+def until(met: Callable[[], object]) -> None:
+    """Wait until `met()` is true."""
+    deadline = time.monotonic() + 30
+    while not met():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Make calls in threads of their own; return their results, or what they raised, in order."""
+    results: list[Any] = [None] * len(calls)
+
+    def make(at: int) -> None:
+        try:
+            results[at] = calls[at]()
+        except Exception as error:
+            results[at] = error
+
+    threads = [threading.Thread(target=make, args=(at,)) for at in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "hung"
+    return results
+
+
+def meanwhile(model: Model, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a call once the model is at another."""
+
+    def wait_and_call() -> Any:
+        until(lambda: model.sizes)
+        return call()
+
+    return wait_and_call
+
+
+def hold(model: Model, batcher: Batcher, callers: int) -> None:
+    """Keep the model at its first call until so many others wait."""
+    model.gate = lambda: len(model.sizes) > 1 or len(batcher._queue) == callers
+
+
+def test_lone_caller_is_answered_at_once() -> None:
+    model, batcher = Model(), Batcher()
+    assert batcher.call(model, [2, 3], "square") == [4, 9]
+    assert model.sizes == [2]
+
+
+def test_what_waits_while_the_model_is_busy_goes_in_as_one_call() -> None:
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 20)
+    calls = [lambda: batcher.call(model, [0], "square")]
+    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n] * 2, "square")) for n in range(20)]  # type: ignore[misc]
+    assert at_once(*calls) == [[0]] + [[n * n] * 2 for n in range(20)]
+    assert model.sizes == [1, 40]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_of_many_callers_gets_the_answers_to_its_rows(seed: int) -> None:
+    model, batcher = Model(), Batcher()
+    wrong: list[Any] = []
+
+    def caller(number: int) -> None:
+        chance = random.Random(f"{seed} {number}")
+        for _ in range(100):
+            rows: Any = [chance.randrange(1000) for _ in range(chance.choice((1, 1, 1, 3, 50, 1500)))]
+            method = chance.choice(("square", "cube"))
+            refused = chance.random() < 0.03
+            if refused:
+                rows[-1] = -1
+            shape = None
+            if chance.random() < 0.2:
+                rows, shape = np.array(rows), "array"
+            try:
+                found = batcher.call(model, rows, method, shape)
+                if refused or list(found) != [row ** (2 if method == "square" else 3) for row in rows]:
+                    wrong.append((rows, method, found))
+            except ValueError:
+                if not refused:
+                    wrong.append((rows, method, "refused"))
+
+    assert at_once(*(lambda n=n: caller(n) for n in range(32))) == [None] * 32  # type: ignore[misc]
+    assert wrong == []
+    assert max(model.sizes) <= MOST_ROWS
+    assert batcher._waiting == 0
+    assert batcher._leader is None
+    assert not batcher._queue
+
+
+def test_only_rows_of_one_method_and_shape_are_merged() -> None:
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 4)
+    calls = [
+        lambda: batcher.call(model, [1], "square"),
+        meanwhile(model, lambda: batcher.call(model, [2], "square")),
+        meanwhile(model, lambda: batcher.call(model, [3], "cube")),
+        meanwhile(model, lambda: batcher.call(model, [4], "square", shape=(1,))),
+        meanwhile(model, lambda: batcher.call(model, [5], "square")),
+    ]
+    assert at_once(*calls) == [[1], [4], [27], [16], [25]]
+    assert sorted(model.sizes) == [1, 1, 1, 2]
+
+
+def test_a_refused_row_harms_only_its_caller() -> None:
+    model, batcher = Model(), Batcher()
+    hold(model, batcher, 3)
+    calls = [lambda: batcher.call(model, [1], "square")]
+    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n], "square")) for n in (2, -3, 4)]  # type: ignore[misc]
+    first, second, bad, fourth = at_once(*calls)
+    assert (first, second, fourth) == ([1], [4], [16])
+    assert isinstance(bad, ValueError)
+
+
+def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:
+    model, batcher = Model(), Batcher(most_waiting=10)
+    refused: list[Overloaded] = []
+    model.gate = lambda: len(refused) == 3
+
+    def call() -> Any:
+        try:
+            return batcher.call(model, [2] * 4, "square")
+        except Overloaded as error:
+            refused.append(error)
+            raise
+
+    results = at_once(lambda: batcher.call(model, [1], "square"), *[meanwhile(model, call)] * 5)
+    assert [type(result) for result in results].count(Overloaded) == 3
+    assert results.count([4] * 4) == 2
+    assert batcher.call(model, [3] * 100, "square") == [9] * 100  # more than may wait, but nobody waits
+
+
+def test_large_callers_neither_starve_others_nor_are_starved() -> None:
+    model, batcher = Model(0.01), Batcher()
+    counts = [0] * 8
+    stop = threading.Event()
+
+    def large() -> None:
+        for piece in range(2000):  # the pieces of one request
+            batcher.call(model, [1] * MOST_ROWS, "square")
+            if piece >= 4 and min(counts) > 0:
+                break
+        stop.set()
+
+    def small(number: int) -> None:
+        while not stop.is_set():
+            batcher.call(model, [1], "square")
+            counts[number] += 1
+
+    assert at_once(large, *(lambda n=n: small(n) for n in range(8))) == [None] * 9  # type: ignore[misc]
+    assert min(counts) > 0  # each got turns in between; how many is for the machine to say
+
+
+def test_slow_calls_are_handed_to_a_native_thread_and_fast_ones_are_not() -> None:
+    handed: list[int] = []
+
+    def native(function: Any, run: Any, parts: Any, method: str) -> Any:
+        handed.append(sum(map(len, parts)))
+        return function(run, parts, method)
+
+    model, batcher = Model(3 * SLOW), Batcher(native)
+    batcher.call(model, [1], "square")
+    assert handed == [1]  # nothing is known of it yet
+    batcher.call(model, [1], "square")
+    assert handed == [1, 1]
+    model.seconds = 0
+    for _ in range(30):
+        batcher.call(model, [1], "square")
+    assert len(handed) < 30  # it has become fast
+    count = len(handed)
+    batcher.call(model, [1], "square")
+    assert len(handed) == count
+    batcher.call(model, [1], "cube")
+    assert len(handed) == count + 1
+
+
+def test_timings_follow_what_lasts_and_not_a_disturbance() -> None:
+    timings = Timings()
+    timings.note("predict", 1, 0.0015)
+    for _ in range(2):
+        timings.note("predict", 1, 0.003)
+    assert timings.expect("predict", 1) < SLOW
+    for _ in range(20):
+        timings.note("predict", 1, 0.003)
+    assert timings.expect("predict", 1) > SLOW
+    for _ in range(3):
+        timings.note("predict", 1, 0.0015)
+    assert timings.expect("predict", 1) < SLOW
+
+
+def test_timings_expect_the_worst_of_sizes_that_were_not_seen() -> None:
+    timings = Timings()
+    timings.note("predict", 3, 0.001)
+    assert timings.expect("predict", 2) == 0.001
+    assert timings.expect("predict", 1) == 0.001
+    assert timings.expect("predict", 12) == 0.004
+    assert timings.expect("predict_proba", 1) == float("inf")
+    timings.note("predict", 1000, 0.0011)
+    assert timings.expect("predict", 100) == 0.0011
+    assert [each["rows"] for each in timings.describe()] == ["2-3", "512-1023"]
+    assert {each["runs_on"] for each in timings.describe()} == {"the worker's loop"}
+
+
+def test_it_is_told_of_each_call() -> None:
+    told: list[tuple[int, float]] = []
+    model = Model()
+
+    def observe(rows: int, waited: float) -> None:
+        told.append((rows, waited))
+        model.seconds = waited + 0.05  # so the second waits for longer than the first
+
+    batcher = Batcher(observe=observe)
+    hold(model, batcher, 1)
+    second = meanwhile(model, lambda: batcher.call(model, [2] * 5, "square"))
+    at_once(lambda: batcher.call(model, [1] * 3, "square"), second)
+    assert [rows for rows, _ in told] == [3, 5]
+    assert told[0][1] < told[1][1] > 0.02
+
+
+def test_caller_that_is_killed_hurts_nobody() -> None:
+    gevent = pytest.importorskip("gevent")
+    from gevent import monkey
+
+    if not monkey.is_module_patched("threading"):
+        return  # only a greenlet can be killed; the run below has them
+    model, batcher = Model(0.1), Batcher()
+    model.may_overlap = True
+    for victims in ((0,), (1,), (2,), (0, 1), (1, 3), (0, 1, 2, 3)):
+        for delay in (0.0, 0.02, 0.12):
+            callers = [gevent.spawn(batcher.call, model, [n], "square") for n in range(5)]
+            gevent.sleep(delay)
+            for at in victims:
+                callers[at].kill()
+            for at, caller in enumerate(callers):
+                if at not in victims:
+                    assert caller.get(timeout=10) == [at * at], (victims, delay)
+            assert (batcher._waiting, batcher._leader, list(batcher._queue)) == (0, None, [])
+
+
+def test_all_of_it_under_gevent() -> None:
+    if "UNDER_GEVENT" in os.environ:
+        return
+    script = (
+        "from gevent import monkey; monkey.patch_all(); import sys, pytest; "
+        f"sys.exit(pytest.main(['-q', '-n0', '-p', 'no:cacheprovider', {__file__!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"UNDER_GEVENT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

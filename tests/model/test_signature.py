@@ -1,0 +1,834 @@
+"""What is learned of a model is true of it; rows become what it was fitted on, or an error that says what to mend."""
+
+import copy
+import functools
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import orjson
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import cluster, ensemble, mixture, multiclass, neighbors
+from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import TransformedTargetRegressor, make_column_selector, make_column_transformer
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import (
+    BaggingClassifier,
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
+from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
+from sklearn.feature_selection import RFE
+from sklearn.frozen import FrozenEstimator
+from sklearn.impute import KNNImputer, SimpleImputer
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, SGDClassifier
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, TunedThresholdClassifierCV
+from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import FeatureUnion, make_pipeline, make_union
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    OrdinalEncoder,
+    PolynomialFeatures,
+    StandardScaler,
+    TargetEncoder,
+)
+from sklearn.svm import SVC, OneClassSVM
+from threadpoolctl import threadpool_limits
+
+from model.formats import ModelLoadError
+from model.infer_signature import learn
+from model.signature import MAX_ERRORS, BadRows, Column, Signature
+
+N = 120
+
+
+def table() -> pd.DataFrame:
+    """Make a table with a column of each sort."""
+    draw = np.random.default_rng(3)
+    return pd.DataFrame(
+        {
+            "city": draw.choice(["Oslo", "Rome", "Lima"], N),
+            "town": draw.choice(["Oslo", "Rome", None], N),  # pandas makes it text with NaN
+            "nick": pd.Series(draw.choice(["Bo", "Al", None], N), dtype=object),  # as from a database: None stays
+            "note": draw.choice(["good day", "bad night", "so so"], N),
+            "size": draw.normal(10, 3, N),
+            "weight": np.where(draw.random(N) < 0.2, np.nan, draw.normal(70, 9, N)),
+            "age": draw.integers(18, 90, N),
+            "grade": draw.integers(1, 4, N),
+            "member": draw.random(N) < 0.5,
+            "sort": pd.Series(draw.choice(["red", "blue"], N), dtype="category"),
+        }
+    )
+
+
+TABLE = table()
+Y = (TABLE["size"] + TABLE["age"] / 30 + 3 * (TABLE["city"] == "Rome") > 12.5).astype(int).to_numpy()
+NUMBERS = TABLE[["size", "age"]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Keep OpenMP and BLAS to one thread: on cores that others use too, a pool mostly waits."""
+    with threadpool_limits(1):
+        yield
+
+
+def rows_of(x: Any) -> list[Any]:
+    """Return what a caller would send as `data`."""
+    if np.ndim(x) == 1:
+        return np.asarray(x).tolist()
+    values = np.asarray(x, dtype=object)
+    return [[None if pd.isna(v) else getattr(v, "item", lambda v=v: v)() for v in row] for row in values]
+
+
+def objects_of(x: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows as objects, with the columns in reverse order."""
+    return [dict(reversed(list(zip(x.columns, row, strict=True)))) for row in rows_of(x)]
+
+
+def learned(model: Any, x: Any, y: Any = None) -> Signature:
+    """Fit a model, learn its signature, and prove it against the model: predictions, and what may be missing."""
+    model = copy.deepcopy(model).fit(x, Y if y is None else y)
+    served = copy.deepcopy(model)  # to learn is to change it
+    signature, proved_with = learn(served)
+    assert len(served.predict(signature.parse(proved_with))) == len(proved_with)
+    assert_same(served.predict(signature.parse(rows_of(x))), model.predict(x))
+    for row in rows_of(x)[:3]:  # what a column becomes must not hang on the other rows of the request
+        assert_same(served.predict(signature.parse([row])), model.predict(x)[[rows_of(x).index(row)]])
+    if isinstance(x, pd.DataFrame):
+        assert_same(served.predict(signature.parse(objects_of(x))), model.predict(x))
+    if signature.columns:
+        nullable = [c.nullable for c in signature.columns]
+        assert nullable == [answers_without(model, x, at) for at in range(len(nullable))]
+    orjson.dumps(signature.describe())
+    return signature
+
+
+def answers_without(model: Any, x: Any, at: int) -> bool:
+    """Tell whether the model answers its own kind of input with the value of one column missing."""
+    frame = pd.DataFrame(x)
+    row, name, kind = frame.iloc[:1].copy(), frame.columns[at], frame.dtypes.iloc[at]
+    missing = None if any(value is None for value in frame[name]) else np.nan
+    held = {"b": object, "i": float}.get(kind.kind, kind)  # numpy's own have no missing value
+    row[name] = pd.Series([missing], index=row.index, dtype=held)
+    try:
+        model.predict(row if isinstance(x, pd.DataFrame) else row.to_numpy(dtype=x.dtype))
+    except Exception:  # any refusal
+        return False
+    return True
+
+
+def described(signature: Signature) -> str:
+    """Write a signature in one line, numbers without their kind: `frame city:text size age?`."""
+    kinds = {"number": "", "text": ":text", "boolean": ":boolean", "any": ":any"}
+    columns = [f"{c.name or '-'}{kinds[c.kind]}{'?' * c.nullable}" for c in signature.columns or ()]
+    return " ".join([signature.layout, *columns])
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Compare predictions: labels exactly, floats within 1e-12 relative."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    if expected.dtype.kind == "f":
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+    else:
+        assert got.tolist() == expected.tolist()
+
+
+# --- steps of the user's own
+
+
+class Pick(TransformerMixin, BaseEstimator):
+    """Takes number columns from a data frame by their names."""
+
+    def __init__(self, columns: Any = ("size",)) -> None:
+        self.columns = columns
+
+    def fit(self, x: pd.DataFrame, y: Any = None) -> "Pick":
+        self.feature_names_in_, self.n_features_in_ = np.asarray(x.columns, dtype=object), x.shape[1]
+        return self
+
+    def transform(self, x: pd.DataFrame) -> Any:
+        return x[list(self.columns)].to_numpy(dtype=float)
+
+
+class TextLength(Pick):
+    """Wants a column of text."""
+
+    def transform(self, x: pd.DataFrame) -> Any:
+        return x[list(self.columns)].apply(lambda column: column.str.len()).to_numpy(dtype=float)
+
+
+class Untold(RegressorMixin, BaseEstimator):
+    """Does not tell how many columns it takes."""
+
+    def fit(self, x: Any, y: Any) -> "Untold":
+        self.fitted_ = True
+        return self
+
+    def predict(self, x: Any) -> Any:
+        return x @ np.arange(1.0, x.shape[1] + 1)
+
+
+class Bare:
+    """Has a predict and nothing else: no base class, no parameters."""
+
+    def predict(self, x: Any) -> Any:
+        return x.sum(axis=1)
+
+
+class NeedsOnes(Untold):
+    """Takes no zeros, as a logarithm does."""
+
+    def fit(self, x: Any, y: Any) -> "NeedsOnes":
+        self.n_features_in_ = x.shape[1]
+        return self
+
+    def predict(self, x: Any) -> Any:
+        if not np.all(x):
+            raise ZeroDivisionError("a zero")
+        return 1 / x[:, 0]
+
+
+class RefusesAll(NeedsOnes):
+    """Answers no row that can be made up."""
+
+    def predict(self, x: Any) -> Any:
+        if not (x > 100).all():
+            raise KeyError("station 17")
+        return x[:, 0]
+
+
+# --- tables
+
+
+def on(*parts: Any, final: Any = None, **options: Any) -> Any:
+    """Return a column transformer with a logistic regression, or another estimator, behind it."""
+    return make_pipeline(make_column_transformer(*parts, **options), final or LogisticRegression(max_iter=1000))
+
+
+def filled(strategy: str, **options: Any) -> Any:
+    """Return an imputer and an encoder."""
+    return make_pipeline(SimpleImputer(strategy=strategy, **options), OneHotEncoder())
+
+
+def hgb(categorical: Any = None) -> Any:
+    """Return a small gradient boosting."""
+    return HistGradientBoostingClassifier(max_iter=3, categorical_features=categorical)
+
+
+def search(model: Any) -> Any:
+    """Return a grid search around a pipeline that ends in a logistic regression."""
+    return GridSearchCV(model, {"logisticregression__C": [1, 2]}, cv=2)
+
+
+NB = GaussianNB()
+CITY = (OneHotEncoder(sparse_output=False), ["city"])
+NOTE = (TfidfVectorizer(), "note")
+SIZE = (StandardScaler(), ["size", "age"])
+OWN_TEXT = make_pipeline(TextLength(["note"]), LogisticRegression())
+# What each takes: column, its kind where it is no number, and ? where a value may be missing.
+CASES = {
+    "encoded text": (on(CITY, SIZE), "city:text size age"),
+    "ordinal text": (on((OrdinalEncoder(), ["city"]), SIZE), "city:text size age"),
+    "target-encoded text": (on((TargetEncoder(), ["city"]), SIZE), "size city:text? age"),
+    "NaN among the categories": (on((OneHotEncoder(), ["town"]), SIZE), "town:text? size age"),
+    "None among the categories": (on((OneHotEncoder(), ["nick"]), SIZE), "nick:text? size age"),
+    "None encoded": (on((OrdinalEncoder(encoded_missing_value=-1), ["nick"])), "nick:text?"),
+    "most frequent text": (on((filled("most_frequent"), ["town"]), SIZE), "size town:text? age"),
+    "constant text": (on((filled("constant", fill_value="?"), ["town"])), "town:text?"),
+    "most frequent for None": (on((filled("most_frequent", missing_values=None), ["nick"])), "nick:text?"),
+    "constant for None": (on((filled("constant", missing_values=None, fill_value="?"), ["nick"])), "nick:text?"),
+    "imputed without a transformer": (
+        make_pipeline(filled("most_frequent"), LogisticRegression()),
+        "town:text? city:text?",
+    ),
+    "median": (on((SimpleImputer(strategy="median"), ["weight"]), SIZE), "weight? size age"),
+    "median with a flag": (
+        on((SimpleImputer(strategy="median", add_indicator=True), ["weight"]), SIZE),
+        "weight? size age",
+    ),
+    "neighbours' mean": (on((KNNImputer(), ["weight", "size"])), "weight? size?"),
+    "passed through": (on(CITY, ("passthrough", ["size", "age"])), "city:text size age"),
+    "passed through as the rest": (on(CITY, remainder="passthrough"), "size city:text age"),
+    "passed through to trees": (
+        on((OrdinalEncoder(), ["city"]), remainder="passthrough", final=hgb()),
+        "size? city:text weight?",
+    ),
+    "dropped as the rest": (on(SIZE), "note:any? size age member:any?"),
+    "dropped by name": (on(("drop", ["note"]), SIZE), "note:any? size age"),
+    "by index": (on((OneHotEncoder(), [1]), (StandardScaler(), [0, -1])), "size city:text age"),
+    "by mask": (on((OneHotEncoder(), [False, True]), (StandardScaler(), [True, False])), "size city:text"),
+    "by slice": (on((OneHotEncoder(), slice(0, 1)), (StandardScaler(), slice("size", "age"))), "city:text size age"),
+    "by pattern": (
+        on((OneHotEncoder(), make_column_selector("^c")), (StandardScaler(), make_column_selector("^s"))),
+        "city:text size",
+    ),
+    "by type": (
+        on(
+            (OneHotEncoder(), make_column_selector(dtype_include="str")),
+            (StandardScaler(), make_column_selector(dtype_exclude="str")),
+        ),
+        "size city:text note:text",
+    ),
+    "vectorized text": (on(NOTE, SIZE), "size note:text age"),
+    "counted text": (on((CountVectorizer(), "note")), "note:text"),
+    "text reduced": (on((make_pipeline(TfidfVectorizer(), TruncatedSVD(2)), "note"), CITY), "city:text note:text"),
+    "categories by index": (hgb([1]), "size? grade?"),
+    "categories of pandas": (hgb("from_dtype"), "size? sort:text?"),
+    "encoded categories of pandas": (on((OneHotEncoder(), ["sort"])), "sort:text"),
+    "booleans": (on((OneHotEncoder(), ["member"]), SIZE), "member:boolean size age"),
+    "whole numbers as categories": (on((OneHotEncoder(), ["grade"]), SIZE), "grade size age"),
+    "one column used twice": (on((OneHotEncoder(), ["grade"]), (StandardScaler(), ["grade", "age"])), "age grade"),
+    "transformer in a transformer": (
+        on((make_column_transformer(CITY, SIZE), ["city", "size", "age"])),
+        "note:any? age city:text size",
+    ),
+    "numbers by name": (on(SIZE), "age size"),
+    "one column": (on(CITY), "city:text"),
+    "pandas between the steps": (on(CITY, SIZE).set_output(transform="pandas"), "city:text size age"),
+    "pandas between steps of numbers": (
+        make_pipeline(StandardScaler(), PCA(1), NB).set_output(transform="pandas"),
+        "size age",
+    ),
+    "grid search": (search(on(CITY, SIZE)), "city:text size age"),
+    "votes": (VotingClassifier([("a", on(CITY, SIZE)), ("b", on(SIZE, CITY))]), "city:text size age"),
+    "votes on different columns": (
+        VotingClassifier([("a", on(CITY, SIZE)), ("b", on(NOTE))]),
+        "note:text city:text size age",
+    ),
+    "stack": (StackingClassifier([("a", on(CITY, SIZE)), ("b", on(CITY))], cv=2), "city:text size age"),
+    "stack on different columns": (
+        StackingClassifier([("a", on(NOTE)), ("b", on(CITY, SIZE))], cv=2),
+        "city:text note:text size age",
+    ),
+    "union on different columns": (
+        make_pipeline(
+            make_union(make_column_transformer(CITY, SIZE), make_column_transformer(NOTE)), LogisticRegression()
+        ),
+        "note:text city:text size age",
+    ),
+    "calibrated": (CalibratedClassifierCV(on(CITY, SIZE), cv=2), "city:text size age"),
+    "calibrated numbers by name": (CalibratedClassifierCV(on(SIZE), cv=2), "size age"),
+    "tuned threshold": (TunedThresholdClassifierCV(on(CITY, SIZE), cv=2), "city:text size age"),
+    "fixed threshold": (FixedThresholdClassifier(on(CITY, SIZE), threshold=0.4), "city:text size age"),
+    "one against the rest": (multiclass.OneVsRestClassifier(on(CITY, SIZE)), "city:text size age"),
+    "frozen": (FrozenEstimator(on(CITY, SIZE).fit(TABLE[["city", "size", "age"]], Y)), "city:text size age"),
+    "transformed target": (
+        TransformedTargetRegressor(on(CITY, SIZE, final=Ridge()), func=np.log1p, inverse_func=np.expm1),
+        "city:text size age",
+    ),
+    "transformed target of numbers": (
+        TransformedTargetRegressor(Ridge(), func=np.log1p, inverse_func=np.expm1),
+        "size age",
+    ),
+    "bags of text": (BaggingClassifier(make_pipeline(OneHotEncoder(), LogisticRegression()), 3), "city:text note:text"),
+    "function": (make_pipeline(FunctionTransformer(np.log1p), LogisticRegression(max_iter=1000)), "size age"),
+    "function that takes no nought": (on((FunctionTransformer(np.log), ["age"]), CITY), "age city:text"),
+    "own step": (make_pipeline(Pick(), LogisticRegression()), "age? size"),
+    "own step that wants text": (OWN_TEXT, "size? note:text"),
+    "own step among others": (on((TextLength(["note"]), ["note"]), CITY, SIZE), "city:text note:text size age"),
+    "own step in a search": (search(OWN_TEXT), "note:text size?"),
+    "own step, many columns after it": (OWN_TEXT, "note:text size? age? grade? weight? a? b? c? d? e? f?"),
+    "own step, many columns before it": (OWN_TEXT, "size? age? grade? weight? a? b? c? d? e? f? note:text"),
+    "own step that wants many texts": (
+        make_pipeline(TextLength(["city", "note", "kind"]), LogisticRegression()),
+        "city:text size? age? grade? weight? a? b? c? kind:text d? e? note:text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_table_is_learned_and_answered_as_the_model_answers_it(case: str) -> None:
+    model, takes = CASES[case]
+    names = [column.rstrip("?").partition(":")[0] for column in takes.split()]
+    x = TABLE.assign(**dict.fromkeys("abcdef", 1.0), kind=TABLE["city"])[names]
+    assert described(learned(model, x)) == f"frame {takes}"
+
+
+# What the encoder is set to ignore, scikit-learn still warns of.
+@pytest.mark.filterwarnings("ignore:Found unknown categories:UserWarning")
+@pytest.mark.parametrize("unknown", ["ignore", "infrequent_if_exist"])
+def test_encoder_that_ignores_the_unknown_takes_missing_values(unknown: str) -> None:
+    model = on((OneHotEncoder(handle_unknown=unknown), ["city"]), SIZE)
+    assert described(learned(model, TABLE[["city", "size", "age"]])) == "frame city:text? size age"
+
+
+ENCODERS = [OneHotEncoder, OrdinalEncoder, TargetEncoder]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([1, 2, 3], ""), (["a", "b", "c"], ":text"), ([True, False, True], ":boolean"), ([0.5, 1.5, 2.5], "")],
+    ids=str,
+)
+def test_encoder_on_an_array_of_objects_gets_each_value_as_it_was(encoder: Any, values: list[Any], kind: str) -> None:
+    x = np.array(list(zip(values * 40, ["x", "y"] * 60, strict=True)), dtype=object)
+    signature = learned(make_pipeline(encoder(), LogisticRegression()), x)
+    assert described(signature).replace("?", "") == f"array -{kind} -:text"
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("form", ["frame", "array"])
+def test_whole_numbers_held_as_objects_are_learned(encoder: Any, form: str) -> None:
+    x = TABLE[["grade"]].astype(object)  # as columns come from a database
+    signature = learned(make_pipeline(encoder(), LogisticRegression()), x if form == "frame" else x.to_numpy())
+    assert [c.kind for c in signature.columns] == ["number"]
+
+
+@pytest.mark.parametrize("encoder", [OneHotEncoder, OrdinalEncoder])
+def test_long_whole_numbers_as_categories_stay_apart(encoder: Any) -> None:
+    x = pd.DataFrame({"id": [2**60 + at % 4 for at in range(N)]})  # ids of users or posts: a float rounds them
+    learned(make_pipeline(encoder(), RandomForestClassifier(5, random_state=0)), x, np.arange(N) % 4)
+
+
+@pytest.mark.filterwarnings("ignore:Found unknown categories:UserWarning")
+@pytest.mark.parametrize("beside", [None, 1.5, 2**64 - 1], ids=str)
+def test_long_whole_number_is_not_rounded_for_what_another_row_holds(beside: Any) -> None:
+    x = pd.DataFrame({"id": [2**60 + at % 4 for at in range(N)]})
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(x, np.arange(N) % 4)
+    signature, _ = learn(model)
+    assert model.predict(signature.parse([[2**60 + 1], [2**60]])).tolist() == [1, 0]
+    with pytest.raises(BadRows, match="request of their own"):
+        signature.parse([[2**60 + 1], [beside]])
+
+
+# The imputer says at each call that it drops the column.
+@pytest.mark.filterwarnings("ignore:Skipping features without any observed values:UserWarning")
+def test_column_without_any_value_does_not_shift_the_others() -> None:
+    x = TABLE.assign(town=pd.Series(np.nan, index=TABLE.index, dtype=object))[["town", "city", "size"]]
+    signature = learned(on((filled("most_frequent"), ["town", "city"]), (StandardScaler(), ["size"])), x)
+    assert [c.kind for c in signature.columns[1:]] == ["text", "number"]
+
+
+# --- numbers
+
+NUMBER_MODELS = [
+    LogisticRegression(max_iter=1000),
+    LinearRegression(),
+    SGDClassifier(random_state=0),
+    SVC(),
+    OneClassSVM(),
+    ensemble.RandomForestClassifier(5),
+    ensemble.ExtraTreesClassifier(5),
+    ensemble.GradientBoostingClassifier(n_estimators=3),
+    ensemble.AdaBoostClassifier(n_estimators=3),
+    ensemble.IsolationForest(n_estimators=5),
+    hgb(),
+    KNeighborsClassifier(),
+    neighbors.NearestCentroid(),
+    NB,
+    LinearDiscriminantAnalysis(),
+    MLPRegressor(hidden_layer_sizes=(3,), solver="lbfgs", max_iter=20000, alpha=10),
+    cluster.KMeans(2, n_init=1),
+    cluster.MiniBatchKMeans(2, n_init=1),
+    cluster.Birch(n_clusters=2),
+    mixture.GaussianMixture(2),
+    multiclass.OneVsRestClassifier(NB),
+    multiclass.OneVsOneClassifier(LogisticRegression(max_iter=1000)),
+    CalibratedClassifierCV(NB, cv=2),
+    VotingClassifier([("a", NB), ("b", KNeighborsClassifier())]),
+    StackingClassifier([("a", NB), ("b", KNeighborsClassifier())], cv=2),
+    BaggingClassifier(KNeighborsClassifier(), 3),
+    TunedThresholdClassifierCV(NB, cv=2),
+    GridSearchCV(KNeighborsClassifier(), {"n_neighbors": [3, 5]}, cv=2),
+    RFE(LinearRegression(), n_features_to_select=1),
+    make_pipeline(make_union(StandardScaler(), PCA(1)), NB),
+    make_pipeline(PolynomialFeatures(2), StandardScaler(), NB),
+    make_pipeline(SimpleImputer(), KNeighborsClassifier()),
+]
+
+
+def named(model: Any) -> str:
+    """Name a model in a test's id."""
+    return " ".join(str(model).split())[:70]
+
+
+@pytest.mark.parametrize("model", NUMBER_MODELS, ids=named)
+@pytest.mark.parametrize("names", [True, False], ids=["frame", "array"])
+def test_model_of_numbers_gets_arrays_whichever_way_it_was_fitted(model: Any, names: bool) -> None:
+    signature = learned(model, NUMBERS if names else NUMBERS.to_numpy())
+    assert (signature.layout, [c.kind for c in signature.columns]) == ("array", ["number", "number"])
+    assert [c.name for c in signature.columns] == (["size", "age"] if names else [None, None])
+
+
+@pytest.mark.parametrize(
+    ("model", "takes"),
+    [
+        (hgb(), "size? age?"),
+        (ensemble.RandomForestClassifier(5), "size? age?"),
+        (ensemble.GradientBoostingClassifier(n_estimators=3), "size age"),
+        (KNeighborsClassifier(), "size age"),
+        (make_pipeline(SimpleImputer(), KNeighborsClassifier()), "size? age?"),
+        (GridSearchCV(make_pipeline(SimpleImputer(), KNeighborsClassifier()), {}, cv=2), "size? age?"),
+    ],
+    ids=named,
+)
+def test_missing_values_are_taken_where_the_model_takes_them(model: Any, takes: str) -> None:
+    assert described(learned(model, NUMBERS)) == f"array {takes}"
+
+
+@pytest.mark.parametrize("model", [MultiOutputClassifier(NB), ClassifierChain(NB), Ridge()], ids=named)
+def test_several_outputs_are_learned_as_one_is(model: Any) -> None:
+    assert described(learned(model, NUMBERS, np.c_[Y, 1 - Y])) == "array size age"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [cluster.KMeans(2, n_init=1), cluster.MiniBatchKMeans(2, n_init=1), KNeighborsClassifier(), SVC(), NB, hgb()],
+    ids=named,
+)
+@pytest.mark.parametrize("form", ["frame", "array"])
+def test_model_fitted_on_single_precision_is_served(model: Any, form: str) -> None:
+    x = NUMBERS.astype(np.float32)  # embeddings and pictures come so
+    learned(model, x if form == "frame" else x.to_numpy())
+
+
+def test_booleans_that_the_model_takes_as_numbers_are_sent_as_numbers() -> None:
+    x = TABLE[["member", "size"]]
+    model = KNeighborsClassifier().fit(x, Y)
+    signature, _ = learn(served := copy.deepcopy(model))
+    assert described(signature) == "array member size"
+    assert_same(served.predict(signature.parse([[int(a), b] for a, b in rows_of(x)])), model.predict(x))
+    with pytest.raises(BadRows, match="true or false; expected a number"):
+        signature.parse(rows_of(x))
+
+
+def test_one_column_is_learned_with_and_without_a_name() -> None:
+    assert described(learned(NB, NUMBERS[["size"]])) == "array size"
+    assert described(learned(NB, NUMBERS[["size"]].to_numpy())) == "array -"
+    assert described(learned(make_pipeline(Pick(), NB), NUMBERS[["size"]])) == "frame size"
+
+
+BY_PLACE = on((OneHotEncoder(), [1]), (StandardScaler(), [0]))
+NAMES = ["", " ", "data", "method", "温度", "a.b", "petal width (cm)", "0", "x" * 500, "tab\there", '"', "🌡"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("model", [NB, BY_PLACE], ids=["array", "frame"])
+def test_odd_column_names_work(name: str, model: Any) -> None:
+    signature = learned(model, TABLE[["size", "grade"]].set_axis([name, name + "2"], axis=1))
+    assert [c.name for c in signature.columns] == [name, name + "2"]
+    with pytest.raises(BadRows, match="missing"):
+        signature.parse([{name: 1.0}])
+
+
+# --- one-dimensional data, and models that tell little
+
+TEXTS = TABLE["note"].tolist()
+VECTORIZED = make_pipeline(TfidfVectorizer(), LogisticRegression())
+TEXT_MODELS = {
+    "pipeline": VECTORIZED,
+    "hashed": make_pipeline(HashingVectorizer(n_features=64), LogisticRegression()),
+    "search around": search(VECTORIZED),
+    "search inside": make_pipeline(CountVectorizer(), GridSearchCV(LogisticRegression(), {"C": [1, 2]}, cv=2)),
+    "union": make_pipeline(FeatureUnion([("a", TfidfVectorizer()), ("b", CountVectorizer())]), LogisticRegression()),
+    "votes": VotingClassifier([("a", VECTORIZED), ("b", VECTORIZED)]),
+    "calibrated": CalibratedClassifierCV(VECTORIZED, cv=2),
+    "cased": make_pipeline(CountVectorizer(lowercase=False), LogisticRegression()),
+    "cleaned": make_pipeline(FunctionTransformer(lambda texts: [text.strip() for text in texts]), VECTORIZED),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_model_of_texts_takes_a_list_of_strings(name: str) -> None:
+    signature = learned(TEXT_MODELS[name], TEXTS)
+    assert signature == Signature("texts", ())
+    for wrong in (["a", None], ["a", 1], [["a"]], [{"a": "b"}]):
+        with pytest.raises(BadRows, match=r'expected a text: data is \["some text"\]'):
+            signature.parse(wrong)
+
+
+def test_isotonic_regression_takes_a_list_of_numbers() -> None:
+    signature = learned(IsotonicRegression(out_of_bounds="clip"), TABLE["size"].to_numpy(), TABLE["age"].to_numpy())
+    assert signature == Signature("numbers", ())
+
+
+@pytest.mark.parametrize("model", [Untold(), Bare()], ids=["no n_features_in_", "no base class"])
+def test_model_that_does_not_tell_its_width_takes_rows_of_any_one_width(model: Any) -> None:
+    signature, _ = learn(model)
+    assert signature == Signature("array", None)
+    for rows in ([[1.0]], [[1.0, 2.0], [3.0, 4.0]], [[1, 2, 3.5]]):
+        assert_same(model.predict(signature.parse(rows)), model.predict(np.array(rows, dtype=float)))
+    for rows in ([[1.0], [1.0, 2.0]], [[]], [[1.0, None]], [["a"]], [[True]], [{"a": 1.0}], [1.0]):
+        with pytest.raises(BadRows):
+            signature.parse(rows)
+
+
+def test_model_that_refuses_noughts_is_proved_with_ones() -> None:
+    signature, proved_with = learn(NeedsOnes().fit(NUMBERS.to_numpy(), Y))
+    assert described(signature) == "array -? -?"
+    assert proved_with == [[1.0, 1.0]]
+
+
+def test_model_that_answers_no_made_up_row_says_so_and_what_helps() -> None:
+    model = RefusesAll().fit(NUMBERS.to_numpy(), Y)
+    with pytest.raises(ModelLoadError, match=r"answered no row that could be made up.*KeyError.*station 17") as refusal:
+        learn(model)
+    assert isinstance(refusal.value.__cause__, KeyError)
+    signature, proved_with = learn(model, [[101.0, 102.0]])
+    assert (proved_with, len(signature.columns)) == ([[101.0, 102.0]], 2)
+    assert "sample" in str(refusal.value)  # the way out, just taken
+
+
+# --- samples
+
+FITTED_TEXT = copy.deepcopy(OWN_TEXT).fit(TABLE[["size", "note"]], Y)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        [[1.0, "a"]],
+        [{"note": "a", "size": 1.0}],
+        [[1.0, "a"], [2.0, "b"]],
+        [[None, "a"], [1, "b"], [1.5, "c"]],
+    ],
+    ids=str,
+)
+def test_sample_tells_what_a_step_of_ones_own_takes(sample: list[Any]) -> None:
+    signature, proved_with = learn(copy.deepcopy(FITTED_TEXT), sample)
+    assert described(signature) == "frame size? note:text"
+    assert proved_with is sample
+
+
+@pytest.mark.parametrize("sample", [[[None, 30.0]], [{"age": 3, "size": None}], [[1.0, 2.0], [None, None]]], ids=str)
+def test_sample_may_hold_missing_values_where_the_model_takes_them(sample: list[Any]) -> None:
+    signature, _ = learn(hgb().fit(NUMBERS, Y), sample)
+    assert described(signature) == "array size? age?"
+
+
+NOT_ROWS = [[[1.0]], [[1.0, "a", 2.0]], [{"size": 1.0}], [{}], ["a"], [1.0], [None], [[1.0, "a"], None], [[[], "a"]]]
+
+
+@pytest.mark.parametrize("sample", [*NOT_ROWS, {"a": 1}, "text", 5], ids=str)
+@pytest.mark.parametrize("model", [FITTED_TEXT, copy.deepcopy(NB).fit(NUMBERS, Y)], ids=["frame", "array"])
+def test_sample_that_the_model_does_not_take_is_a_load_error(model: Any, sample: Any) -> None:
+    with pytest.raises(ModelLoadError, match="sample"):
+        learn(copy.deepcopy(model), sample)
+
+
+# --- wide models
+
+WIDE = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 1000)), columns=[f"column {at}" for at in range(1000)])
+# Seconds of this process to learn 1,000 columns: a server that takes minutes to be ready is restarted by then.
+LIMIT = 60.0
+
+
+@pytest.fixture
+def in_time(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that makes a class's predict fail the test when it is called past `LIMIT`."""
+
+    def limit(kind: type) -> None:
+        predict, deadline = kind.predict, time.process_time() + LIMIT
+
+        def predict_in_time(self: Any, x: Any) -> Any:
+            if time.process_time() > deadline:
+                pytest.fail(f"not learned within {LIMIT} s")  # no Exception, so that the learner lets it through
+            return predict(self, x)
+
+        monkeypatch.setattr(kind, "predict", predict_in_time)
+
+    return limit
+
+
+def test_column_of_text_is_found_among_very_many_in_reasonable_time(in_time: Any) -> None:
+    model = make_pipeline(TextLength(["note"]), LogisticRegression())
+    model.fit(WIDE.assign(note=TABLE["note"]), np.arange(60) % 2)
+    in_time(type(model))
+    signature, _ = learn(model)
+    assert [c.name for c in signature.columns if c.kind == "text"] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "nullable"),
+    [
+        (LogisticRegression(), False, 0),
+        (RandomForestClassifier(5), True, 1000),
+        (make_pipeline(SimpleImputer(), KNeighborsClassifier()), True, 1000),
+        (on((StandardScaler(), slice(0, None))), True, 0),
+        (on((SimpleImputer(), slice(0, 496)), ("passthrough", slice(496, None))), False, 496),
+    ],
+    ids=["regression", "forest", "imputer", "scaler by name", "half imputed"],
+)
+def test_wide_model_is_learned_in_reasonable_time(in_time: Any, model: Any, names: bool, nullable: int) -> None:
+    model.fit(WIDE if names else WIDE.to_numpy(), np.arange(60) % 2)
+    in_time(type(model))
+    signature, _ = learn(model)
+    assert sum(c.nullable for c in signature.columns) == nullable
+
+
+def test_wide_model_that_answers_nothing_gives_up_in_reasonable_time(in_time: Any) -> None:
+    model = RefusesAll().fit(WIDE.to_numpy(), None)
+    model.feature_names_in_ = WIDE.columns.to_numpy(dtype=object)
+    in_time(RefusesAll)
+    with pytest.raises(ModelLoadError):
+        learn(model)
+
+
+# --- rows that do not fit
+
+PAIR = Signature("array", (Column("a"), Column("b", nullable=True)))
+UNNAMED = Signature("array", (Column(None), Column(None)))
+MIXED = Signature(
+    "frame", (Column("a", "text"), Column("b", "boolean", nullable=True), Column("c", "any"), Column("d"))
+)
+SIGNATURES = {
+    "numbers by name": PAIR,
+    "numbers": UNNAMED,
+    "table": MIXED,
+    "objects": Signature("array", (Column(None, "text"), Column(None))),
+    "whole numbers": Signature("frame", (Column("a", dtype="int64"), Column("b", dtype="int64", nullable=True))),
+    "whole numbers without names": Signature("array", (Column(None, dtype="int64"), Column(None, dtype="object"))),
+    "single precision": Signature("array", (Column("a"), Column("b", nullable=True)), precision="float32"),
+    "untold": Signature("array", None),
+    "texts": Signature("texts", ()),
+    "scalars": Signature("numbers", ()),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (None, "data is null; expected a list of rows, [[0.5, 0.5]]"),
+        ({"a": 1}, "data is an object; expected a list of rows, [[0.5, 0.5]]"),
+        ("rows", "data is a text; expected a list of rows, [[0.5, 0.5]]"),
+        ([], "data has no rows"),
+        (
+            [1.0, 2.0],
+            "data is a list of numbers; this model takes a list of rows, so one row is written with two brackets: "
+            "[[0.5, 0.5]]",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_rows_is_told_the_form(data: Any, detail: str) -> None:
+    with pytest.raises(BadRows) as refusal:
+        PAIR.parse(data)
+    assert (refusal.value.detail, refusal.value.errors) == (detail, [])
+
+
+@pytest.mark.parametrize(
+    ("signature", "data", "errors"),
+    [
+        (PAIR, [[1.0]], [(0, None, "1 values; expected 2")]),
+        (PAIR, [[1, 2], [1, 2, 3], []], [(1, None, "3 values; expected 2"), (2, None, "0 values; expected 2")]),
+        (PAIR, [[1, "2"]], [(0, "b", "a text; expected a number")]),
+        (PAIR, [[1, 2], [True, 2]], [(1, "a", "true or false; expected a number")]),
+        (PAIR, [[None, None]], [(0, "a", "null; this model does not take a missing value here")]),
+        (UNNAMED, [[1, []]], [(0, 1, "a list; expected a number")]),
+        (PAIR, [{"a": 1}], [(0, "b", "missing")]),
+        (PAIR, [{"a": 1, "b": 2, "c": 3}], [(0, "c", "not a column of this model")]),
+        (PAIR, [{"a": 1, "b": 2}, [1, 2]], [(1, None, "a list; expected an object, as row 0")]),
+        (
+            MIXED,
+            [[1, 1, [], "d"]],
+            [
+                (0, "a", "a number; expected a text"),
+                (0, "b", "a number; expected true or false"),
+                (0, "c", "a list; expected a number, a text, or true or false"),
+                (0, "d", "a text; expected a number"),
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_rows_are_told_where_and_what(signature: Signature, data: Any, errors: list[Any]) -> None:
+    with pytest.raises(BadRows) as refusal:
+        signature.parse(data)
+    assert [(e["row"], e.get("column"), e["detail"]) for e in refusal.value.errors] == errors
+    row, column, detail = errors[0]
+    where = f"row {row}" if column is None else f"row {row}, column {column!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    assert refusal.value.detail == f"{where}: {detail}{more}"
+
+
+@pytest.mark.parametrize(("count", "more"), [(20, " (and 19 more)"), (21, " (and more; the first 20 are listed)")])
+def test_at_most_twenty_places_are_listed(count: int, more: str) -> None:
+    with pytest.raises(BadRows) as refusal:
+        PAIR.parse([["x", 1.0]] * count)
+    assert refusal.value.detail == f"row 0, column 'a': a text; expected a number{more}"
+    assert len(refusal.value.errors) == 20
+
+
+def assert_rows_or_reasons(signature: Signature, data: Any) -> None:
+    """Parse anything: as many rows come back, or an error that is short and can be sent."""
+    try:
+        parsed = signature.parse(data)
+    except BadRows as error:
+        bad = error
+    else:
+        assert len(parsed) == len(data)
+        return
+    assert 0 < len(bad.detail) <= 300
+    assert len(bad.errors) <= MAX_ERRORS
+    assert len(orjson.dumps([bad.detail, bad.errors])) < 20_000
+
+
+# Whole numbers as the server's decoder makes them: beyond 64 bits it makes floats.
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=90))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=200), inner, max_size=5),
+    max_leaves=20,
+)
+# Rows that are nearly right reach further in than wild ones.
+NEARLY = st.lists(
+    st.one_of(
+        st.lists(SCALARS, min_size=1, max_size=4),
+        st.fixed_dictionaries({"a": SCALARS, "b": SCALARS}, optional={"c": SCALARS, "d": SCALARS}),
+        VALUES,
+    ),
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=VALUES | NEARLY)
+def test_any_json_gives_rows_or_reasons(name: str, data: Any) -> None:
+    assert_rows_or_reasons(SIGNATURES[name], data)
+
+
+LONG = "x" * 2**20
+HOSTILE = {
+    "long key": [{LONG: 1.0}],
+    "long key beside": [{"a": 1.0, "b": 1.0, LONG: 1.0}],
+    "long keys": [{LONG + str(at): at for at in range(30)}],
+    "long value": [[LONG, LONG]],
+    "long text": LONG,
+    "long texts": [LONG, 1],
+    "long row": [[0.0] * 2**20],
+    "long nested": [[[LONG] * 9, {LONG: LONG}]],
+    "unprintable key": [{"a": 1.0, "b": 1.0, "\U000e0001" * 100: 1.0}],  # repr writes ten characters for each
+    "quotes": [{"a": 1.0, "b": 1.0, "'\"\\" * 100: 1.0}],
+    "nulls": [None] * 10**5,
+    "deep": functools.reduce(lambda inner, _: [inner], range(900), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_nothing_a_caller_sends_blows_up_the_error(name: str, case: str) -> None:
+    assert_rows_or_reasons(SIGNATURES[name], HOSTILE[case])
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_number_beyond_any_float_is_refused(name: str) -> None:
+    huge = json.loads("1" + "0" * 400)  # from a recorded sample, which Python's own decoder reads
+    for data in ([[huge, huge]], [huge], [{"a": huge, "b": huge}], [["x", None, huge, huge]]):
+        assert_rows_or_reasons(SIGNATURES[name], data)

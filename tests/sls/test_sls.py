@@ -1,0 +1,454 @@
+"""The shipper by itself, with the real SDK and a loopback SLS: what each failure does, progress, credentials."""
+
+import json
+import logging
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, records
+from ecs_metadata import EcsMetadata
+from loopback_sls import LoopbackSLS
+from sls_tools import clock, shipper, shippers, state, stored
+
+from monitor import Journal, segments
+from settings import Settings
+from sls import Progress
+from sls.client import connect, sender
+from sls.console import Recipients
+from sls.shipper import Shipper, SLSError
+
+
+def journal_of(place: Path, count: int) -> Path:
+    """Write records with the request ids "0", "1", … to a journal, and return its directory."""
+    journal = Journal(place / "journal", 10**7)
+    for n in range(count):
+        journal.append({"request_id": str(n)})
+    journal.close()
+    return place / "journal"
+
+
+@pytest.mark.parametrize("mode", ["throttled", "quota", "error500", "busy", "reset"])
+def test_what_passes_is_tried_again_soon(tmp_path: Path, sls: LoopbackSLS, mode: str) -> None:
+    sls.mode = mode
+    journal_of(tmp_path, 50)
+    with shipper(tmp_path, sls, "--forever"):
+        sls.wait_until(lambda: sls.outcomes.total() >= 3)
+        assert state(tmp_path)["error"]
+        assert not sls.logs
+        sls.mode = "ok"
+        sls.wait_until(lambda: len(stored(sls)) == 50)
+        assert max(stored(sls).values()) == 1
+        sls.wait_until(lambda: "SLS takes records again" in (tmp_path / "ship.log").read_text())
+    assert (tmp_path / "ship.log").read_text().count("ERROR") == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("wrong key", "check ALIBABA_CLOUD_ACCESS_KEY_ID"),
+        ("no project", "check SLS_PROJECT"),
+        ("no logstore", "check SLS_LOGSTORE"),
+        ("skew", "set this machine's clock"),
+    ],
+)
+def test_what_an_operator_must_mend_is_tried_slowly_and_said_once(
+    tmp_path: Path, sls: LoopbackSLS, mode: str, advice: str, monkeypatch: Any, caplog: Any
+) -> None:
+    sls.mode = mode
+    monkeypatch.setattr("sls.shipper.SLOW_RETRY", 0.5)
+    with in_thread(journal_of(tmp_path, 50), real_sender(sls)):
+        sls.wait_until(lambda: sls.outcomes.total() >= 3)
+        assert not sls.logs
+        errors = [entry.getMessage() for entry in caplog.records if entry.levelno == logging.ERROR]
+        assert len(errors) == 1
+        assert advice in errors[0]
+        sls.mode = "ok"
+        sls.wait_until(lambda: len(stored(sls)) == 50)
+
+
+def test_batches_are_bounded_and_wait_for_more_only_when_they_are_not_full(tmp_path: Path, sls: LoopbackSLS) -> None:
+    directory = journal_of(tmp_path, 10_000)
+    with in_thread(directory, real_sender(sls)):
+        sls.wait_until(lambda: len(sls.logs) == 10_000)
+        assert sls.batches == [2048, 2048, 2048, 2048, 10_000 - 4 * 2048]
+        wide = Journal(directory, 10**8)
+        for _ in range(60):
+            wide.append({"filling": "x" * 100_000})
+        wide.close()
+        sls.wait_until(lambda: len(sls.logs) == 10_060)
+        assert max(sls.batch_bytes) < 3 * 10**6
+
+
+def test_record_that_sls_refuses_for_what_is_in_it_is_set_aside_and_the_others_arrive(
+    tmp_path: Path, sls: LoopbackSLS
+) -> None:
+    sls.refuse(lambda entry: entry["request_id"] == "13")
+    journal_of(tmp_path, 50)
+    with shipper(tmp_path, sls) as process:
+        assert process.wait(30) == 0
+    assert set(stored(sls)) == {str(n) for n in range(50)} - {"13"}
+    report = subprocess.run(
+        [sys.executable, "-m", "telemetry.report", "--dir", str(tmp_path / "journal")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert re.search(r"^records refused by SLS +1$", report, re.MULTILINE)
+    refused = json.loads((tmp_path / "journal/refused.json").read_text())
+    assert (refused["request_id"], state(tmp_path)["refused"], state(tmp_path)["shipped"]) == ("13", 1, 50)
+
+
+def test_second_shipper_of_a_journal_ends_at_once(tmp_path: Path, sls: LoopbackSLS) -> None:
+    with shipper(tmp_path, sls, "--forever") as first:
+        sls.wait_until(lambda: shippers(tmp_path / "journal") == [first.pid])
+        with shipper(tmp_path, sls, "--forever") as second:
+            assert second.wait(20) == 0
+        assert first.poll() is None
+
+
+def test_torn_line_and_broken_state_stop_nothing(tmp_path: Path) -> None:
+    directory = tmp_path / "journal"
+    directory.mkdir()
+    (directory / "ship.json").write_text("{")
+    (directory / "00000000000000000001-1.jsonl").write_bytes(
+        b'{"time":1.5,"n":1}\n{"ti\n\n[1]\n{"time":2.5,"n":2}\n{"time":3'
+    )
+    sent: list[Any] = []
+    Shipper(directory, sent.extend).run()
+    assert [record["n"] for record in sent] == [1, 2]
+    assert segments(directory) == []
+
+
+def test_ship_without_settings_says_which(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sls", "ship"], cwd=ROOT, env={}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, "SLS_ENDPOINT" in done.stderr) == (2, True)
+
+
+def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
+    """It may be a wrong setting, and then every record would be."""
+    tries = []
+
+    def refuse(records: list[Any]) -> None:
+        tries.append(len(records))
+        raise SLSError("SomethingNew", "never heard of", 400)
+
+    with in_thread(journal_of(tmp_path, 5), refuse):
+        wait_for(lambda: bool(tries))
+        time.sleep(0.5)
+    assert tries == [5]
+    assert not (tmp_path / "journal/refused.json").exists()
+    assert len(records(tmp_path / "journal")) == 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", ["ship.json.new", "refused.json"])
+def test_progress_that_cannot_be_written_stops_no_shipping(
+    tmp_path: Path, file: str, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr("sls.shipper.SLOW_RETRY", 1.0)
+    directory = journal_of(tmp_path, 5)
+    (directory / file).mkdir()  # so nothing can be written there
+    sent: list[str] = []
+
+    def send(records: list[Any]) -> None:
+        if file == "refused.json" and any(record["request_id"] == "3" for record in records):
+            raise SLSError("PostBodyInvalid", "this one", 400)
+        sent.extend(record["request_id"] for record in records)
+
+    with in_thread(directory, send):
+        wait_for(lambda: len(sent) >= 3)
+        if file == "refused.json":
+            time.sleep(0.5)
+            assert sent == ["0", "1", "2"]  # what cannot be set aside is not lost
+            assert len(records(directory)) == 5
+            (directory / file).rmdir()
+            wait_for(lambda: sent == ["0", "1", "2", "4"], 60)
+        wait_for(lambda: not segments(directory))
+    assert sum(str(directory) in entry.getMessage() or file in entry.getMessage() for entry in caplog.records) >= 1
+    assert sorted(sent) == sorted(set(sent))
+
+
+def test_segment_that_cannot_be_read_keeps_no_other_waiting(tmp_path: Path) -> None:
+    directory = journal_of(tmp_path, 2)
+    (directory / "00000000000000000001-1.jsonl").mkdir()
+    sent: list[Any] = []
+    Shipper(directory, sent.extend).run()
+    assert len(sent) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"offsets": 1, "shipped": 0}', '{"shipped": 3}', "\udcff"])
+def test_broken_progress_means_from_the_beginning(tmp_path: Path, text: str) -> None:
+    directory = journal_of(tmp_path, 3)
+    (directory / "ship.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert Progress.read(directory) is None
+    sent: list[Any] = []
+    Shipper(directory, sent.extend).run()
+    assert len(sent) == 3
+
+
+def test_progress_says_what_waits_for_how_long_and_why(tmp_path: Path, sls: LoopbackSLS) -> None:
+    directory = journal_of(tmp_path, 5)
+    assert Progress.read(directory) is None
+    written = records(directory)[0]["time"]
+    size = sum(path.stat().st_size for path in segments(directory))
+    sls.mode = "no logstore"
+    with shipper(tmp_path, sls, "--forever"):
+        sls.wait_until(lambda: Progress.read(directory) is not None)
+        progress = Progress.read(directory)
+        assert progress is not None
+        assert (progress.shipped, progress.waiting, progress.oldest) == (0, size, written)
+        assert progress.error.startswith("LogStoreNotExist")
+        report = subprocess.run(
+            [sys.executable, "-m", "telemetry.report", "--dir", str(directory)],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        assert re.search(rf"^bytes waiting +{size}$", report, re.MULTILINE)
+        assert re.search(r"^waiting for +[0-9]+ s$", report, re.MULTILINE)
+        assert re.search(r"^SLS, last error +LogStoreNotExist: logstore does not exist$", report, re.MULTILINE)
+    sls.mode = "ok"
+    with shipper(tmp_path, sls) as process:
+        assert process.wait(30) == 0
+    assert Progress.read(directory) == Progress(5, 0, 0, 0, None, "")
+
+
+def test_shipper_needs_neither_flask_nor_a_model() -> None:
+    wanted = "import sls.__main__, sls.client, sys; print({'flask', 'sklearn', 'numpy', 'gevent'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", wanted], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_worker_needs_no_sdk() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import server, sys; print({'aliyun', 'requests'} & {*sys.modules})"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "set()\n"
+
+
+def test_keys_appear_in_no_repr() -> None:
+    environ = {
+        "ALIBABA_CLOUD_ACCESS_KEY_ID": "LTAI-findme",
+        "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "secret-findme",
+        "ALIBABA_CLOUD_SECURITY_TOKEN": "token-findme",
+        "SLS_ENDPOINT": "cn-test.log.aliyuncs.com",
+        "SLS_PROJECT": "proj",
+        "SLS_LOGSTORE": "ls",
+        "SLS_ALERT_DINGTALK": "https://oapi.dingtalk.com/robot/send?access_token=findme",
+        "SLS_ALERT_DINGTALK_SECRET": "SEC-findme",
+    }
+    client = connect(Settings.from_environ(environ), environ)
+    held = client._credentials.get_credentials()
+    shown = repr([client, vars(client), client._credentials, vars(client._credentials)["_found"], held])
+    shown += repr([Recipients.from_environ(environ), Settings.from_environ(environ)])
+    assert "findme" not in shown
+
+
+# --- the network
+
+
+def test_name_that_is_not_found_is_tried_again_soon() -> None:
+    settings = Settings(sls_endpoint="nowhere.invalid", sls_project="proj", sls_logstore="ls")
+    environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "fake", "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "fake"}
+    with pytest.raises(SLSError) as caught:
+        sender(settings, connect(settings, environ))([{"time": 1.5}])
+    assert caught.value.is_passing
+    assert "resolve" in str(caught.value)
+
+
+def test_connection_that_speaks_no_tls_is_tried_again_soon(monkeypatch: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def speak() -> None:
+            with suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                    connection.recv(65536)
+                    connection.sendall(b"this is no TLS record, and never will be one")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        settings = Settings(sls_endpoint="cn-test.log.aliyuncs.com", sls_project="proj", sls_logstore="ls")
+        environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "fake", "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "fake"}
+        with pytest.raises(SLSError) as caught:
+            sender(settings, connect(settings, environ))([{"time": 1.5}])
+        thread.join(10)
+    assert caught.value.is_passing
+    assert "SSL" in str(caught.value)
+
+
+# --- credentials
+
+
+def send_one(client: Any, sls: LoopbackSLS, name: str) -> None:
+    sender(Settings.from_environ(sls.environ()), client)([{"time": time.time(), "request_id": name}])
+
+
+def client_of(sls: LoopbackSLS, region: bool = True, **environ: str) -> Any:
+    """Connect to the loopback SLS from this process, with these credentials' variables only."""
+    places = {name: value for name, value in sls.environ().items() if name.startswith("SLS_")}
+    if not region:
+        del places["SLS_REGION"]
+    client = connect(Settings.from_environ(places), environ)
+    client._session.proxies["http"] = sls.environ()["http_proxy"]
+    return client
+
+
+@pytest.mark.parametrize("region", [True, False], ids=["v4", "v1"])
+@pytest.mark.parametrize("token", ["", "a-token"])
+def test_credentials_from_the_environment(sls: LoopbackSLS, region: bool, token: str) -> None:
+    sls.token = token or None
+    variables = {name: value for name, value in sls.environ().items() if name.startswith("ALIBABA_")}
+    send_one(client_of(sls, region, **variables), sls, "it")
+    assert set(stored(sls)) == {"it"}
+
+
+def test_credentials_from_a_file_that_changes(tmp_path: Path, sls: LoopbackSLS) -> None:
+    path = tmp_path / "credentials.ini"
+
+    def write(key_id: str, secret: str, token: str = "", section: str = "default") -> None:
+        path.write_text(
+            f"[{section}]\naccess_key_id = {key_id}\naccess_key_secret = {secret}\nsecurity_token = {token}\n"
+        )
+
+    write(sls.key_id, sls.secret)
+    client = client_of(sls, ALIBABA_CLOUD_CREDENTIALS_FILE=str(path))
+    send_one(client, sls, "first")
+    sls.accept("second-id", "second%secret", "second-token")
+    write("second-id", "second%secret", "second-token")
+    sls.expire(sls.key_id)  # refused, so the file is read at once
+    send_one(client, sls, "second")
+    path.write_text("[default\naccess_key_id = half-writt")
+    send_one(client, sls, "third")
+    sls.expire("second-id")
+    with pytest.raises(SLSError) as caught:
+        send_one(client, sls, "fourth")
+    assert caught.value.code == "Unauthorized"
+    assert "half" not in str(caught.value)
+    assert set(stored(sls)) == {"first", "second", "third"}
+    write("second-id", "second%secret", section="elsewhere")
+    elsewhere = {"ALIBABA_CLOUD_CREDENTIALS_FILE": str(path), "ALIBABA_CLOUD_PROFILE": "elsewhere"}
+    sls.accept("second-id", "second%secret")
+    send_one(client_of(sls, **elsewhere), sls, "fifth")
+
+
+@pytest.mark.parametrize("requires_token", [False, True])
+@pytest.mark.parametrize("role", ["", "server-role"])
+def test_credentials_of_the_ecs_role_are_renewed_while_it_runs(
+    sls: LoopbackSLS, monkeypatch: Any, requires_token: bool, role: str
+) -> None:
+    forward = clock(monkeypatch)
+    with EcsMetadata(sls.accept, lifetime=60, requires_token=requires_token) as metadata:
+        monkeypatch.setattr("sls.client.METADATA", metadata.base)
+        client = client_of(sls, **({"ALIBABA_CLOUD_ECS_METADATA": role} if role else {}))
+        for n in range(25):
+            send_one(client, sls, str(n))
+            forward(3)
+        assert metadata.calls["credentials"] >= 2
+        assert metadata.calls["role"] == (0 if role else metadata.calls["credentials"])
+    assert len(stored(sls)) == 25
+    assert sls.outcomes == {"ok": 25}
+
+
+def test_shipper_renews_credentials_from_a_uri_and_outlives_its_failure(tmp_path: Path, sls: LoopbackSLS) -> None:
+    with EcsMetadata(sls.accept, lifetime=3) as metadata:
+        environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "", "ALIBABA_CLOUD_CREDENTIALS_URI": metadata.credentials_uri}
+        with shipper(tmp_path, sls, "--forever", **environ):
+            journal = Journal(tmp_path / "journal", 10**7)
+            for n in range(40):
+                journal.append({"request_id": str(n)})
+                time.sleep(0.2)
+                if n in (10, 20):
+                    metadata.mode = "garbage" if n == 10 else "ok"
+            sls.wait_until(lambda: len(stored(sls)) == 40, 60)
+            assert metadata.calls["credentials"] >= 3
+    said = (tmp_path / "ship.log").read_text() + (tmp_path / "journal/ship.json").read_text()
+    assert not any(key in said for key in (*sls.credentials, *(secret for secret, _, _ in sls.credentials.values())))
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"ALIBABA_CLOUD_ACCESS_KEY_ID": "alone"}, "ALIBABA_CLOUD_ACCESS_KEY_SECRET are not both there"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "/nowhere"}, "No such file"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "requirements.txt"}, "MissingSectionHeaderError"),
+        ({"ALIBABA_CLOUD_CREDENTIALS_URI": "http://127.0.0.1:1/secret-path"}, "ConnectionError"),
+        ({}, "ConnectionError"),
+    ],
+)
+def test_no_credentials_is_said_plainly(sls: LoopbackSLS, environ: dict[str, str], said: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sls.client.METADATA", "http://127.0.0.1:1/latest")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SLSError) as caught:
+        send_one(client_of(sls, **environ), sls, "never")
+    assert caught.value.code == "NoCredentials"
+    assert said in str(caught.value)
+    assert "secret-path" not in str(caught.value)
+    assert not caught.value.is_passing
+    assert not caught.value.is_content
+
+
+@pytest.mark.parametrize("mode", ["no role", "garbage"])
+def test_metadata_without_a_role_is_said_plainly(sls: LoopbackSLS, monkeypatch: Any, mode: str) -> None:
+    with EcsMetadata(sls.accept) as metadata:
+        metadata.mode = mode
+        monkeypatch.setattr("sls.client.METADATA", metadata.base)
+        with pytest.raises(SLSError) as caught:
+            send_one(client_of(sls), sls, "never")
+    assert caught.value.code == "NoCredentials"
+    assert "html" not in str(caught.value)
+
+
+# --- helpers
+
+
+def real_sender(sls: LoopbackSLS) -> Callable[[list[dict[str, Any]]], None]:
+    """Return what sends to the loopback SLS from this process."""
+    variables = {name: value for name, value in sls.environ().items() if name.startswith("ALIBABA_")}
+    return sender(Settings.from_environ(sls.environ()), client_of(sls, **variables))
+
+
+@contextmanager
+def in_thread(directory: Path, send: Callable[[list[Any]], None]) -> Iterator[Shipper]:
+    """Run a shipper in a thread of this process until the block ends, or in vain."""
+    shipper = Shipper(directory, send, forever=True)
+    ended = threading.Event()
+
+    def until_the_end(records: list[Any]) -> None:
+        if ended.is_set():
+            raise SystemExit
+        send(records)
+
+    def run() -> None:
+        with suppress(SystemExit):
+            shipper.run()
+
+    shipper._send = until_the_end
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield shipper
+    finally:
+        ended.set()
+        shipper.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def wait_for(met: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until `met()` is true."""
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.02)

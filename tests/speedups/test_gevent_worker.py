@@ -1,0 +1,476 @@
+"""The short way for plain requests: it reads each as gunicorn does, and hands over the rest as it came."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Gunicorn, basic, gunicorn, read_all, records
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+from gunicorn.http import wsgi
+from gunicorn.http.errors import InvalidResponseHeader
+from gunicorn.http.parser import RequestParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speedups.gevent_worker import (
+    BASIS,
+    MOST_FIELDS,
+    MOST_OF_A_LINE,
+    NOT_PLAIN,
+    SETTINGS,
+    _ends,
+    _schemes,
+    environ_of,
+    leaves_requests_alone,
+    message_of,
+)
+
+ROW = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+SERVER, CALLER = ("127.0.0.1", 5000), ("192.0.2.7", 4321)  # a caller who is not trusted to say that it came by TLS
+PROXY = ("127.0.0.1", 4321)
+
+
+def head_of(*fields: str, line: str = "POST /predict HTTP/1.1", host: str = "Host: localhost:5000") -> bytes:
+    """Return a request's head."""
+    return "\r\n".join((line, *filter(None, (host,)), *fields, "\r\n")).encode("latin-1")
+
+
+PLAIN = [
+    head_of("Content-Length: 0"),
+    head_of(line="GET /model HTTP/1.1"),
+    head_of(line="POST /predict?method=predict_proba&x=%2F HTTP/1.1"),
+    head_of("Content-Type: application/json", "Content-Length: 32", "Authorization: Basic cDpw", "Accept: */*"),
+    head_of("content-length:5", "x-odd:   a: b,  c  ", "X-Empty:", "X-Blank:   "),
+    head_of("Connection: keep-alive", "User-Agent: curl/8 (x; y)"),
+    head_of("Connection: close"),
+    head_of("X-Forwarded-Proto: https", "X-Forwarded-For: 10.0.0.1, 10.0.0.2"),
+    head_of("X-Forwarded-Proto: http"),
+    head_of("X-Forwarded-Ssl: on", host="Host: example.com"),
+    head_of(line="GET /a/b-c/d.e~f/../g HTTP/1.1"),
+    head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS - 1))),
+    head_of(line="GET /".ljust(MOST_OF_A_LINE - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    head_of(f"X-A: {'a' * 8000}"),
+]
+NOT = [
+    *(head_of(f"{name.title()}: 1") for name in sorted(NOT_PLAIN)),
+    head_of("Connection: Upgrade"),
+    head_of("Connection: close, X-Request-ID"),
+    head_of("Content-Length: 1", "Content-Length: 1"),
+    head_of("Content-Length: +1"),
+    head_of("Content-Length: 1, 1"),
+    head_of("Content-Length: 12345678901"),
+    head_of("Content-Length: \xb2"),
+    head_of("X-A: 1", "x-a: 2"),
+    head_of("X_Forwarded_For: 1"),
+    head_of("X-A : 1"),
+    head_of(" X-A: 1"),
+    head_of("X-A: 1\r\n folded"),
+    head_of("X-A: 1\nX-B: 2"),
+    head_of("X-A: 1\rX-B: 2"),
+    head_of("X-A: \x00"),
+    head_of("X-A: \xe9"),
+    head_of("X-A: 1\t2"),
+    head_of("no colon"),
+    head_of(": no name"),
+    head_of(host=""),
+    head_of("Host: other"),
+    head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS))),
+    head_of(line="GET /".ljust(MOST_OF_A_LINE + 1 - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    *(head_of(host=f"Host: {host}") for host in ("", ":80", "a:b", "a:1:2", "[::1]:80", "a:")),
+    *(
+        head_of(line=line)
+        for line in (
+            *("POST /predict HTTP/1.0", "POST /predict HTTP/2.0", "POST /predict", "POST  /predict HTTP/1.1"),
+            *("post /predict HTTP/1.1", "PUT /predict HTTP/1.1", "HEAD /model HTTP/1.1", "POST //predict HTTP/1.1"),
+            *("POST /predict#a HTTP/1.1", "POST /pre%64ict HTTP/1.1", "POST / HTTP/1.1", "POST predict HTTP/1.1"),
+            *("POST http://a/predict HTTP/1.1", "POST * HTTP/1.1", "POST /pr\xe9dict HTTP/1.1", "POST /a?b#c HTTP/1.1"),
+            *("POST /predict?a='b' HTTP/1.1", "POST /predict/ HTTP/1.1", " POST /predict HTTP/1.1"),
+        )
+    ),
+    b"\r\n" + PLAIN[0],
+    PLAIN[0][:-1],
+    PLAIN[0][:-2],
+    b"",
+]
+
+
+def as_plain(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
+    """Return the environ that the short way makes."""
+    cfg = Config()
+    basis = wsgi.base_environ(cfg) | BASIS | _ends(server, addr)
+    environ, size = environ_of(sent, basis, _schemes(cfg, addr))
+    assert (environ is None) == (size == 0)
+    return environ
+
+
+def as_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
+    """Return the environ that gunicorn makes, and whether it would close the connection afterwards."""
+    cfg = Config()
+    request = next(RequestParser(cfg, iter([sent]), addr))
+    _, environ = wsgi.create(request, None, addr, server, cfg)
+    return environ | {"wsgi.multithread": True}, request.should_close()  # which its asynchronous workers set
+
+
+def check_alike(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> None:
+    """Check that gunicorn takes a request too, and makes the same of it."""
+    mine = as_plain(sent, addr, server)
+    assert mine is not None
+    theirs, closes = as_gunicorn(sent, addr, server)
+    only_theirs = {"wsgi.early_hints", "wsgi.input", "gunicorn.socket"}
+    ignored = {"wsgi.errors"}  # an object each
+    assert mine.keys() | only_theirs == theirs.keys()
+    assert {k: v for k, v in mine.items() if k not in ignored} == {
+        k: v for k, v in theirs.items() if k not in only_theirs | ignored
+    }
+    assert closes == (mine.get("HTTP_CONNECTION") == "close")
+
+
+@pytest.mark.parametrize("addr", [CALLER, PROXY, ""], ids=["caller", "proxy", "unix"])
+@pytest.mark.parametrize("sent", PLAIN)
+def test_plain_request_is_read_as_gunicorn_reads_it(sent: bytes, addr: Any) -> None:
+    check_alike(sent + ROW, addr, SERVER if addr else "/run/server.sock")
+
+
+@pytest.mark.parametrize("sent", NOT)
+def test_what_is_not_plain_is_left_to_gunicorn(sent: bytes) -> None:
+    assert as_plain(sent) is None
+
+
+@pytest.mark.parametrize("second", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on"])
+def test_proxy_that_names_its_scheme_twice_is_left_to_gunicorn(second: str) -> None:
+    assert as_plain(head_of("X-Forwarded-Protocol: ssl", second), PROXY) is None
+    assert as_plain(head_of("X-Forwarded-Protocol: ssl", second), CALLER) is not None  # who is not believed anyway
+
+
+# Pieces that are put together to heads, of which a tenth is plain, and most others nearly.
+PLAIN_NAMES = ["Host", "Content-Length", "content-type", "X-A", "X-Forwarded-Proto", "Connection", "Via"]
+VALUES = ["0", "4", "localhost", "close", "keep-alive", "https", "a: b", "", "100-continue", "a\r\n b", "a\nb", "é"]
+FIELD = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(PLAIN_NAMES * 4 + ["TE", "Expect", "X_A"]),
+    st.sampled_from([": ", ":", ":  "] * 5 + [" :", ""]),
+    st.one_of(st.sampled_from(VALUES[:8] * 3 + VALUES), st.text(st.characters(max_codepoint=255), max_size=4)),
+)
+LINE = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["GET ", "POST "] * 5 + ["PUT ", "get ", "GET  "]),
+    st.one_of(st.sampled_from(["/predict", "/a?b=c", "/a/b"] * 3 + ["/a#b", "//a", "/%61"]), st.text("/a.?&=%; é")),
+    st.sampled_from([" HTTP/1.1"] * 8 + [" HTTP/1.0", ""]),
+)
+
+
+ENDS = st.sampled_from([(CALLER, SERVER), (PROXY, SERVER), ("", "/run/server.sock")])
+
+
+@settings(max_examples=1500, deadline=None)
+@given(LINE, st.lists(FIELD, max_size=4), st.sampled_from(["Host: a", "Host: b:80", ""]), ENDS)
+def test_no_request_is_plain_that_gunicorn_would_read_otherwise(
+    line: str, fields: list[str], host: str, ends: Any
+) -> None:
+    sent = head_of(*fields, line=line, host=host)
+    if as_plain(sent, *ends) is not None:
+        check_alike(sent, *ends)
+
+
+@settings(max_examples=800, deadline=None)
+@given(st.sampled_from(PLAIN), ENDS, st.data())
+def test_no_byte_makes_a_request_plain_that_gunicorn_would_read_otherwise(sent: bytes, ends: Any, data: Any) -> None:
+    at = data.draw(st.integers(0, len(sent) - 1))
+    put = data.draw(st.one_of(st.binary(max_size=2), st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b":", b"\t"])))
+    changed = sent[:at] + put + sent[at + data.draw(st.integers(0, 1)) :]
+    if as_plain(changed, *ends) is not None:
+        check_alike(changed, *ends)
+
+
+# --- what is sent
+
+
+def test_answer_has_the_applications_headers_and_the_servers_own() -> None:
+    headers = [
+        ("X-A", "1"),
+        ("content-length", "7"),
+        ("Connection", "close"),
+        ("Transfer-Encoding", "chunked"),
+        ("Date", ""),
+    ]
+    head, _, body = message_of("200 OK", headers, b"{}", True).partition(b"\r\n\r\n")
+    line, *fields = head.decode().split("\r\n")
+    assert (line, body) == ("HTTP/1.1 200 OK", b"{}")
+    names = [field.split(": ")[0] for field in fields]
+    assert names == ["X-A", "Server", "Date", "Connection", "Content-Length"]
+    assert (fields[-2], fields[-1]) == ("Connection: keep-alive", "Content-Length: 2")
+    assert b"Connection: close" in message_of("200 OK", [], b"", False)
+
+
+@pytest.mark.parametrize("status", ["204 NO CONTENT", "304 NOT MODIFIED"])
+def test_answer_without_a_body_has_neither_body_nor_length(status: str) -> None:
+    message = message_of(status, [("Content-Length", "2")], b"{}", True)
+    assert message.endswith(b"keep-alive\r\n\r\n")
+    assert b"Length" not in message
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        ("", []),
+        ("200 OK\r\nX-B: 2", []),
+        *(("200 OK", [each]) for each in (("X-A", "1\r\nX-B: 2"), ("X-A", "1\nX-B: 2"), ("X-A", "\r"), ("X\nA", ""))),
+    ],
+)
+def test_answer_that_would_be_split_is_not_made(status: str, headers: Any) -> None:
+    with pytest.raises(InvalidResponseHeader):
+        message_of(status, headers, b"", True)
+
+
+# --- through a real worker
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Iterator[Gunicorn]:
+    """A server of one worker."""
+    with gunicorn(tmp_path_factory.mktemp("worker"), model_path=iris_file) as running:
+        yield running
+
+
+def call(body: bytes = ROW, *fields: str, password: str = "correct horse") -> bytes:
+    """Return a whole request to /predict."""
+    known = (f"Content-Length: {len(body)}", f"Authorization: {basic('predict', password)}")
+    return head_of("Content-Type: application/json", *known, *fields) + body
+
+
+def answers(received: bytes) -> list[tuple[int, dict[str, str], Any]]:
+    """Take apart what came over a connection: status, headers, decoded body."""
+    found = []
+    while received:
+        head, _, received = received.partition(b"\r\n\r\n")
+        line, *fields = head.decode().split("\r\n")
+        headers = dict(each.split(": ", 1) for each in fields)
+        length = int(headers["Content-Length"])
+        found.append((int(line.split()[1]), headers, json.loads(received[:length])))
+        received = received[length:]
+    return found
+
+
+def test_requests_sent_at_once_are_answered_in_turn_plain_or_not(server: Gunicorn) -> None:
+    chunked = head_of(
+        "Content-Type: application/json", "Transfer-Encoding: chunked", f"Authorization: {basic('predict')}"
+    )
+    chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(ROW), ROW)
+    sent = [call(), call(b'{"data": []}'), call(), chunked, call(b"{"), call(ROW, "Connection: close")]
+    got = answers(server.raw(b"".join(sent)))
+    assert [status for status, _, _ in got] == [200, 422, 200, 200, 400, 200]
+    assert {str(body) for status, _, body in got if status == 200} == {"{'prediction': [0]}"}
+    assert [headers["Connection"] for _, headers, _ in got] == ["keep-alive"] * 5 + ["close"]
+    assert all(headers["Server"] == "gunicorn" and headers["Date"].endswith("GMT") for _, headers, _ in got)
+
+
+@pytest.mark.parametrize("size", [1, 7, 150, 10_000])
+def test_request_may_come_in_pieces_of_any_size(server: Gunicorn, size: int) -> None:
+    sent = call(ROW.ljust(9000 if size > 1000 else 200)) + call(ROW, "Connection: close")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, len(sent), size):
+            connection.sendall(sent[at : at + size])
+            time.sleep(0.001)
+        assert [status for status, _, _ in answers(read_all(connection))] == [200, 200]
+
+
+def test_body_behind_its_head_is_read_and_what_follows_is_the_next_request(server: Gunicorn) -> None:
+    first, second = call(ROW.ljust(100_000)), call(ROW, "Connection: close")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(first[:300])
+        time.sleep(0.2)
+        connection.sendall(first[300:] + second)
+        assert [status for status, _, _ in answers(read_all(connection))] == [200, 200]
+
+
+@pytest.mark.parametrize(("path", "wanted"), [("//predict", 200), ("/predict//", 404), ("/predict/", 404), ("//", 404)])
+def test_path_with_slashes_too_many_is_answered_without_a_redirect(path: str, wanted: int, server: Gunicorn) -> None:
+    known = {"Authorization": basic("predict"), "Content_Type": "application/json"}
+    status, headers, body = server.ask("POST", path, ROW, **known)
+    assert (status, headers["Location"]) == (wanted, None)
+    assert status == 200 or json.loads(body)["status"] == 404
+
+
+def test_body_that_nobody_reads_is_not_taken_for_a_request(server: Gunicorn) -> None:
+    smuggled = call(ROW, "X-Request-ID: smuggled")
+    got = answers(server.raw(call(smuggled, password="wrong") + call(ROW, "Connection: close")))
+    assert [status for status, _, _ in got] == [401, 200]
+    assert "smuggled" not in str(got)
+
+
+ODD_APPLICATION = """
+import server
+
+class Pieces(list):
+    def close(self):
+        raise RuntimeError("as it closed")
+
+def odd(environ, start_response):
+    path = environ["PATH_INFO"]
+    if path == "/raises":
+        raise RuntimeError("before it answered")
+    if path == "/disk":
+        raise OSError(28, "No space left on device")
+    if path == "/exits":
+        raise SystemExit(3)
+    if path != "/silent":
+        start_response("200 OK", [("X-A", "1\\r\\nSet-Cookie: a=b" if path == "/splits" else "1")])
+    return Pieces([b"{}"]) if path == "/closes" else [b"{}"]
+
+app = server.app
+app.wsgi_app = odd
+"""
+
+
+@pytest.mark.parametrize("path", ["/raises", "/disk", "/exits", "/silent", "/splits", "/closes"])
+def test_application_that_fails_gives_one_answer_and_a_line_in_the_log(path: str, odd: Gunicorn) -> None:
+    logged = odd.log.stat().st_size
+    received = odd.raw(head_of(line=f"GET {path} HTTP/1.1") + head_of(line="GET /fine HTTP/1.1", host="Host: second"))
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert received.startswith(b"HTTP/1.1 200" if path == "/closes" else b"HTTP/1.1 500")
+    assert b"Set-Cookie" not in received
+    assert b"before it" not in received
+    assert "Traceback" in odd.log.read_text()[logged:]
+    assert odd.raw(head_of("Connection: close", line="GET /fine HTTP/1.1")).startswith(b"HTTP/1.1 200")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Iterator[Gunicorn]:
+    """A worker whose application misbehaves."""
+    place = tmp_path_factory.mktemp("odd")
+    (place / "odd.py").write_text(ODD_APPLICATION)
+    with gunicorn(place, "odd:app", model_path=iris_file) as running:
+        yield running
+
+
+@pytest.mark.parametrize("first", ["plain", "not plain"])
+def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server: Gunicorn) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Pad: ".ljust(60, b"a") + b"\r\n\r\n"  # 128 are just a read
+    enough = threading.Event()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        if first == "not plain":
+            connection.sendall(request.replace(b"GET", b"HEAD"))
+
+        def read() -> None:
+            with suppress(OSError):  # it may be reset as it ends
+                while connection.recv(2**20):
+                    pass
+
+        reader = threading.Thread(target=read)
+        reader.start()
+
+        def send() -> None:
+            with suppress(OSError):
+                while not enough.is_set():
+                    connection.sendall(request * 1024)
+                connection.shutdown(socket.SHUT_RDWR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        time.sleep(0.3)
+        try:
+            for _ in range(3):
+                assert server.ask("GET", "/healthz")[0] == 200
+            assert sender.is_alive()  # the flood did not end before
+        finally:
+            enough.set()
+            sender.join()
+            reader.join()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arguments", [(), ("--worker-class", "gevent")], ids=["this worker", "gunicorn's"])
+def test_what_comes_after_a_body_was_given_up_is_no_request(
+    tmp_path: Path, iris_file: Path, arguments: tuple[str, ...]
+) -> None:
+    inner = call(b"", "X-Request-ID: smuggled")
+    length = 16_000 // len(inner) * len(inner)
+    given = (f"Content-Length: {length}", f"Authorization: {basic('predict')}")
+    outer = head_of("Content-Type: application/json", *given)
+
+    def send(number: int) -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(outer)
+            time.sleep(0.95 + number * 0.0007)  # so that some arrive just when the time for the body is over
+            for _ in range(length // len(inner)):
+                connection.sendall(inner)
+                time.sleep(0.008)
+
+    with (
+        gunicorn(tmp_path, *arguments, model_path=iris_file, body_timeout=1) as running,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        list(pool.map(send, range(120)))
+        running.wait_until(lambda: len(records(running.journal_dir)) > 100)
+        time.sleep(2.0)  # what is left comes with the next sweep
+        found = records(running.journal_dir)
+    assert len(found) > 100
+    assert {record["status"] for record in found} <= {408, 400}
+    assert not [record for record in found if record["request_id"] == "smuggled"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("accesslog", "-"), ("certfile", "a"), ("keepalive", 0), ("statsd_host", "localhost:8125"), ("logconfig", "a")],
+)
+def test_what_gunicorn_is_told_to_do_with_requests_is_left_to_it(setting: str, value: Any) -> None:
+    def plain() -> bool:
+        return leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=Logger._compute_access_log_enabled(self)))
+
+    cfg = Config()
+    self = SimpleNamespace(cfg=cfg)
+    for name in ("keepalive", "graceful_timeout", "timeout", "worker_connections", "workers"):  # as in gunicorn.conf.py
+        cfg.set(name, 20)
+    assert plain()
+    cfg.set(setting, value)
+    assert not plain()
+
+
+def test_settings_are_each_looked_at() -> None:
+    values = {
+        "http_protocols": "h1,h2",
+        "limit_request_field_size": 9,
+        "limit_request_fields": 3,
+        "limit_request_line": 9,
+    }
+    values |= {
+        "logger_class": "odd.Logger",
+        "post_request": lambda worker, req: None,
+        "pre_request": lambda worker, req: None,
+    }
+    values |= {"protocol": "uwsgi", "proxy_protocol": "auto"}
+    assert values.keys() == set(SETTINGS)
+    for name, value in values.items():
+        cfg = Config()
+        assert leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False))
+        cfg.set(name, value)
+        assert not leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False)), name
+
+
+def test_access_log_is_written_where_it_is_asked_for(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, "--access-logfile", "-", model_path=iris_file) as running:
+        assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
+        running.wait_until(lambda: '"POST /predict HTTP/1.1" 200' in running.log.read_text(), 30)
+
+
+def test_worker_that_has_answered_its_share_is_replaced_and_no_request_fails(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, "--max-requests", "20", model_path=iris_file) as running:
+        first = running.workers()
+        for _ in range(60):
+            assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
+        running.wait_until(lambda: running.workers() not in (first, []))
+        assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
+        said = re.findall(r"\[(\d+)\] \[INFO\] Autorestarting worker", running.log.read_text())
+        assert len(said) == len(set(said)) >= 1  # each worker once; on a slow machine a second one gets to its 20

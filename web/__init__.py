@@ -1,0 +1,1 @@
+"""What arrives and leaves over HTTP: a request's body, its decoding, and errors as problem+json."""
