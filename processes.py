@@ -1,0 +1,204 @@
+"""What processes of one host need to work on the same files: locks, atomic replacement, forks, and log limits."""
+
+import fcntl
+import itertools
+import json
+import logging
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+# --- locks
+
+
+def flock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file for as long as it stays open; return whether that worked.
+
+    The kernel frees the lock when the last process that has the descriptor ends, however it ends.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a file. Raises: OSError, there is no such file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return not flock(fd)
+    finally:
+        os.close(fd)
+
+
+class FileLock:
+    """The lock of a file, which is made if it does not exist. A child process made by `fork` does not inherit it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.fd: int | None = None
+        after_fork(self.release)
+
+    def acquire(self, *, shared: bool = False, wait: bool = False) -> bool:
+        """Take the lock, or change how it is held; return whether it is held so. Raises: OSError."""
+        if self.fd is not None and not os.fstat(self.fd).st_nlink:  # the file was removed
+            self.release()
+        if self.fd is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o640)
+        return flock(self.fd, shared=shared, wait=wait)
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def __enter__(self) -> "FileLock":
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+class WorkerSlot:
+    """A worker's number among those of its host: the lowest that no living process holds in a directory.
+
+    Format: a file `slot-<n>` for each worker that lives or lived, which the worker holds with `flock`. It contains the
+    JSON object that was published last, padded with spaces, or nothing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock: FileLock | None = None
+        self.number = -1  # until one is taken
+
+    def take(self) -> bool:
+        """Take the lowest free number; return whether it is another than before. Raises: OSError."""
+        if self._lock is not None and self._lock.fd is not None and os.fstat(self._lock.fd).st_nlink:
+            return False
+        for number in itertools.count():
+            lock = FileLock(self._directory / f"slot-{number}")
+            if lock.acquire():
+                break
+            lock.release()
+        self._lock, self.number = lock, number
+        os.truncate(self._directory / f"slot-{number}", 0)  # what a dead worker published
+        return True
+
+    def publish(self, state: dict[str, Any]) -> None:
+        """Publish a JSON object of at most some kilobytes to readers on this host. Raises: OSError."""
+        self.take()
+        assert self._lock is not None
+        assert self._lock.fd is not None
+        content = json.dumps(state).encode()
+        os.pwrite(self._lock.fd, content.ljust(os.fstat(self._lock.fd).st_size), 0)
+
+    @staticmethod
+    def read(directory: Path) -> dict[int, dict[str, Any]]:
+        """Return what the living workers have published, by number; {} for one that has published nothing."""
+        found = {}
+        for path in directory.glob("slot-*"):
+            with suppress(OSError, ValueError):  # removed just now
+                if is_locked(path):
+                    content = path.read_bytes()
+                    while content != (again := path.read_bytes()):  # it was being written
+                        content = again
+                    found[int(path.name.removeprefix("slot-"))] = json.loads(content or b"{}")
+        return dict(sorted(found.items()))
+
+
+# --- files
+
+
+def replace_file(path: Path, content: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Write a file that readers see whole: the old content or the new. An existing file keeps its owner and mode.
+
+    Args:
+        path: the file.
+        content: all of it.
+        mode: of a new file.
+        durable: whether the new content must survive a power failure.
+    """
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(fd, mode)
+            with suppress(FileNotFoundError):
+                before = path.stat()
+                os.fchmod(fd, before.st_mode & 0o777)
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(fd, before.st_uid, before.st_gid)
+            if durable:
+                os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if durable:
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make what was renamed in a directory survive a power failure."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- forks
+
+_after_fork: "list[weakref.WeakMethod[Callable[[], None]]]" = []
+
+
+def after_fork(method: Callable[[], None]) -> None:
+    """Call a bound method in every child process made by `fork` without `exec`, as long as its object lives.
+
+    Python's descriptors are closed by `exec`; a plain fork copies them, and with them the locks of their files.
+    """
+    _after_fork[:] = [each for each in _after_fork if each() is not None]
+    _after_fork.append(weakref.WeakMethod(method))
+
+
+def _call_after_fork() -> None:
+    for reference in _after_fork:
+        method = reference()
+        if method is not None:
+            method()
+
+
+os.register_at_fork(after_in_child=_call_after_fork)
+
+
+# --- logs
+
+
+class LogLimit:
+    """Logs the same trouble once in a while: what fails at each request or each second would fill the log."""
+
+    def __init__(self, log: logging.Logger, seconds: float = 60.0) -> None:
+        self._log, self._seconds = log, seconds
+        self._logged: dict[str, float] = {}  # trouble → when it was logged
+
+    def error(self, trouble: str, message: str, *arguments: Any, exc_info: bool = False) -> None:
+        """Log an error, unless one with the same `trouble` was logged less than `seconds` ago."""
+        now = time.monotonic()
+        if now - self._logged.get(trouble, -self._seconds) >= self._seconds:
+            self._logged[trouble] = now
+            self._log.error(message, *arguments, exc_info=exc_info)
+
+    def reset(self) -> None:
+        """Log the next error of each kind: the trouble is over."""
+        self._logged.clear()
