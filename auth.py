@@ -1,69 +1,232 @@
-"""Who may do what: the users file, its passwords and roles.
+"""Who may do what: the gate in front of the views, and the users file with its passwords and roles.
 
-    python -m auth add alice --role predict         asks for the password, without echo
-    python -m auth passwd alice
-    python -m auth remove alice
-    python -m auth list
-    python -m auth demo                             a user with a random password, where there are no users yet
+    python -m auth add alice --role predict         asks for the password; see python -m auth --help
 
 The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
 see a change within a second. `predict` may call /predict and see /model; `admin` sees /model; `metrics` and `monitor`
 are for /metrics and /monitor.
 """
 
-import argparse
-import functools
-import getpass
 import hashlib
-import hmac
 import ipaddress
 import json
 import logging
-import os
 import re
 import secrets
 import shlex
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
+import click
+from flask import current_app, g, request
+from flask_httpauth import HTTPBasicAuth
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import Forbidden, ServiceUnavailable, TooManyRequests, Unauthorized
 from werkzeug.security import check_password_hash, generate_password_hash
 
+import cli
+from processes import FileLock, LogLimit, replace_file
+
 log = logging.getLogger(__name__)
+View = Callable[..., Any]
 
 ROLES = ("predict", "admin", "monitor", "metrics")
 
 # The hashes that werkzeug makes: method and parameters, salt, digest.
 HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$]+\$[0-9a-f]+")
 
-MAX_WAITING = 32  # passwords that wait to be checked; callers with others are told to come back
-FAILURES_ALLOWED = 10.0  # wrong passwords in a row from one address …
-REFILL = 6.0  # … and the seconds until one more is allowed
-MAX_ADDRESSES = 10_000  # whose failures are remembered; about 1 MB
+MAX_WAITING = 32  # passwords that wait to be checked; callers with others are asked to come back
+MAX_CACHED = 10_000  # Authorization headers whose password was verified; about 2 MB
+FAILURES_ALLOWED = 10  # wrong passwords in a row from one address …
+SECONDS_PER_RETRY = 6.0  # … and the time until one more is allowed
+MAX_ADDRESSES = 10_000  # whose failures are counted; about 1 MB
+
+_basic = HTTPBasicAuth()
+
+
+def require(*roles: str) -> Callable[[View], View]:
+    """Return a decorator for views that only users with one of the roles may call: `@require("predict")`.
+
+    The user's name is then `g.record["user"]`. With AUTH=off every caller passes, under the name "".
+
+    Raises, at a request: Unauthorized, Forbidden, or what `Users.verify` raises.
+    """
+
+    def decorate(view: View) -> View:
+        @wraps(view)  # Flask names the endpoint after it
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            users: Users | None = current_app.extensions["service"].users
+            if users is None:
+                g.record["user"] = ""
+                return view(*args, **kwargs)
+            # A header that was verified before is not even decoded: a tenth of what Flask-HTTPAuth takes.
+            user = users.cached(request.environ.get("HTTP_AUTHORIZATION", "")) or _authenticate(users)
+            g.record["user"] = user.name
+            if user.roles.isdisjoint(roles):
+                raise Forbidden(f"this needs the role {' or '.join(roles)}, which your user does not have")
+            return view(*args, **kwargs)
+
+        return gate
+
+    return decorate
+
+
+def has_role(role: str) -> bool:
+    """Return whether the user whom `require` let pass has a role; False with AUTH=off."""
+    users: Users | None = current_app.extensions["service"].users
+    user = users.cached(request.environ.get("HTTP_AUTHORIZATION", "")) if users else None
+    return user is not None and role in user.roles
+
+
+def _authenticate(users: "Users") -> "User":
+    """Return the user whose name and password the request carries."""
+    header = request.environ.get("HTTP_AUTHORIZATION", "")
+    user = None
+    if header[:6].lower() == "basic " and (given := _basic.get_auth()) and given.username:  # it takes any scheme
+        user = users.verify(header, given.username, given.password, request.environ.get("REMOTE_ADDR", ""))
+    if user is None:
+        raise Unauthorized(
+            "a user name and a password are needed (HTTP basic auth), and these are not right"
+            if request.authorization
+            else "send a user name and a password (HTTP basic auth): curl -u NAME",
+            www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
+        )
+    return user
 
 
 class UsersFileError(Exception):
-    """A users file that cannot be used. The message is for the operator."""
+    """A users file that cannot be used, or not be changed as asked. The message is for the operator."""
 
 
 @dataclass(frozen=True)
 class User:
     """One entry of the users file."""
 
+    name: str
     password: str  # werkzeug's salted hash
-    roles: tuple[str, ...]
+    roles: frozenset[str]
+
+
+class Users:
+    """The users of a running server, and the Authorization headers whose password was verified.
+
+    Checking a hash takes tens of milliseconds and 32 MB by design; a good password must not cost that at each request.
+    So a verified header is cached, as a digest under a random key of this process, for as long as the user's hash in
+    the file stays the same. Hashes are checked one at a time on a native thread, and an address with many failures has
+    to wait, so that a flood of wrong passwords costs good callers little. A cached header never has to wait.
+    """
+
+    def __init__(self, path: Path, run_in_thread: Callable[..., Any]) -> None:
+        """Read the users file. If it cannot be used, the log says why, and nobody can log in until it is fixed."""
+        self._path, self._run_in_thread = path, run_in_thread
+        self._etag: tuple[int, ...] = ()  # of the file when it was last read
+        self._log_limit = LogLimit(log)
+        self._users: dict[str, User] = {}
+        self._key = secrets.token_bytes(32)
+        self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
+        self._forgiven: dict[str, float] = {}  # network → time from which none of its failures counts any more
+        self._checking = threading.Semaphore(1)
+        self._waiting: Counter[bytes] = Counter()  # digest of a header → callers that wait for its check
+        self._rejected: set[bytes] = set()  # those of them whose password was wrong
+        self.refresh()
+
+    def cached(self, header: str) -> User | None:
+        """Return the user whose password was verified by this very Authorization header, if it is still the same."""
+        verified = self._verified.get(self._digest(header))
+        user = self._users.get(verified.name) if verified else None
+        return user if user and verified and user.password == verified.password else None
+
+    def verify(self, header: str, name: str, password: str, address: str) -> User | None:
+        """Return the user if the password in an Authorization header is theirs.
+
+        Raises:
+            TooManyRequests: there were too many failures from this address; with the time to wait.
+            ServiceUnavailable: too many passwords wait to be checked.
+        """
+        digest, network = self._digest(header), _network(address)
+        self._reject_throttled(network)
+        if digest not in self._waiting and len(self._waiting) >= MAX_WAITING:
+            raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
+        self._waiting[digest] += 1
+        try:
+            with self._checking:
+                if user := self.cached(header):  # verified while this caller waited
+                    return user
+                self._reject_throttled(network)
+                user = self._users.get(name)
+                expected = user.password if user else _dummy_hash()
+                good = digest not in self._rejected and self._run_in_thread(check_password_hash, expected, password)
+                if not user or not good:
+                    self._rejected.add(digest)  # for the others that wait with the same header
+                    self._count_failure(network)
+                    return None
+                self._verified[digest] = user
+                if len(self._verified) > MAX_CACHED:
+                    del self._verified[next(iter(self._verified))]
+                return user
+        finally:
+            self._waiting[digest] -= 1
+            if not self._waiting[digest]:
+                del self._waiting[digest]
+                self._rejected.discard(digest)
+
+    def refresh(self) -> None:
+        """Read the users file again if it has changed. If it cannot be used, the last good users stay."""
+        try:
+            found = self._path.stat()
+            etag = (found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino)  # ctime: owner and mode as well
+            if etag == self._etag:
+                return
+            self._users = read_users(self._path)
+        except (OSError, UsersFileError) as error:  # tried again each second: it may have been the reading that failed
+            self._log_limit.error(str(error), "the %d users stay as they were: %s", len(self._users), error)
+            return
+        self._etag = etag
+        self._log_limit.reset()
+        self._verified = {digest: user for digest, user in self._verified.copy().items() if user.name in self._users}
+        log.info("read %s: %d users", self._path, len(self._users))
+
+    def _digest(self, header: str) -> bytes:
+        return hashlib.blake2b(self._key + header.encode()).digest()  # a quarter of a microsecond less than key=
+
+    def _reject_throttled(self, network: str) -> None:
+        wait = self._forgiven.get(network, 0.0) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
+        if wait > 0:
+            detail = "too many wrong passwords from your address; wait before the next one"
+            raise TooManyRequests(detail, retry_after=int(wait) + 1)
+
+    def _count_failure(self, network: str) -> None:
+        now = time.monotonic()
+        before = self._forgiven.pop(network, now)  # to the end: the dict is in the order of the latest failure
+        self._forgiven[network] = max(now, before) + SECONDS_PER_RETRY
+        if len(self._forgiven) > MAX_ADDRESSES:
+            del self._forgiven[next(iter(self._forgiven))]
+
+
+def _network(address: str) -> str:
+    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6."""
+    try:
+        return str(ipaddress.IPv6Network((address, 64), strict=False))
+    except ValueError:  # IPv4, a unix socket's "", or what a proxy made up
+        return address
+
+
+@cache
+def _dummy_hash() -> str:
+    """Make the hash that an unknown name is checked against, so that it takes as long as a known one."""
+    return generate_password_hash(secrets.token_hex(16))
 
 
 def read_users(path: Path) -> dict[str, User]:
-    """Read and check a users file.
+    """Read and validate a users file.
 
     Raises:
         UsersFileError: it is not readable, or not of the form above; the message holds no hash.
@@ -78,12 +241,11 @@ def read_users(path: Path) -> dict[str, User]:
             )
         if not isinstance(roles, list) or not all(role in ROLES for role in roles):
             raise UsersFileError(f"{path}: user {name!r}: expected roles to be a list of {', '.join(ROLES)}")
-        users[name] = User(password, tuple(roles))
+        users[name] = User(name, password, frozenset(roles))
     return users
 
 
 def _read_entries(path: Path) -> dict[str, Any]:
-    """Read a users file as it is, its entries unchecked."""
     try:
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -93,285 +255,118 @@ def _read_entries(path: Path) -> dict[str, Any]:
     return entries
 
 
-class Users:
-    """The users of a running server, and which passwords have been proved.
-
-    Checking a hash takes tens of milliseconds and 32 MB by design; the proof of a good password must not. A checked
-    pair is remembered as a digest under a random key of this process, one a user, for as long as the user's hash in
-    the file stays the same. Hashes are checked one at a time on a native thread, and an address with many failures
-    waits, so that a flood of wrong passwords costs good callers little. A remembered password is never made to wait.
-    """
-
-    def __init__(self, path: Path, native: Callable[..., Any]) -> None:
-        """Read the users file. One that cannot be used is said in the log, and nobody can log in until it is mended."""
-        self._path, self._native = path, native
-        self._stamp: tuple[int, ...] | None = ()  # of the file as it was last read
-        self._complained: tuple[int, ...] | None = ()  # of the file as it could not be used
-        self._users: dict[str, User] = {}
-        self._key = secrets.token_bytes(32)
-        self._proved: dict[str, tuple[bytes, str]] = {}  # name → (digest of the password, hash it was checked against)
-        self._headers: dict[bytes, tuple[str, str]] = {}  # digest of an Authorization header → (name, hash), one a user
-        self._failures: dict[str, tuple[float, float]] = {}  # address → (failures left over, at this time)
-        self._checking = threading.Semaphore(1)
-        self._waiting: Counter[bytes] = Counter()  # digest of name and password → callers that wait for its check
-        self._refused: set[bytes] = set()  # of those, what was found wrong meanwhile
-        self.refresh()
-
-    def roles(self, name: str) -> list[str]:
-        """Return a user's roles."""
-        user = self._users.get(name)
-        return list(user.roles) if user else []
-
-    def remembered(self, header: str) -> str | None:
-        """Return the user whose password was last proved by this very Authorization header, and is still the same."""
-        name, password_hash = self._headers.get(self._digest(header), ("", ""))
-        user = self._users.get(name)
-        return name if user is not None and user.password == password_hash else None
-
-    def remember(self, header: str, name: str) -> None:
-        """Note that `verify` has just said yes to the user and password of an Authorization header."""
-        proof = self._proved.get(name)
-        if proof is not None:
-            others = {digest: entry for digest, entry in self._headers.items() if entry[0] != name}
-            self._headers = others | {self._digest(header): (name, proof[1])}
-
-    def _digest(self, text: str) -> bytes:
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), key=self._key).digest()
-
-    def verify(self, name: str, password: str, address: str) -> bool:
-        """Tell whether the password is the user's.
-
-        Raises:
-            TooManyRequests: too many failures from this address; with the time to wait.
-            ServiceUnavailable: too many callers wait for a check.
-        """
-        user = self._users.get(name)
-        digest = self._digest(f"{name}:{password}")
-        if self._is_proved(name, user, digest):
-            return True
-        address = _network(address)
-        self._refuse_throttled(address)
-        if digest not in self._waiting and len(self._waiting) >= MAX_WAITING:
-            raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
-        self._waiting[digest] += 1
-        try:
-            with self._checking:
-                # While this caller waited, another may have proved the pair, or this address may have failed often.
-                if self._is_proved(name, user, digest):
-                    return True
-                self._refuse_throttled(address)
-                if digest in self._refused:  # one check for all who wait with the same wrong password
-                    self._note_failure(address)
-                    return False
-                good = self._native(check_password_hash, user.password if user else _hash_of_nobody(), password)
-                if not (user and good):
-                    self._refused.add(digest)
-                    self._note_failure(address)
-                    return False
-                self._proved[name] = (digest, user.password)
-                return True
-        finally:
-            self._waiting[digest] -= 1
-            if not self._waiting[digest]:
-                del self._waiting[digest]
-                self._refused.discard(digest)
-
-    def refresh(self) -> None:
-        """Read the users file again if it changed. A file that cannot be used keeps the last good users."""
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        try:
-            self._users = read_users(self._path)
-            self._stamp = stamp
-            self._proved = {name: proof for name, proof in self._proved.items() if name in self._users}
-            log.info("read %s again: %d users", self._path, len(self._users))
-        except UsersFileError as error:  # tried again, since it may have been the reading that failed
-            if stamp != self._complained:
-                self._complained = stamp
-                log.error("the %d users stay as they were: %s", len(self._users), error)
-
-    def _is_proved(self, name: str, user: User | None, digest: bytes) -> bool:
-        proof = self._proved.get(name)
-        return (
-            proof is not None
-            and user is not None
-            and proof[1] == user.password
-            and hmac.compare_digest(proof[0], digest)
-        )
-
-    def _failures_now(self, address: str) -> float:
-        count, since = self._failures.get(address, (0.0, 0.0))
-        return max(0.0, count - (time.monotonic() - since) / REFILL)
-
-    def _refuse_throttled(self, address: str) -> None:
-        excess = self._failures_now(address) - (FAILURES_ALLOWED - 1)
-        if excess > 0:
-            raise TooManyRequests(
-                "too many wrong passwords from your address; wait before the next one",
-                retry_after=int(excess * REFILL) + 1,
-            )
-
-    def _note_failure(self, address: str) -> None:
-        count = self._failures_now(address) + 1
-        self._failures.pop(address, None)  # to the end: the dict is in the order of the latest failure
-        self._failures[address] = (count, time.monotonic())
-        if len(self._failures) > MAX_ADDRESSES:
-            del self._failures[next(iter(self._failures))]
-
-
-def _network(address: str) -> str:
-    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6."""
-    try:
-        return str(ipaddress.IPv6Network((address, 64), strict=False))
-    except ValueError:  # IPv4, a unix socket's "", or what a proxy made up
-        return address
-
-
-@functools.cache
-def _hash_of_nobody() -> str:
-    """Make the hash that an unknown name is checked against, so that it takes as long as a known one."""
-    return generate_password_hash(secrets.token_hex(16))
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file does, or None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino  # ctime: owner and mode as well
-
-
-# --- the command line
+def _read_for_change(path: Path, name: str, *, exists: bool) -> dict[str, Any]:
+    """Return the entries of the users file, in which a user must exist, or must not."""
+    entries = _read_entries(path) if path.exists() else {}
+    if exists and name not in entries:
+        raise UsersFileError(f"there is no user {name!r} in {path}")
+    if not exists and name in entries:
+        raise UsersFileError(f"there is a user {name!r} already; for another password: python -m auth passwd")
+    return entries
 
 
 @contextmanager
-def _changing(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the users as in the file, and replace the file by what they were made into, keeping its owner and mode."""
-    import fcntl
-
-    path = path.resolve()  # what a link leads to is changed, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once: one waits
-        users = _read_entries(path) if path.exists() else {}
-        yield users
-        fd, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # mode 0600
-        try:
-            with open(fd, "w", encoding="utf-8") as file:
-                json.dump(users, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(fd)
-                if path.exists():
-                    before = path.stat()
-                    os.fchmod(fd, before.st_mode & 0o777)
-                    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                        os.fchown(fd, before.st_uid, before.st_gid)
-            os.rename(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+def _changing(path: Path, name: str, *, exists: bool) -> Iterator[dict[str, Any]]:
+    """Yield the entries of the users file to be changed, then write them. Only one command at a time does so."""
+    path = path.resolve()  # the file that a link leads to is replaced, not the link
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        entries = _read_for_change(path, name, exists=exists)
+        yield entries
+        replace_file(path, json.dumps(entries, indent=2).encode() + b"\n", mode=0o600)
 
 
-def _ask_password() -> str:
-    """Ask for a new password twice, or read one line where standard input is not a terminal."""
-    try:
-        if not sys.stdin.isatty():
-            password = sys.stdin.readline().rstrip("\r\n")
-        else:
-            password = getpass.getpass("Password: ")
-            if getpass.getpass("Again: ") != password:
-                raise UsersFileError("the two passwords differ; nothing was changed")
-        password.encode()  # what is not UTF-8 comes in as surrogates
-    except (EOFError, KeyboardInterrupt):
-        raise UsersFileError("no password given; nothing was changed") from None
-    except UnicodeError:
-        raise UsersFileError("the password is not UTF-8; nothing was changed") from None
-    if not password:
-        raise UsersFileError("an empty password; nothing was changed")
-    return password
-
-
-def _check_name(name: str) -> None:
-    # A colon ends the name in basic auth; the rest would make logs and listings hard to read.
-    if not name or len(name) > 64 or ":" in name or not name.isprintable():
-        raise UsersFileError(f"{name!r} is not a user name: expected 1 to 64 printable characters without a colon")
-
-
-def _make_demo(path: Path) -> None:
-    """Make the user `demo` with a random password, and a netrc file from which curl takes it."""
-    if path.exists():
-        return
-    password = secrets.token_urlsafe(16)
-    netrc = path.with_name("demo.netrc")
-    with _changing(path) as users:
-        users["demo"] = {"password": generate_password_hash(password), "roles": ["predict"]}
-        netrc.unlink(missing_ok=True)
-        with open(os.open(netrc, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(
-                "".join(f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost"))
-            )
-    print(f"made the user demo; its password is in {netrc}")
-
-
-def _change(path: Path, command: str, name: str, roles: list[str]) -> None:
-    """Add, remove or give a new password to a user."""
-
-    def check(users: dict[str, Any]) -> None:
-        if command == "add" and name in users:
-            raise UsersFileError(f"there is a user {name!r} already; for another password: python -m auth passwd")
-        if command != "add" and name not in users:
-            raise UsersFileError(f"there is no user {name!r} in {path}")
-
-    if command == "add":
-        _check_name(name)
-    check(_read_entries(path) if path.exists() else {})  # before asking; and again when nobody else can change the file
-    hashed = None if command == "remove" else generate_password_hash(_ask_password())
-    with _changing(path) as users:
-        check(users)
-        if command == "remove":
-            del users[name]
-        elif command == "add":
-            users[name] = {"password": hashed, "roles": sorted(set(roles))}
-        elif isinstance(users[name], dict):
-            users[name]["password"] = hashed
-        else:
-            users[name] = {"password": hashed, "roles": []}
+# --- the command line: the name is checked before the password is asked for, and again under the lock
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m auth", description="Manage the users of the prediction server.")
-    default = Path(os.environ.get("USERS_FILE") or "var/users.json")
-    parser.add_argument(
-        "--file", type=Path, default=default, help=f"the users file (default {default}, from USERS_FILE)"
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = commands.add_parser("add", help="make a user; the password is asked for, or read from standard input")
-    add.add_argument("name")
-    add.add_argument("--role", action="append", choices=ROLES, required=True, dest="roles", help="may be given again")
-    passwd = commands.add_parser("passwd", help="change a user's password")
-    passwd.add_argument("name")
-    remove = commands.add_parser("remove", help="remove a user")
-    remove.add_argument("name")
-    commands.add_parser("list", help="list the users and their roles")
-    commands.add_parser("demo", help="make the user demo with a random password, where there is no users file")
-    given = parser.parse_args(arguments)
-    path: Path = given.file.expanduser()
+    return cli.run("auth", commands, arguments, UsersFileError, OSError, status=1)
+
+
+@click.group()
+@click.option(
+    "--file", envvar="USERS_FILE", default="var/users.json", show_envvar=True, show_default=True, help="The users file."
+)
+@click.pass_context
+def commands(context: click.Context, file: str) -> None:
+    """Manage the users of the prediction server."""
+    context.obj = Path(file).expanduser()
+
+
+@commands.command()
+@click.argument("name")
+@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, required=True, help="May be repeated.")
+@click.pass_obj
+def add(path: Path, name: str, roles: tuple[str, ...]) -> None:
+    """Add a user. Asks for the password, or reads it from standard input."""
+    # A colon ends the name in basic auth; the rest would make logs and listings hard to read.
+    if not name or len(name) > 64 or ":" in name or not name.isprintable():
+        raise UsersFileError(f"{name!r} is not a user name: expected 1 to 64 printable characters without a colon")
+    _read_for_change(path, name, exists=False)
+    password = _ask_password()
+    with _changing(path, name, exists=False) as entries:
+        entries[name] = {"password": password, "roles": sorted(set(roles))}
+
+
+@commands.command()
+@click.argument("name")
+@click.pass_obj
+def passwd(path: Path, name: str) -> None:
+    """Change a user's password. Asks for it, or reads it from standard input."""
+    _read_for_change(path, name, exists=True)
+    password = _ask_password()
+    with _changing(path, name, exists=True) as entries:
+        entry = entries[name] if isinstance(entries[name], dict) else {"roles": []}
+        entries[name] = entry | {"password": password}
+
+
+def _ask_password() -> str:
+    """Ask for a new password twice, or read a line of standard input if that is no terminal; return the hash."""
     try:
-        if given.command == "list":
-            for name, user in sorted(read_users(path).items()):
-                print(f"{name}\t{','.join(user.roles)}")
-        elif given.command == "demo":
-            _make_demo(path)
+        if sys.stdin.isatty():
+            password = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)
         else:
-            _change(path, given.command, given.name, getattr(given, "roles", []))
-    except (UsersFileError, OSError) as error:
-        print(f"auth: {error}", file=sys.stderr)
-        return 1
-    return 0
+            password = sys.stdin.readline().rstrip("\r\n")
+        password.encode()  # in some locales, bytes that are not UTF-8 come as surrogates
+    except UnicodeError:
+        raise UsersFileError("the password is not UTF-8; nothing was changed") from None
+    if not password:
+        raise UsersFileError("an empty password; nothing was changed")
+    return generate_password_hash(password)
+
+
+@commands.command()
+@click.argument("name")
+@click.pass_obj
+def remove(path: Path, name: str) -> None:
+    """Remove a user."""
+    _read_for_change(path, name, exists=True)
+    with _changing(path, name, exists=True) as entries:
+        del entries[name]
+
+
+@commands.command("list")
+@click.pass_obj
+def list_users(path: Path) -> None:
+    """List the users and their roles."""
+    for name, user in sorted(read_users(path).items()):
+        click.echo(f"{name}\t{','.join(sorted(user.roles))}")
+
+
+@commands.command()
+@click.pass_obj
+def demo(path: Path) -> None:
+    """Add a user with a random password. Only if there is no users file yet; curl takes it from demo.netrc."""
+    if path.exists():
+        return
+    password = secrets.token_urlsafe(16)
+    netrc = path.with_name("demo.netrc")
+    lines = [f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost")]
+    with _changing(path, "demo", exists=False) as entries:
+        entries["demo"] = {"password": generate_password_hash(password), "roles": ["predict"]}
+        netrc.unlink(missing_ok=True)  # or its mode would be kept
+        replace_file(netrc, "".join(lines).encode(), mode=0o600)
+    click.echo(f"made the user demo; its password is in {netrc}")
 
 
 if __name__ == "__main__":

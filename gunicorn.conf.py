@@ -12,7 +12,13 @@ from pathlib import Path
 
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
-from telemetry import shared_counters as slots
+
+# The application logs like gunicorn does, on standard error.
+logging.basicConfig(
+    level="INFO",
+    datefmt="%Y-%m-%d %H:%M:%S %z",
+    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+)
 
 try:
     _settings = Settings.from_environ(os.environ)
@@ -24,13 +30,22 @@ if _settings.preload and _settings.worker_class == "gevent":
 
     monkey.patch_all()  # the application is made before gunicorn's worker would do it
 
+try:
+    _extensions = _settings.load_extensions()
+except SettingsError as _error:
+    sys.exit(f"cannot start: {_error}")
+
 # Whether systemd holds the socket (deploy/systemd/prediction-server.socket); then HOST and PORT are not used.
 _socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
 
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
-worker_class = "speedups.gevent_worker.Worker" if _settings.worker_class == "gevent" else "gthread"
+worker_class = _settings.worker_class
+for _extension in _extensions:  # one may have a better worker of that kind
+    worker_class = getattr(_extension, "WORKER_CLASSES", {}).get(_settings.worker_class, worker_class)
+if worker_class == "gevent":
+    logging.getLogger("gunicorn").info("gunicorn's own gevent worker is used: a predict blocks its other requests")
 
 # One process loads the model and is forked; see on_starting.
 preload_app = _settings.preload
@@ -52,8 +67,8 @@ graceful_timeout = _settings.graceful_timeout
 # does not count.
 timeout = max(30, round(_settings.predict_timeout))
 
-# For what worker.py leaves to gunicorn: its own HTTP parser, also where gunicorn_h1c is installed. Up to release 0.6.9
-# that takes folded headers and bare line feeds, which a proxy in front may read otherwise; gunicorn asks for 0.6.14.
+# gunicorn's own HTTP parser, even if gunicorn_h1c is installed. Up to release 0.6.9 that takes folded headers and bare
+# line feeds, which a proxy in front may read differently; gunicorn asks for 0.6.14.
 http_parser = "python"
 
 # Two masters on one machine would share the default control socket's path, and one would delete the other's.
@@ -63,32 +78,22 @@ control_socket_disable = True
 # With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
 
-# The workers' metrics are summed, from files here.
-slots.directory = _settings.journal_dir / "metrics"
-
 # Of TLS 1.2, where gunicorn speaks TLS itself: what nginx takes here. Debian's Python would take all of OpenSSL's.
 ciphers = "ECDHE+AESGCM:ECDHE+CHACHA20"
-
-# The application logs like gunicorn does, on standard error.
-logging.basicConfig(
-    level="INFO",
-    datefmt="%Y-%m-%d %H:%M:%S %z",
-    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
-)
 
 
 def ssl_context(config, default_ssl_context_factory):
     """Set up TLS, where gunicorn is started with `--certfile` and `--keyfile`."""
     context = default_ssl_context_factory()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # body.py ends a read that is too late by shutting that side of the connection. OpenSSL would take this for an
-    # attack and end the connection without the answer; a body that is cut off is noticed by its length or last chunk.
+    # web/body.py ends a late read by shutting that side of the connection down. OpenSSL would take this for an attack,
+    # and end the connection without the answer; a body that is cut off is noticed by its length or last chunk.
     context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
     return context
 
 
 def on_starting(server):
-    """Refuse to start where it cannot work, and say why once. Not at a reload: a running server goes on."""
+    """Refuse to start if it cannot work, and say why once. Not at a reload: a running server goes on."""
     try:
         _settings.check_files()
         if _settings.auth == "basic":
@@ -96,7 +101,9 @@ def on_starting(server):
     except (SettingsError, UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
-    slots.clear(slots.directory)
+    for extension in _extensions:
+        if hasattr(extension, "before_fork"):
+            extension.before_fork(_settings)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
     gc.collect()
@@ -104,53 +111,43 @@ def on_starting(server):
 
 
 def _check_addresses(server):
-    """Name the way out when a port is taken; gunicorn would try five times and only say that it is."""
-    if _socket_is_handed_in or os.environ.get("GUNICORN_FD"):
-        return
-    for address in server.address:
-        if isinstance(address, tuple):
-            with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(address)
-                except OSError as error:
-                    if error.errno != errno.EADDRINUSE:
-                        sys.exit(f"cannot listen at HOST={address[0]} PORT={address[1]}: {error.strerror}")
-                    other = address[1] + 1 if address[1] < 65535 else 5001
-                    sys.exit(f"port {address[1]} is taken (on macOS by AirPlay). Name another: PORT={other} make run")
+    """Explain what to do when a port is taken; gunicorn would try five times, and only report that it is."""
+    inherited = _socket_is_handed_in or os.environ.get("GUNICORN_FD")
+    for host, port in [] if inherited else [each for each in server.address if isinstance(each, tuple)]:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    sys.exit(f"cannot listen at HOST={host} PORT={port}: {error.strerror}")
+                other = port + 1 if port < 65535 else 5001
+                sys.exit(f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run")
 
 
 def when_ready(server):
-    """Print the line to paste."""
-    netrc = _settings.users_file.with_name("demo.netrc")
-    if not netrc.is_file():
-        netrc = None
+    """Print a command to paste."""
+    netrc = _settings.users_file.with_name("demo.netrc").absolute()
+    if netrc.is_relative_to(Path.cwd()):
+        netrc = netrc.relative_to(Path.cwd())
+    user = "" if _settings.auth == "off" else f"--netrc-file {netrc} " if netrc.is_file() else "-u NAME "
+    row = "…" if _settings.model_path else "5.1, 3.5, 1.4, 0.2"  # the demo's; GET /model shows what another model takes
+    scheme = "https" if server.cfg.is_ssl else "http"
     for listener in server.LISTENERS:
         address = listener.getsockname()
         if isinstance(address, tuple):
             host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
-            scheme = "https" if server.cfg.is_ssl else "http"
             url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}/predict"
-            password = "" if _settings.auth == "off" else f"--netrc-file {_shown(netrc)} " if netrc else "-u NAME "
-            # The demo's row; what another model takes, GET /model shows.
-            data = """ -d '{"data": [[…]]}'""" if _settings.model_path else """ -d '{"data": [[5.1, 3.5, 1.4, 0.2]]}'"""
-            server.log.info("serving; try\n\n  curl %s-H 'Content-Type: application/json'%s %s\n", password, data, url)
-
-
-def _shown(path):
-    try:
-        return Path(path).resolve().relative_to(Path.cwd())
-    except ValueError:
-        return path
+            data = f"""-H 'Content-Type: application/json' -d '{{"data": [[{row}]]}}'"""
+            server.log.info("serving; try\n\n  curl %s%s %s\n", user, data, url)
 
 
 def post_worker_init(worker):
     """Load the model now, not at the first request.
 
-    A worker that takes another's place, after a reload or a death, waits for its model before it accepts connections:
-    until then they wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that
-    probes are answered; and not at the first start, when there is nobody whose place it takes, unless connections may
-    wait since before: in a socket that systemd holds.
+    A worker that replaces another, after a reload or a death, waits for its model before it accepts connections: they
+    wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that probes are
+    answered; and not at the first start, unless connections may have waited in a socket that systemd holds.
     """
     service = worker.wsgi.extensions["service"]
     service.start()
@@ -165,4 +162,4 @@ def post_worker_init(worker):
 def worker_exit(server, worker):
     """Record what a worker that ends has counted since its last summary."""
     if getattr(worker, "wsgi", None):  # it may end because the application did not load
-        worker.wsgi.extensions["service"].house.summarise_strangers()
+        worker.wsgi.extensions["service"].request_log.summarise()

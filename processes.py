@@ -41,8 +41,10 @@ def is_locked(path: Path) -> bool:
 class FileLock:
     """The lock of a file, which is made if it does not exist. A child process made by `fork` does not inherit it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, any_reader: bool = False) -> None:
+        """Remember the file. With `any_reader`, every user who may read it can lock it, not only its owner."""
         self._path = path
+        self._flags, self._mode = (os.O_RDONLY, 0o644) if any_reader else (os.O_RDWR, 0o640)
         self.fd: int | None = None
         after_fork(self.release)
 
@@ -52,7 +54,7 @@ class FileLock:
             self.release()
         if self.fd is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o640)
+            self.fd = os.open(self._path, self._flags | os.O_CREAT, self._mode)
         return flock(self.fd, shared=shared, wait=wait)
 
     def release(self) -> None:
@@ -119,14 +121,18 @@ class WorkerSlot:
 # --- files
 
 
-def replace_file(path: Path, content: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
-    """Write a file that readers see whole: the old content or the new. An existing file keeps its owner and mode.
+def replace_file(
+    path: Path, content: bytes, *, mode: int = 0o644, durable: bool = True, keep_owner: bool = True
+) -> None:
+    """Write a file that readers see whole: the old content or the new.
 
     Args:
         path: the file.
         content: all of it.
         mode: of a new file.
         durable: whether the new content must survive a power failure.
+        keep_owner: an existing file keeps its owner and mode. Else everyone who may write to its directory can
+            replace it, and it is theirs from then on.
     """
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -135,7 +141,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o644, durable: bool
             file.flush()
             os.fchmod(fd, mode)
             with suppress(FileNotFoundError):
-                before = path.stat()
+                before = path.stat() if keep_owner else os.fstat(fd)
                 os.fchmod(fd, before.st_mode & 0o777)
                 if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
                     os.fchown(fd, before.st_uid, before.st_gid)

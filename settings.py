@@ -6,11 +6,18 @@ A field is the variable of the same name in capitals: `max_rows` is `MAX_ROWS`. 
 boot with the variable, the value and what was expected. An empty variable counts as unset.
 """
 
+import importlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups")  # by default, in this order
 
 
 class SettingsError(Exception):
@@ -27,7 +34,7 @@ def usable_cores() -> int:
         return cores
 
 
-def _text(value: str) -> str:
+def _string(value: str) -> str:
     return value
 
 
@@ -74,6 +81,16 @@ def _switch(value: str) -> bool:
     return value == "1"
 
 
+def _extensions(value: str) -> tuple[str, ...]:
+    entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
+    if not all(part.isidentifier() for entry in entries for part in entry.lstrip("+-").split(".")):
+        raise SettingsError("expected dotted module names, separated by commas, each with or without + or - before it")
+    unknown = [entry for entry in entries if entry[0] == "-" and entry[1:] not in EXTENSIONS]
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: expected one of the default list to take away: {', '.join(EXTENSIONS)}")
+    return entries
+
+
 def _setting(parse: Callable[[str], Any], default: Any) -> Any:
     if callable(default):
         return field(default_factory=default, metadata={"parse": parse})
@@ -85,13 +102,16 @@ class Settings:
     """The server's settings. Tests make one directly or from a plain dict."""
 
     # Where it listens
-    host: str = _setting(_text, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
+    host: str = _setting(_string, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
     port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
     web_concurrency: int = _setting(_number(1, 1024, "worker processes"), usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
     preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
     trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
+
+    # What it consists of: + adds a module to the default list, - takes one away, names without a sign replace the list
+    extensions: tuple[str, ...] = _setting(_extensions, EXTENSIONS)
 
     # What it serves
     model_path: Path | None = _setting(_path, None)  # one model file, without the version store
@@ -114,10 +134,10 @@ class Settings:
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
 
     # Where the records go (sls/); shipping is on when the first three are set
-    sls_endpoint: str = _setting(_text, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
-    sls_project: str = _setting(_text, "")
-    sls_logstore: str = _setting(_text, "")
-    sls_region: str = _setting(_text, "")  # such as cn-hangzhou; then requests are signed with version 4
+    sls_endpoint: str = _setting(_string, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
+    sls_project: str = _setting(_string, "")
+    sls_logstore: str = _setting(_string, "")
+    sls_region: str = _setting(_string, "")  # such as cn-hangzhou; then requests are signed with version 4
 
     @property
     def ships(self) -> bool:
@@ -134,12 +154,12 @@ class Settings:
         values = {}
         for each in fields(cls):
             name = each.name.upper()
-            text = environ.get(name, "")
-            if text:
+            given = environ.get(name, "")
+            if given:
                 try:
-                    values[each.name] = each.metadata["parse"](text)
+                    values[each.name] = each.metadata["parse"](given)
                 except SettingsError as error:
-                    raise SettingsError(f"{name}={text!r}: {error}") from None
+                    raise SettingsError(f"{name}={given!r}: {error}") from None
         if environ.get("MODEL_PATH") and environ.get("MODEL_DIR"):
             raise SettingsError(
                 "MODEL_PATH and MODEL_DIR are both set: unset MODEL_DIR to serve that one file, or "
@@ -151,15 +171,45 @@ class Settings:
             raise SettingsError("SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE: expected all three, or none")
         return settings
 
+    def extension_names(self) -> list[str]:
+        """Return the modules of the extensions, in order."""
+        if any(entry[0] not in "+-" for entry in self.extensions):
+            names = [entry.lstrip("+-") for entry in self.extensions]
+        else:
+            names = [*EXTENSIONS, *(entry[1:] for entry in self.extensions)]
+        return [name for name in dict.fromkeys(names) if f"-{name}" not in self.extensions]
+
+    def load_extensions(self) -> list[ModuleType]:
+        """Import the extensions. A default one whose module was removed is left out; one that was named must be there.
+
+        Raises:
+            SettingsError: a module that was named does not exist, or has no `init_app`.
+        """
+        found = []
+        for name in self.extension_names():
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                    raise  # a library that it needs
+                if self.extensions is not EXTENSIONS and {name, f"+{name}"}.intersection(self.extensions):
+                    raise SettingsError(f"EXTENSIONS: there is no module {name!r}") from None
+                log.info("without the extension %s: its module is not installed", name)
+                continue
+            if not hasattr(module, "init_app"):
+                raise SettingsError(f"EXTENSIONS: the module {name!r} has no init_app(app, service)")
+            found.append(module)
+        return found
+
     def check_files(self) -> None:
-        """Check that the files to start with are there. Later ones are not reasons to stop: see `auth` and `model`.
+        """Check that the files to start with exist. Later ones are not reasons to stop: see `auth` and `model`.
 
         Raises:
             SettingsError: the model file or the users file is not there.
         """
         if self.model_path is not None and not _is_file(self.model_path):
             raise SettingsError(
-                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file, and none can be read there"
+                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file that can be read"
             )
         if self.auth == "basic" and not _is_file(self.users_file):
             raise SettingsError(

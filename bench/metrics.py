@@ -1,12 +1,12 @@
-"""What metrics cost: a request, and an answer to Prometheus.
+"""What metrics cost, in a request and in an answer to Prometheus.
 
     python -m bench.metrics
 
 `request`   Processor time of the updates of a request that is alone in its call of the model: in flight, outcome,
-            response time, rows and waiting time of the call. A loop with them, under gevent's patches, less the same
-            loop without; the median of 21 (and the quartiles).
-`/metrics`  Wall time of one exposition, by the processes that are summed, each of which has met three versions, and by
-            how many were killed before; the median of 30.
+            response time, rows and waiting time of the call. It is measured in a loop, under gevent's patches, less the
+            same loop without them: the median of 21 (and the quartiles).
+`/metrics`  Wall time of one exposition, by the processes that count together, each of which has served three versions,
+            and by how many were killed before: the median of 30.
 """
 
 import os
@@ -21,7 +21,8 @@ from gevent import monkey
 
 monkey.patch_all()
 
-from telemetry.metrics import Metrics  # noqa: E402  # as in a worker, after the patches
+from processes import WorkerSlot  # noqa: E402  # as in a worker, after the patches
+from telemetry.metrics import Metrics  # noqa: E402
 
 COUNT = 20_000  # updates in a loop
 SUCCESS = {"error_type": "", "model_version": "1", "variant": "stable"}
@@ -35,10 +36,18 @@ def seconds_of(work: Callable[[], object]) -> float:
     return (time.process_time() - began) / COUNT
 
 
+def joined(place: Path) -> Metrics:
+    """Return the metrics of a worker that counts together with the others of a directory."""
+    slot = WorkerSlot(place / "workers")
+    slot.take()
+    metrics = Metrics(place)
+    metrics.join(slot)
+    return metrics
+
+
 def request(place: Path) -> None:
     """Print what a request's updates cost."""
-    metrics = Metrics(place, shared=place / "metrics")
-    metrics.join()
+    metrics = joined(place)
 
     def view() -> None:
         pass
@@ -47,8 +56,8 @@ def request(place: Path) -> None:
 
     def with_metrics() -> None:
         counted()
-        metrics.batched(1, 0.0001)
-        metrics.answered(0.0023, SUCCESS)
+        metrics.count_batch(1, 0.0001)
+        metrics.count_request(0.0023, SUCCESS)
 
     costs = [(seconds_of(with_metrics) - seconds_of(view)) * 1e6 for _ in range(21)]
     low, middle, high = quantiles(costs, n=4)
@@ -56,13 +65,13 @@ def request(place: Path) -> None:
 
 
 def exposition(place: Path, processes: int, deaths: int) -> None:
-    """Print what /metrics takes with so many processes, after each of them has been replaced some times."""
+    """Print what /metrics takes with so many processes after so many deaths of each of them."""
     for _ in range(deaths + 1):
         pids = [child(place) for _ in range(processes)]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    metrics = Metrics(place, shared=place / "metrics")
+    metrics = joined(place)
     served = {"ready": True, "stable": None, "canary": None}
     times = []
     for _ in range(30):
@@ -75,15 +84,14 @@ def exposition(place: Path, processes: int, deaths: int) -> None:
 
 
 def child(place: Path) -> int:
-    """Start a process that has counted for three versions, and lives."""
+    """Start a process that counts for three versions and then waits to be killed; return its pid."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
-        metrics = Metrics(place, shared=place / "metrics")
-        metrics.join()
+        metrics = joined(place)
         for version in "123":
-            metrics.answered(0.002, SUCCESS | {"model_version": version})
-            metrics.batched(1, 0.0001)
+            metrics.count_request(0.002, SUCCESS | {"model_version": version})
+            metrics.count_batch(1, 0.0001)
         os.write(writable, b"1")
         signal.pause()
     os.read(readable, 1)

@@ -36,22 +36,22 @@ STAGES = {
     FLASK: [],
     "request id, start of the record": [("server", "Service.begin")],
     AUTH: [],
-    "headers, choice of the version": [
+    "infer: choice of the version, hooks": [
         ("server", "Service.predict"),
-        ("server", "Service._ask"),
-        ("server", "Service._choose"),
+        ("server", "Service.infer"),
+        ("server", "Service.choose"),
     ],
     "read the body": [("web.body", "BodyReader.read")],
-    "decode JSON": [("server", "parse_call")],
-    "check the rows": [("model.signature", "Signature.check")],
-    "queue for the model": [("model.batching", "Batcher.call"), ("model.loaded", "LoadedModel.ask")],
-    "rows to array": [("model.signature", "Signature.build"), ("model.signature", "Signature.parse")],
+    "decode JSON": [("server", "read_rows"), ("web.decoding", "decode_json")],
+    "validate the rows": [("model.signature", "Signature.validate")],
+    "queue for the model": [("model.batching", "Batcher.submit"), ("model.loaded", "LoadedModel.predict")],
+    "rows to array": [("model.signature", "Signature.assemble")],
     MODEL: [],
-    "result to JSON values": [("model.loaded", "LoadedModel.answer"), ("model.loaded", "LoadedModel.predict")],
+    "result to JSON values": [("model.loaded", "LoadedModel._predict_batch"), ("model.loaded", "LoadedModel.call")],
     "encode the answer": [("server", "json_response")],
     "headers of the answer": [("server", "Service.finish"), ("web.body", "BodyReader.finish")],
-    "record: a line in the journal": [("server", "log_monitor")],
-    "metrics": [("telemetry.metrics", "Metrics.answered"), ("telemetry.metrics", "Metrics.batched")],
+    "record: a line in the journal": [("monitor", "RequestLog.observe")],
+    "metrics": [("telemetry.metrics", "Metrics.count_request"), ("telemetry.metrics", "Metrics.count_batch")],
 }
 
 
@@ -119,11 +119,10 @@ def inside(environ: dict[str, Any], count: int) -> tuple[float, dict[str, float]
     monkey.patch_all()
     sys.path.insert(0, str(ROOT))
     import server
+    import telemetry
     from settings import Settings
-    from telemetry import shared_counters as slots
 
-    slots.directory = Path(os.environ["JOURNAL_DIR"], "metrics")  # as gunicorn.conf.py has it
-
+    telemetry.before_fork(Settings.from_environ(os.environ))  # as gunicorn.conf.py does
     app = server.create_app(Settings.from_environ(os.environ))
     load(app)
     plain = median(call(app, environ) for _ in range(count))

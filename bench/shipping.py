@@ -39,11 +39,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "tests/sls"),
-]  # for what is measured, the real gunicorn and the loopback SLS
+# For what is measured, the real gunicorn and the loopback SLS.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/sls")]
 
 from monitor import Journal, log_monitor  # noqa: E402  # found by the line above
 
@@ -51,8 +48,8 @@ BODY, ANSWER = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}', b'\r\n\r\n{"prediction":[0]}
 FIELDS = {"status": 200, "path": "/predict", "request_id": "36a875577d420091561796b0b9701ee5", "error_type": ""}
 FIELDS |= {"rows": 1, "model_version": "0f3a9c1b2d4e", "user": "predict", "method": "predict"}  # as server.py has them
 PAUSE = 0.005  # seconds; without one, connections to the same worker keep it from each other, SLS or not
-Figures = Iterator[tuple[Any, ...]]  # what, values, unit and, where there is one, the most it may be
-another_process = multiprocessing.get_context("spawn").Pool  # of one: all that it is asked for runs in the same
+Figures = Iterator[tuple[Any, ...]]  # what, values, unit and, if there is a limit, the maximum
+another_process = multiprocessing.get_context("spawn").Pool  # of one process, so that all calls run in the same
 
 
 def latency(place: Path, scale: float, workers: int) -> Figures:
@@ -142,7 +139,7 @@ def compare_loops(directory: Path, count: int) -> list[float]:
     from gevent import monkey
 
     monkey.patch_thread()  # the journal's lock, as in a worker
-    logging.disable()  # it says that it is full
+    logging.disable()  # it would log that it is full
     journal = Journal(directory, 2**27)  # segments are as large as by default, and it is full after the first half
 
     def loop(calls: bool) -> float:
@@ -162,11 +159,11 @@ def shipper(place: Path, scale: float, workers: int) -> Figures:
     with another_process(1) as sls:
         environ = ask(sls, stand_in, "ok")["environ"]
         for number in range(1, 6):
-            journalise(place / "full", count)
+            fill_journal(place / "full", count)
             used = {}
             for name in ("full", "empty") if number % 2 else ("empty", "full"):
                 before = sum(os.times()[2:4])  # user and system time of children that have ended
-                subprocess.run(**ship(place / name, environ), timeout=600.0, check=True)  # nobody serves: it will end
+                subprocess.run(**ship(place / name, environ), timeout=600.0, check=True)  # no worker serves, so it ends
                 used[name] = sum(os.times()[2:4]) - before
             assert ask(sls, stand_in, "state")["stored"] == [number * count] * 2, "not each record once"
             costs.append((used["full"] - used["empty"]) / count * 1e6)
@@ -176,18 +173,18 @@ def shipper(place: Path, scale: float, workers: int) -> Figures:
 
 
 def memory(place: Path, scale: float, workers: int) -> Figures:
-    from sls import Progress
+    from sls.shipper import Progress
 
     count = max(50_000, round(1_000_000 * scale))
     with ExitStack() as stack:
         sls, writer = (stack.enter_context(another_process(1)) for _ in range(2))
         environ = ask(sls, stand_in, "down")["environ"]
-        first_of_writer = ask(writer, journalise, place, 10_000)[0]
+        first_of_writer = ask(writer, fill_journal, place, 10_000)[0]
         process = stack.enter_context(subprocess.Popen(**ship(place, environ, "--forever")))
         stack.callback(process.kill)
         wait_until(lambda: (found := Progress.read(place)) and found.error, 30.0)  # its first try, of a whole batch
         first = usage(process.pid)[0]
-        peak_of_writer = ask(writer, journalise, place, count - 10_000)[1]
+        peak_of_writer = ask(writer, fill_journal, place, count - 10_000)[1]
         time.sleep(60.0)  # some more tries
         peak = usage(process.pid)[1]
         yield f"writer, from 10,000 records to its peak at {count:,}", [peak_of_writer - first_of_writer], "MB", 20.0
@@ -204,7 +201,7 @@ def ship(directory: Path, environ: dict[str, str], *arguments: str) -> dict[str,
     return {"args": [sys.executable, "-m", "sls", "ship", *arguments], "cwd": ROOT, "env": environ}
 
 
-def journalise(directory: Path, count: int) -> tuple[float, float, float]:
+def fill_journal(directory: Path, count: int) -> tuple[float, float, float]:
     """Record requests, as a worker does; return this process's usage."""
     journal = Journal(directory, 10**9)
     for _ in range(count):
@@ -223,7 +220,7 @@ def open_sls() -> tuple[Any, Counter[int]]:
 
 
 def stand_in(command: str) -> dict[str, Any]:
-    """Obey "up", "down" or a mode as SLS; return its state, and how many records it stored, and how many different."""
+    """Switch SLS "up", "down" or to a mode; return its state, and how many records it stored, all and distinct."""
     sls, stored = open_sls()
     if command in ("up", "down"):
         getattr(sls, command)()

@@ -1,230 +1,247 @@
 """The command line for model versions: `python -m model --help`."""
 
-import argparse
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import click
 import orjson
 
+import cli
 from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
-from .versions.guard import veto
-from .versions.publishing import preflight, publish, verify
-from .versions.store import Manifest, Routing, Store, StoreError, check_weight, rows_from
-from .versions.worker_status import Roster
+from .versions import worker_status
+from .versions.guard import local_rollback
+from .versions.publishing import STEPS, preflight, publish, verify
+from .versions.store import Routing, Store, StoreError, check_weight, read_manifest, read_rows
+
+PATH = click.Path(path_type=Path)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the commands."""
-    top = argparse.ArgumentParser(prog="python -m model", description="Publish, route and roll back model versions.")
-    top.add_argument("--dir", type=Path, help="the version store (default: MODEL_DIR, or var/models)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, about: str, version: bool = False) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about)
-        if version:
-            made.add_argument("version", help="the version's name")
-        return made
-
-    new = command("publish", "make a version of a model file, once it has answered its sample in a fresh process")
-    new.add_argument("file", type=Path, help="the model file; its suffix says the format")
-    new.add_argument("--version", default="", help="its name (default: the next whole number)")
-    new.add_argument("--sample", type=Path, metavar="ROWS.JSON", help='rows to prove it with, as in "data"')
-    new.add_argument("--metrics", metavar="JSON", help="figures to remember, such as '{\"accuracy\": 0.97}'")
-    new.add_argument("--note", default="", help="words to remember")
-    for name, about in (
-        ("promote", "serve a version to all but a canary's callers"),
-        ("canary", "serve a version to a share of the requests, beside the stable one"),
-    ):
-        made = command(name, about, version=True)
-        made.add_argument("--force", action="store_true", help="even where it does not fit this machine")
-        _add_wait(made)
-        if name == "canary":
-            made.add_argument("--weight", type=float, required=True, help="requests of a hundred")
-            made.add_argument(
-                "--guard", action="store_true", help="take it back by itself when it is worse than stable"
-            )
-    _add_wait(command("rollback", "take the canary back, or go back to the stable version before this one"))
-    command("list", "list the versions, how they are served, and by how many workers")
-    command("show", "print a version's manifest", version=True)
-    check = command("verify", "load versions again in a fresh process: their bytes, signature and answers")
-    check.add_argument("version", nargs="?", help="the version's name (default: all)")
-    command("remove", "remove a version that is not in use", version=True)
-    out = command("export", "write a scikit-learn model as .onnx, and compare what the two answer")
-    out.add_argument("file", type=Path, help="the model file")
-    out.add_argument("out", type=Path, help="the .onnx file to write")
-    out.add_argument("--sample", type=Path, metavar="ROWS.JSON", help='rows to compare on, as in "data"')
-    out.add_argument("--force", action="store_true", help="write it even where answers differ")
-    return top
+@click.group()
+@click.option("--dir", type=PATH, help="The version store (default: MODEL_DIR, or var/models).")
+@click.pass_context
+def commands(context: click.Context, dir: Path | None) -> None:
+    """Publish, route and roll back model versions."""
+    context.obj = dir
 
 
-def _add_wait(made: argparse.ArgumentParser) -> None:
-    made.add_argument(
-        "--wait",
-        type=float,
-        nargs="?",
-        const=60.0,
-        metavar="SECONDS",
-        help="until all workers of this host serve it (60)",
-    )
+def command(function: Callable[..., int | None]) -> click.Command:
+    """Make a command of a function that takes the store and the settings first."""
+
+    @wraps(function)
+    @click.pass_obj
+    def run(directory: Path | None, /, **given: Any) -> int | None:
+        settings = Settings.from_environ(os.environ)
+        return function(Store(directory or settings.model_dir), settings, **given)
+
+    return commands.command(function.__name__.removesuffix("_command"))(run)
 
 
-def run(given: argparse.Namespace, settings: Settings) -> int:
-    """Do what the command line asks; return the exit status. Raises: StoreError."""
-    store = Store(given.dir or settings.model_dir)
-    allow = settings.allow_version_mismatch
-    if given.command == "publish":
-        sample = rows_from(given.sample) if given.sample else None
-        metrics = _json(given.metrics) if given.metrics else None
-        made = publish(store, given.file, given.version, sample, metrics, given.note, allow)
-        print(f"published version {made.version}; serve it with: python -m model promote {made.version}")
-        if not sample:
-            print("proved with a synthetic row only: give rows of yours with --sample next time")
-    elif given.command in ("promote", "canary"):
-        if given.command == "canary":
-            check_weight(given.weight)  # before what takes seconds
-        _fits(store, given.version, settings, given.force)
-        if given.command == "promote":
-            routing = store.promote(given.version)
-        else:
-            routing = store.canary(given.version, given.weight, given.guard)
-        return _routed(store, routing, settings, given.wait)
-    elif given.command == "rollback":
-        return _routed(store, store.rollback(), settings, given.wait)
-    elif given.command == "list":
-        _list(store, settings)
-    elif given.command == "show":
-        print(json.dumps(_manifest(store, given.version).about, indent=2, ensure_ascii=False))
-    elif given.command == "verify":
-        return _verify(store, [given.version] if given.version else store.versions(), allow)
-    elif given.command == "remove":
-        store.remove(given.version)
-        print(f"removed version {given.version}")
-    elif given.command == "export":
-        from .versions.onnx_export import export
-
-        print(export(given.file, given.out, rows_from(given.sample) if given.sample else None, given.force))
-    return 0
+def _rows(_: click.Context, __: click.Parameter, path: Path | None) -> list[Any] | None:
+    return read_rows(path) if path else None
 
 
-def _fits(store: Store, version: str, settings: Settings, force: bool) -> None:
-    """Print whether a version fits this machine. Raises: StoreError, it does not."""
-    manifest = _manifest(store, version)
-    is_loaded = store.in_use().get(version, "").startswith(("stable", "canary"))
-    found = preflight(manifest, 0 if is_loaded else settings.web_concurrency)
-    for fits, said in found:
-        print(f"{'fits' if fits else 'DOES NOT FIT'}  {said}")
-    if not force:
-        if not all(fits for fits, _ in found):
-            raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
-        verify(store, version, settings.allow_version_mismatch)
-        print("fits  it answers its sample here as when it was published")
-
-
-def _routed(store: Store, routing: Routing, settings: Settings, wait: float | None) -> int:
-    """Print the routing; with `wait` (seconds), see until all workers of this host serve it."""
-    beside = f", canary {routing.canary} for {routing.weight:g} of a hundred requests" if routing.canary else ""
-    print(f"generation {routing.generation}: stable {routing.stable}{beside}")
-    if wait is None:
-        return 0
-    began = time.monotonic()
-    workers: list[dict[str, Any]] = []
-    while time.monotonic() - began < wait:
-        workers = Roster.read(settings.journal_dir)
-        late = [
-            each for each in workers if (each["generation"], each["changed"]) != (routing.generation, routing.changed)
-        ]
-        now = Routing.read(store.directory)
-        if now.mark != routing.mark:
-            raise StoreError(f"the routing was changed again meanwhile: generation {now.generation}, {now.why}")
-        broken = [each for each in workers if each["error"]]
-        if workers and not late:
-            break
-        time.sleep(0.1)
-    if not workers:
-        raise StoreError(f"no worker has said in {settings.journal_dir} that it serves")
-    for each in broken:
-        print(f"worker {each['pid']}: {each['error']}", file=sys.stderr)
-    if late or broken:
-        print(
-            f"{len(workers) - len({id(e) for e in late + broken})} of {len(workers)} workers serve it", file=sys.stderr
-        )
-        return 1
-    print(f"all {len(workers)} workers serve it, after {time.monotonic() - began:.1f} s")
-    return 0
-
-
-def _list(store: Store, settings: Settings) -> None:
+def _json(_: click.Context, __: click.Parameter, given: str | None) -> Any:
     try:
-        uses, routing = store.in_use(), Routing.read(store.directory)
-    except (StoreError, ModelLoadError) as broken:
-        uses, routing = {}, Routing()
-        print(f"model: {broken}", file=sys.stderr)
-    lines = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
-    for version in store.versions():
-        try:
-            about = Manifest.read(store.directory, version).about
-        except ModelLoadError:
-            about = {"note": "ITS MANIFEST CANNOT BE USED"}
-        size = f"{about['size'] / 1e6:.1f}" if isinstance(about.get("size"), int) else ""
-        texts = (" ".join(str(about.get(name) or "").split()) for name in ("format", "published", "by", "note"))
-        kind, published, by, note = texts
-        lines.append((version, kind, size, published, by, uses.get(version, ""), note))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-    if routing.generation:
-        print(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
-    mark, reason = veto(settings.journal_dir)
-    if routing.canary and mark == routing.mark:
-        print(f"the canary is taken back on this host: guard, {reason}")
-    for each in Roster.read(settings.journal_dir):
-        beside = f", canary {each['canary']}" if each["canary"] else ""
-        error = f", {each['error']}" if each["error"] else ""
-        print(f"worker {each['pid']}: generation {each['generation']}, stable {each['stable']}{beside}{error}")
-
-
-def _verify(store: Store, names: list[str], allow: bool) -> int:
-    failed = 0
-    for version in names:
-        try:
-            verify(store, version, allow)
-            print(f"{version}: as it was published")
-        except StoreError as error:
-            failed += 1
-            print(f"{version}: {error}")
-    return 1 if failed else 0
-
-
-def _manifest(store: Store, version: str) -> Manifest:
-    try:
-        return Manifest.read(store.directory, version)
-    except ModelLoadError as error:
-        raise StoreError(f"{error}. There are: {', '.join(store.versions()) or 'none'}") from error
-
-
-def _json(text: str) -> Any:
-    try:
-        return orjson.loads(text)
+        return orjson.loads(given) if given else None
     except ValueError as error:
         raise StoreError(f"--metrics: expected JSON, such as '{{\"accuracy\": 0.97}}': {error}") from error
 
 
+_version = click.argument("version")
+_sample = click.option("--sample", type=PATH, callback=_rows, metavar="ROWS.JSON", help='Rows, as in "data".')
+_force = click.option("--force", is_flag=True, help="Serve it even if it does not fit this machine.")
+_wait_help = "Wait until all workers of this host serve it (default: 60 seconds)."
+_wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metavar="[SECONDS]", help=_wait_help)
+
+
+@command
+@click.argument("file", type=PATH)
+@click.option("--version", default="", help="Its name (default: the next whole number).")
+@_sample
+@click.option("--metrics", callback=_json, metavar="JSON", help="Figures to remember, such as '{\"accuracy\": 0.97}'.")
+@click.option("--note", default="", help="Words to remember.")
+def publish_command(
+    store: Store, settings: Settings, file: Path, version: str, sample: list[Any] | None, metrics: Any, note: str
+) -> None:
+    """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
+    with cli.progressbar(STEPS, "publishing") as bar:
+        made = publish(store, file, version, sample, metrics, note, settings.allow_version_mismatch, bar.update)
+    click.echo(f"published version {made.version}; serve it with: python -m model promote {made.version}")
+    if not sample:
+        click.echo("validated with a synthetic row only: give your own rows with --sample next time")
+
+
+@command
+@_version
+@_force
+@_wait
+def promote(store: Store, settings: Settings, version: str, force: bool, wait: float | None) -> int:
+    """Make a version the stable one, which answers every request that a canary does not."""
+    _check_fit(store, version, settings, force)
+    return _report(store, store.promote(version), settings, wait)
+
+
+@command
+@_version
+@click.option("--weight", type=float, required=True, metavar="PERCENT", help="Its share of the requests.")
+@click.option("--guard", is_flag=True, help="Roll it back automatically if it is worse than the stable version.")
+@_force
+@_wait
+def canary(
+    store: Store, settings: Settings, version: str, weight: float, guard: bool, force: bool, wait: float | None
+) -> int:
+    """Serve a version to a share of the requests, beside the stable one."""
+    check_weight(weight)  # before what takes seconds
+    _check_fit(store, version, settings, force)
+    return _report(store, store.canary(version, weight, guard), settings, wait)
+
+
+@command
+@_wait
+def rollback(store: Store, settings: Settings, wait: float | None) -> int:
+    """Withdraw the canary, or return to the previous stable version if there is none."""
+    return _report(store, store.rollback(), settings, wait)
+
+
+@command
+def list_command(store: Store, settings: Settings) -> None:
+    """List the versions, how they are served, and by which workers."""
+    try:
+        uses, routing = store.in_use(), Routing.read(store.directory)
+    except (StoreError, ModelLoadError) as broken:
+        uses, routing = {}, Routing()
+        click.echo(f"model: {broken}", err=True)
+    lines: list[tuple[str, ...]] = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
+    lines += [_line(store, version, uses.get(version, "")) for version in store.versions()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    if routing.generation:
+        click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
+    etag, reason = local_rollback(settings.journal_dir)
+    if routing.canary and etag == routing.etag:
+        click.echo(f"the canary was rolled back on this host: guard, {reason}")
+    for each in worker_status.read(settings.journal_dir):
+        canary = f", canary {each['canary']}" if each["canary"] else ""
+        error = f", {each['error']}" if each["error"] else ""
+        click.echo(f"worker {each['pid']}: generation {each['generation']}, stable {each['stable']}{canary}{error}")
+
+
+@command
+@_version
+def show(store: Store, settings: Settings, version: str) -> None:
+    """Print a version's manifest."""
+    click.echo(json.dumps(store.manifest(version).about, indent=2, ensure_ascii=False))
+
+
+@command
+@click.argument("version", required=False)
+def verify_command(store: Store, settings: Settings, version: str | None) -> int:
+    """Validate a version, or all of them, in a fresh process: bytes, signature and predictions."""
+    versions = [version] if version else store.versions()
+    broken: dict[str, str] = {}
+    with cli.progressbar(len(versions), "verifying") as bar:
+        for each in versions:
+            try:
+                verify(store, each, settings.allow_version_mismatch)
+            except StoreError as error:
+                broken[each] = str(error)
+            bar.update(1)
+    for each in versions:
+        click.echo(f"{each}: {broken.get(each, 'as it was published')}")
+    return 1 if broken else 0
+
+
+@command
+@_version
+def remove(store: Store, settings: Settings, version: str) -> None:
+    """Remove a version that is not in use."""
+    store.remove(version)
+    click.echo(f"removed version {version}")
+
+
+@command
+@click.argument("file", type=PATH)
+@click.argument("out", type=PATH)
+@_sample
+@click.option("--force", is_flag=True, help="Write it even if the predictions differ.")
+def export_command(
+    store: Store, settings: Settings, file: Path, out: Path, sample: list[Any] | None, force: bool
+) -> None:
+    """Write a scikit-learn model FILE as OUT.onnx, and compare what the two predict for a sample."""
+    from .versions.onnx_export import PRECISIONS, export
+
+    with cli.progressbar(len(PRECISIONS), "exporting") as bar:
+        report = export(file, out, sample, force, bar.update)
+    click.echo(report)
+
+
+def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> None:
+    """Print whether a version fits this machine. Raises: StoreError, it does not."""
+    manifest = store.manifest(version)
+    is_loaded = store.in_use().get(version, "").startswith(("stable", "canary"))
+    found = preflight(manifest, 0 if is_loaded else settings.web_concurrency)
+    for fits, comparison in found:
+        click.echo(f"{'fits' if fits else 'DOES NOT FIT'}  {comparison}")
+    if not force:
+        if not all(fits for fits, _ in found):
+            raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
+        verify(store, version, settings.allow_version_mismatch)
+        click.echo("fits  it predicts its sample here as when it was published")
+
+
+def _report(store: Store, routing: Routing, settings: Settings, wait: float | None) -> int:
+    """Print the routing; with `wait` (seconds), wait until all workers of this host serve it."""
+    click.echo(routing)
+    if wait is None:
+        return 0
+    began, expected = time.monotonic(), (routing.generation, routing.changed)
+    workers: list[dict[str, Any]] = []
+    while time.monotonic() - began < wait:
+        workers = worker_status.read(settings.journal_dir)
+        late = [each for each in workers if (each["generation"], each["changed"]) != expected]
+        now = Routing.read(store.directory)
+        if now.etag != routing.etag:
+            raise StoreError(f"the routing was changed again meanwhile: generation {now.generation}, {now.why}")
+        if workers and not late:
+            break
+        time.sleep(0.1)
+    if not workers:
+        raise StoreError(f"no worker has published in {settings.journal_dir} what it serves")
+    broken = [each for each in workers if each["error"]]
+    for each in broken:
+        click.echo(f"worker {each['pid']}: {each['error']}", err=True)
+    serving = [each for each in workers if each not in late and each not in broken]
+    if len(serving) < len(workers):
+        click.echo(f"{len(serving)} of {len(workers)} workers serve it", err=True)
+        return 1
+    click.echo(f"all {len(workers)} workers serve it, after {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _line(store: Store, version: str, use: str) -> tuple[str, ...]:
+    """Return the cells of a version in the list."""
+    try:
+        about = read_manifest(store.directory, version).about
+    except ModelLoadError:
+        about = {"note": "ITS MANIFEST CANNOT BE USED"}
+    size = f"{about['size'] / 1e6:.1f}" if isinstance(about.get("size"), int) else ""
+    cells = (version, about.get("format"), size, about.get("published"), about.get("by"), use, about.get("note"))
+    return tuple(" ".join(str(cell or "").split()) for cell in cells)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    given = parser().parse_args(arguments)
-    try:
-        return run(given, Settings.from_environ(os.environ))
-    except (StoreError, SettingsError, ModelLoadError, OSError, UnicodeError) as error:
-        print("model:", *str(error).splitlines(), file=sys.stderr)  # on one line
-        return 1
-    except KeyboardInterrupt:
-        return 130  # as shells have it
+    errors = (StoreError, SettingsError, ModelLoadError, OSError, UnicodeError)
+    return cli.run("model", commands, arguments, *errors, status=1)
 
 
 if __name__ == "__main__":

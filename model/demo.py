@@ -1,6 +1,6 @@
-"""Train and publish the model that the first run serves: iris, a scaler and a logistic regression.
+"""Trains and publishes the model that a first run serves: iris, a scaler and a logistic regression.
 
-python -m model.demo [DIRECTORY]        default var/models; does nothing where a version is served already
+python -m model.demo [DIRECTORY]
 """
 
 import sys
@@ -8,8 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .versions.publishing import publish
-from .versions.store import Store
+import click
+
+import cli
+
+from .versions.publishing import STEPS, publish
+from .versions.store import ROUTING, Store, StoreError
 
 
 def train() -> tuple[Any, list[list[float]]]:
@@ -24,22 +28,32 @@ def train() -> tuple[Any, list[list[float]]]:
     return model, iris.data.iloc[[0, 50, 100]].to_numpy().tolist()
 
 
-def main(directory: Path) -> None:
-    """Publish the demo model as version "1" and promote it."""
-    if (directory / "routing.json").exists():
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path), default="var/models")
+def demo(directory: Path) -> None:
+    """Train a model on iris, publish it as version 1 in DIRECTORY (default: var/models), and promote it.
+
+    If a version is served from there already, nothing is done.
+    """
+    if (directory / ROUTING).exists():
         return
     import joblib
 
     store = Store(directory)
     model, sample = train()
-    if not (directory / "1").exists():  # there already when a run was stopped between the two steps
-        with tempfile.TemporaryDirectory() as scratch:
+    if not (directory / "1").exists():  # it exists if a run was stopped between the two steps
+        with tempfile.TemporaryDirectory() as scratch, cli.progressbar(STEPS, "publishing") as bar:
             artifact = Path(scratch, "model.joblib")
             joblib.dump(model, artifact)
-            publish(store, artifact, "1", sample, note="iris, for a first run")
+            publish(store, artifact, "1", sample, note="iris, for a first run", on_step=bar.update)
     store.promote("1")
-    print(f"trained the demo model (iris) and published it as {directory / '1'}")
+    click.echo(f"trained the demo model (iris) and published it as {directory / '1'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    return cli.run("model.demo", demo, arguments, StoreError, OSError, status=1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("var/models"))
+    sys.exit(main())

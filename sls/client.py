@@ -23,16 +23,16 @@ RENEW = 600.0  # seconds before they expire that temporary credentials are renew
 
 
 class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
-    """The SDK's client, which raises SLSError instead of LogException.
+    """The SDK's client, but it raises SLSError instead of LogException.
 
-    It is raised where the SDK first sees an error, so the SDK's own retries (ten, a second apart) are off.
+    It does so as soon as the SDK sees an error, so the SDK's own retries (ten, a second apart) are off.
     """
 
-    def __init__(self, settings: Settings, credentials: "Renewed") -> None:
+    def __init__(self, settings: Settings, credentials: "RenewedCredentials") -> None:
         endpoint = settings.sls_endpoint
         super().__init__(
             endpoint if "://" in endpoint else f"https://{endpoint}",
-            source=socket.gethostname(),  # without it, the SDK looks its own name up
+            source=socket.gethostname(),  # without it, the SDK looks up its own name
             auth_version="v4" if settings.sls_region else "v1",
             region=settings.sls_region,
             credentials_provider=credentials,
@@ -44,21 +44,21 @@ class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
         try:
             return super()._send(*arguments, **named)
         except SLSError as error:
-            if error.is_passing or error.status not in (401, 403) or not self._credentials.renew():
+            if error.is_transient or error.status not in (401, 403) or not self._credentials.renew():
                 raise
-            return super()._send(*arguments, **named)  # they were replaced before their time
+            return super()._send(*arguments, **named)  # they were replaced before they expired
 
     def _sendRequest(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802  # the SDK's name
         try:
             return super()._sendRequest(*arguments, **named)
         except LogException as error:
-            message = self._credentials.hide(str(error.get_error_message()))
+            message = self._credentials.redact(str(error.get_error_message()))
             raise SLSError(error.get_error_code(), message[:500], error.get_resp_status()) from None
 
 
 def connect(settings: Settings, environ: Mapping[str, str]) -> Client:
     """Return a client; the first request finds out whether it works."""
-    return Client(settings, Renewed(find_credentials(environ)))
+    return Client(settings, RenewedCredentials(find_credentials(environ)))
 
 
 def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]], None]:
@@ -71,7 +71,7 @@ def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]
             seconds, microseconds = divmod(round(record["time"] * 1e6), 10**6)
             # One call with all contents: a call for each would cost twice as much.
             contents = [
-                {"Key": key, "Value": (value if type(value) is str else _as_text(value)).encode()}
+                {"Key": key, "Value": (value if type(value) is str else _to_string(value)).encode()}
                 for key, value in record.items()
                 if key != "time"
             ]
@@ -81,8 +81,8 @@ def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]
     return send
 
 
-def _as_text(value: Any) -> str:
-    """Write a value as SLS takes it: it has texts only."""
+def _to_string(value: Any) -> str:
+    """Write a value as SLS takes it: it has only strings."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return "" if value is None else str(value)
@@ -91,36 +91,36 @@ def _as_text(value: Any) -> str:
 # --- credentials
 
 
-class Found(NamedTuple):
-    """Credentials, and for how many seconds they are to be used."""
+class Fetched(NamedTuple):
+    """Credentials, and how long they last."""
 
     credentials: Credentials
-    renew_in: float = float("inf")
-    expire_in: float = float("inf")
+    renew_in: float = float("inf")  # seconds
+    expire_in: float = float("inf")  # seconds
 
 
-def find_credentials(environ: Mapping[str, str]) -> Callable[[], Found]:
+def find_credentials(environ: Mapping[str, str]) -> Callable[[], Fetched]:
     """Return how to get credentials, by the first of Alibaba Cloud's conventional variables that is set.
 
-    ALIBABA_CLOUD_ACCESS_KEY_ID and ..._SECRET, with ALIBABA_CLOUD_SECURITY_TOKEN where they are temporary;
+    ALIBABA_CLOUD_ACCESS_KEY_ID and ..._SECRET, with ALIBABA_CLOUD_SECURITY_TOKEN if they are temporary;
     ALIBABA_CLOUD_CREDENTIALS_FILE: an INI file, read again while we run, whose section ALIBABA_CLOUD_PROFILE
     (`default`) holds `access_key_id`, `access_key_secret` and perhaps `security_token`;
-    ALIBABA_CLOUD_CREDENTIALS_URI: where a GET answers them in the form of the ECS metadata service;
-    else the RAM role of this ECS instance, ALIBABA_CLOUD_ECS_METADATA or whichever it has.
+    ALIBABA_CLOUD_CREDENTIALS_URI: a URL that returns them in the form of the ECS metadata service;
+    else the RAM role of this ECS instance: ALIBABA_CLOUD_ECS_METADATA, or the one that it has.
     """
     if environ.get("ALIBABA_CLOUD_ACCESS_KEY_ID"):
         names = [f"ALIBABA_CLOUD_{name}" for name in ("ACCESS_KEY_ID", "ACCESS_KEY_SECRET", "SECURITY_TOKEN")]
-        return lambda: Found(_credentials(environ, *names))
+        return lambda: Fetched(_credentials(environ, *names))
     if path := environ.get("ALIBABA_CLOUD_CREDENTIALS_FILE"):
         return lambda: _from_file(Path(path).expanduser(), environ.get("ALIBABA_CLOUD_PROFILE") or "default")
     if uri := environ.get("ALIBABA_CLOUD_CREDENTIALS_URI"):
-        return lambda: _from_answer(_ask("GET", uri))
+        return lambda: _from_response(_request("GET", uri))
     return lambda: _from_ecs(environ.get("ALIBABA_CLOUD_ECS_METADATA", ""))
 
 
 def _credentials(found: Mapping[str, str], key_id: str, secret: str, token: str) -> Credentials:
     if not (found.get(key_id) and found.get(secret)):
-        raise KeyError(f"{key_id} and {secret} are not both there")
+        raise KeyError(f"{key_id} and {secret} are not both set")
     return Credentials(found[key_id], found[secret], found.get(token) or "")
 
 
@@ -128,48 +128,48 @@ def _parts(found: Credentials) -> set[str]:
     return {found.get_access_key_id(), found.get_access_key_secret(), found.get_security_token()}
 
 
-def _from_file(path: Path, section: str) -> Found:
+def _from_file(path: Path, section: str) -> Fetched:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(path.read_text("utf-8"))
-    return Found(_credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), renew_in=5.0)
+    return Fetched(_credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), renew_in=5.0)
 
 
-def _from_ecs(role: str) -> Found:
-    # The token is what a hardened instance asks for, and what others take no harm from.
-    token = _ask("PUT", f"{METADATA}/api/token", **{"X-aliyun-ecs-metadata-token-ttl-seconds": "60"})
+def _from_ecs(role: str) -> Fetched:
+    # A hardened instance requires the token; others ignore it.
+    token = _request("PUT", f"{METADATA}/api/token", **{"X-aliyun-ecs-metadata-token-ttl-seconds": "60"})
     proof = {"X-aliyun-ecs-metadata-token": token}
     roles = f"{METADATA}/meta-data/ram/security-credentials/"
-    return _from_answer(_ask("GET", roles + (role or _ask("GET", roles, **proof).strip()), **proof))
+    return _from_response(_request("GET", roles + (role or _request("GET", roles, **proof).strip()), **proof))
 
 
-def _from_answer(text: str) -> Found:
+def _from_response(body: str) -> Fetched:
     """Read the metadata service's JSON: AccessKeyId, AccessKeySecret, SecurityToken, Expiration (UTC)."""
-    answer = json.loads(text)
-    expires = datetime.strptime(answer["Expiration"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    content = json.loads(body)
+    expires = datetime.strptime(content["Expiration"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     left = expires.timestamp() - time.time()
-    found = _credentials(answer, "AccessKeyId", "AccessKeySecret", "SecurityToken")
-    return Found(found, renew_in=max(left / 2, left - RENEW), expire_in=left)
+    found = _credentials(content, "AccessKeyId", "AccessKeySecret", "SecurityToken")
+    return Fetched(found, renew_in=max(left / 2, left - RENEW), expire_in=left)
 
 
-def _ask(method: str, url: str, **headers: str) -> str:
+def _request(method: str, url: str, **headers: str) -> str:
     with requests.Session() as session:
         session.trust_env = False  # credentials do not go through a proxy
-        answer = session.request(method, url, headers=headers, timeout=(1, 5))
-    answer.raise_for_status()
-    return answer.text
+        response = session.request(method, url, headers=headers, timeout=(1, 5))
+    response.raise_for_status()
+    return response.text
 
 
-class Renewed(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are left out
-    """Credentials that are fetched again before they expire; where that fails, the old ones while they last."""
+class RenewedCredentials(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are left out
+    """Credentials that are fetched again before they expire; if that fails, the old ones while they last."""
 
-    def __init__(self, fetch: Callable[[], Found]) -> None:
+    def __init__(self, fetch: Callable[[], Fetched]) -> None:
         self._fetch = fetch
-        self._found: Found | None = None
+        self._found: Fetched | None = None
         self._fetched = 0.0
         self._seen: set[str] = set()  # every key that was ever used here
 
     def get_credentials(self) -> Credentials:
-        """Return credentials that are good now; the SDK calls this for each signature. Raises: SLSError."""
+        """Return credentials that are valid now; the SDK calls this for each signature. Raises: SLSError."""
         age = time.monotonic() - self._fetched
         if self._found is None or age >= self._found.renew_in:
             try:
@@ -178,22 +178,22 @@ class Renewed(CredentialsProvider):  # type: ignore[misc]  # the SDK's types are
                 self._seen |= _parts(self._found.credentials)
             except (OSError, ValueError, LookupError, TypeError, configparser.Error) as error:
                 if self._found is None or age >= self._found.expire_in:
-                    # A parser's text would quote what it could not read.
-                    said = error.args[0] if isinstance(error, KeyError) else getattr(error, "strerror", None)
-                    why = f"{type(error).__name__}{f', {said}' if said else ''}"
+                    # A parser's message would quote what it could not read.
+                    detail = error.args[0] if isinstance(error, KeyError) else getattr(error, "strerror", None)
+                    why = f"{type(error).__name__}{f', {detail}' if detail else ''}"
                     raise SLSError("NoCredentials", f"there are no credentials ({why})", 0) from None
         return self._found.credentials
 
     def renew(self) -> bool:
-        """Fetch them again; return whether others came than those at hand."""
+        """Fetch them again; return whether they have changed."""
         old = self._found
         if old is not None:
             self._found = old._replace(renew_in=0.0)
         new = self.get_credentials()
         return old is not None and _parts(new) != _parts(old.credentials)
 
-    def hide(self, text: str) -> str:
-        """Return a text without the keys."""
+    def redact(self, message: str) -> str:
+        """Return a message without the keys."""
         for secret in sorted(self._seen - {""}, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
+            message = message.replace(secret, "***")
+        return message

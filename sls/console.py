@@ -1,10 +1,10 @@
-"""Prepares the console of SLS: index, dashboard, saved searches, alerts and whom they tell.
+"""Sets the console of SLS up: index, dashboard, saved searches, alerts and their recipients.
 
-    python -m sls setup              makes what is not there, and updates what is
-    python -m sls setup --dry-run    prints all of it, and sends nothing
+    python -m sls setup              creates the resources that do not exist, and updates the others
+    python -m sls setup --dry-run    prints all of them, and sends nothing
 
-The files in `deploy/sls/` hold what SLS takes, with `$name` where a value goes in (`$$` is a `$`), and under `every`
-what several have in common. Change the files, not the console: the next setup writes it anew.
+The files in `deploy/sls/` hold what SLS takes, with `$name` in place of a value (`$$` is a `$`), and under `every` what
+several resources have in common. Change the files, not the console: the next setup overwrites it.
 """
 
 import json
@@ -16,28 +16,29 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+import click
 from aliyun.log import IndexConfig
 from aliyun.log.resource_params import ResourceRecord
 
 from settings import Settings, SettingsError
-from sls.check import Say, explain
+from sls.check import Echo, explain
 from sls.client import Client
 from sls.shipper import SLSError
 
 FILES = Path(__file__).resolve().parent.parent / "deploy/sls"
 KEEP_DAYS = 30  # of a new logstore
-# Whom alerts tell is the account's, not a project's, and written in one region for all; see the note in
+# Alert recipients belong to the account, not to a project, and are written in one region for all; see the note in
 # https://registry.terraform.io/providers/aliyun/alicloud/latest/docs/resources/log_resource_record
 ACCOUNT_REGION = "cn-heyuan"
-SETTLING = 60.0  # seconds until SLS knows everywhere of a project or logstore that it has made
-NOBODY = (
-    "nobody was named whom alerts tell: set SLS_ALERT_MAIL to an address or SLS_ALERT_DINGTALK to the URL of a group's "
-    "robot and run it again, or choose an action policy for each alert in the console"
+SETTLING = 60.0  # seconds until all of SLS knows a new project or logstore
+NO_RECIPIENTS = (
+    "no alert recipients: set SLS_ALERT_MAIL to an address or SLS_ALERT_DINGTALK to the URL of a group's robot and run "
+    "it again, or choose an action policy for each alert in the console"
 )
 
 
 class Recipients(NamedTuple):
-    """Whom alerts tell. With the robot's URL and secret anybody could write to the group: they are never printed."""
+    """Alert recipients. With the robot's URL and secret anyone could write to the group: they are never printed."""
 
     mail: str = ""  # an address
     dingtalk: str = ""  # the URL of a group's robot
@@ -45,7 +46,7 @@ class Recipients(NamedTuple):
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Recipients":
-        """Read SLS_ALERT_MAIL, SLS_ALERT_DINGTALK and SLS_ALERT_DINGTALK_SECRET: everybody sees a command line."""
+        """Read SLS_ALERT_MAIL, SLS_ALERT_DINGTALK and …_SECRET: all users of the host could see them as options."""
         return cls(*(environ.get(f"SLS_ALERT_{name}", "") for name in ("MAIL", "DINGTALK", "DINGTALK_SECRET")))
 
     def __bool__(self) -> bool:
@@ -54,15 +55,15 @@ class Recipients(NamedTuple):
     def __repr__(self) -> str:
         return "Recipients(***)"
 
-    def hide(self, text: str) -> str:
-        """Return a text without the URL and the secret, nor the beginning of a token that was cut off."""
+    def redact(self, message: str) -> str:
+        """Return a message without the URL and the secret, and without the beginning of a token that was cut off."""
         for secret in filter(None, (self.dingtalk, self.secret)):
-            text = text.replace(secret, "***")
-        return re.sub(r"access_token=[^\s\"\\&]*", "access_token=***", text)
+            message = message.replace(secret, "***")
+        return re.sub(r"access_token=[^\s\"\\&]*", "access_token=***", message)
 
 
-class Thing(NamedTuple):
-    """What SLS is to have. Its kind is that of the SDK's methods, and for a record the name of its resource."""
+class Resource(NamedTuple):
+    """Something that SLS is to have. Its kind is the name in the SDK's methods, for a record that of its collection."""
 
     kind: str
     name: str
@@ -77,52 +78,54 @@ def setup(
     make_project: bool = False,
     keep_days: int | None = None,
     dry_run: bool = False,
-    say: Say = print,
+    echo: Echo = click.echo,
 ) -> int:
-    """Make or update everything, a line each, and return the exit status. After a failure, run it again: it goes on.
+    """Create or update each resource and print a line for it; return the exit status. After a failure, run it again.
 
     Args:
-        connect: makes a client; whom alerts tell needs one of its own.
-        settings: where to.
-        recipients: without any, new alerts get SLS's built-in action policy, and those that are there keep theirs.
-        make_project: make the project too.
-        keep_days: how long SLS keeps records; None leaves a logstore as it is, and gives a new one KEEP_DAYS.
+        connect: makes a client; alert recipients need one of their own.
+        settings: the project and the logstore.
+        recipients: without any, new alerts get SLS's built-in action policy, and existing ones keep theirs.
+        make_project: create the project too.
+        keep_days: how long SLS keeps records; None means KEEP_DAYS for a new logstore, and no change of another.
         dry_run: print everything instead, and send nothing.
-        say: takes the lines.
+        echo: prints a line.
 
     Raises:
         SettingsError: the region is not known.
     """
-    things = list(wanted(settings, recipients, make_project, keep_days))
+    resources = list(desired(settings, recipients, make_project, keep_days))
     if dry_run:
-        for kind, name, body in things:
-            say(recipients.hide(f"{kind} {name} {json.dumps(body, indent=2, ensure_ascii=False)}"))
+        for kind, name, body in resources:
+            echo(recipients.redact(f"{kind} {name} {json.dumps(body, indent=2, ensure_ascii=False)}"))
         return 0
     writer = Writer(
         connect(settings), connect(for_account(settings)), settings.sls_project, keep_days, bool(recipients)
     )
-    for thing in things:
+    for resource in resources:
         try:
-            say(f"{thing.kind} {thing.name}: {writer.write(thing)}")
+            echo(f"{resource.kind} {resource.name}: {writer.write(resource)}")
         except SLSError as error:
-            say(recipients.hide(f"{thing.kind} {thing.name}: {explain(error)}"))
-            say("it ends there; run it again when that is mended")
+            echo(recipients.redact(f"{resource.kind} {resource.name}: {explain(error)}"))
+            echo("setup stopped; run it again when that is fixed")
             return 1
     if not recipients:
-        say(NOBODY)
+        echo(NO_RECIPIENTS)
     return 0
 
 
-def wanted(settings: Settings, recipients: Recipients, make_project: bool, keep_days: int | None) -> Iterator[Thing]:
-    """Yield what SLS is to have, each after what it needs. Raises: SettingsError."""
+def desired(
+    settings: Settings, recipients: Recipients, make_project: bool, keep_days: int | None
+) -> Iterator[Resource]:
+    """Yield the resources that SLS is to have, each after those that it needs. Raises: SettingsError."""
     project, logstore = settings.sls_project, settings.sls_logstore
     values = {"project": project, "logstore": logstore, "region": region(settings)} | recipients._asdict()
     # Unique in the account, and of at most 60 characters.
     values["policy"] = f"alerts-{project}"[:60] if recipients else "sls.builtin"
     if make_project:
-        yield Thing("project", project, {"project_des": "Records of a prediction server"})
-    yield Thing("logstore", logstore, {"ttl": keep_days or KEEP_DAYS, "shard_count": 2})
-    yield Thing("index", logstore, _read("index"))
+        yield Resource("project", project, {"project_des": "Records of a prediction server"})
+    yield Resource("logstore", logstore, {"ttl": keep_days or KEEP_DAYS, "shard_count": 2})
+    yield Resource("index", logstore, _read("index"))
 
     file = _read("dashboard")
     dashboard = fill(file["dashboard"], values)
@@ -130,9 +133,9 @@ def wanted(settings: Settings, recipients: Recipients, make_project: bool, keep_
         chart = fill(file["every"], values | given)
         chart["display"] |= fill(file["kinds"][given["type"]], given)
         dashboard["charts"].append(chart)
-    yield Thing("dashboard", dashboard["dashboardName"], dashboard)
+    yield Resource("dashboard", dashboard["dashboardName"], dashboard)
     for search in fill(_read("savedsearches"), values):
-        yield Thing("savedsearch", search["savedsearchName"], search)
+        yield Resource("savedsearch", search["savedsearchName"], search)
 
     file = _read("action_policy")
     values["fire"] = "\n".join(fill(line, values) for recipient, line in file["fire"].items() if values[recipient])
@@ -141,15 +144,15 @@ def wanted(settings: Settings, recipients: Recipients, make_project: bool, keep_
             value = fill(record["value"], values)
             if value.get("secret") == "":
                 del value["secret"]  # SLS takes one or none
-            yield Thing(record["resource"], values["policy"], {"tag": record["tag"], "value": value})
+            yield Resource(record["resource"], values["policy"], {"tag": record["tag"], "value": value})
     file = _read("alerts")
     for given in file["alerts"]:
         alert = fill(file["every"], values | fill(given, values))
-        yield Thing("alert", alert["name"], alert)
+        yield Resource("alert", alert["name"], alert)
 
 
 def fill(node: Any, values: Mapping[str, Any]) -> Any:
-    """Put values in for `$name`. A text that is `$name` and no more becomes the value itself, of any type."""
+    """Replace each `$name` by its value. A string that is only `$name` becomes the value itself, of any type."""
     if isinstance(node, dict):
         return {key: fill(value, values) for key, value in node.items()}
     if isinstance(node, list):
@@ -169,7 +172,7 @@ def region(settings: Settings) -> str:
 
 
 def for_account(settings: Settings) -> Settings:
-    """Return the settings that lead to what is the account's."""
+    """Return the settings for what belongs to the account."""
     scheme = settings.sls_endpoint.rpartition("://")[0] or "https"
     endpoint = f"{scheme}://{ACCOUNT_REGION}.log.aliyuncs.com"
     return replace(settings, sls_endpoint=endpoint, sls_region=settings.sls_region and ACCOUNT_REGION)
@@ -180,29 +183,31 @@ def _read(name: str) -> Any:
 
 
 class Writer:
-    """Writes things, be they there or not."""
+    """Writes resources, whether they exist or not."""
 
-    def __init__(self, client: Client, account: Client, project: str, keep_days: int | None, tells: bool) -> None:
+    def __init__(
+        self, client: Client, account: Client, project: str, keep_days: int | None, has_recipients: bool
+    ) -> None:
         self._client, self._account, self._project = client, account, project
-        self._keep_days, self._tells = keep_days, tells
-        self._settled = 0.0  # when a new project and logstore are known everywhere
+        self._keep_days, self._has_recipients = keep_days, has_recipients
+        self._settled = 0.0  # when all of SLS knows a new project and logstore
 
-    def write(self, thing: Thing) -> str:
-        """Make a thing or update it, and say which. Raises: SLSError."""
+    def write(self, resource: Resource) -> str:
+        """Create a resource or update it; return which. Raises: SLSError."""
         while True:
             try:
-                self._create(*thing)
+                self._create(*resource)
             except SLSError as error:
-                # Of a dashboard that is there only the message says so: its code is ParameterInvalid.
+                # Only the message says that a dashboard exists: its code is ParameterInvalid.
                 if "alreadyexist" in str(error).replace(" ", "").lower():
-                    return self._update(*thing)
+                    return self._update(*resource)
                 if error.code not in ("ProjectNotExist", "LogStoreNotExist") or time.monotonic() >= self._settled:
                     raise
                 time.sleep(1.0)
             else:
-                if thing.kind in ("project", "logstore"):
+                if resource.kind in ("project", "logstore"):
                     self._settled = time.monotonic() + SETTLING
-                return "written" if "." in thing.kind else "made"  # SLS does not say which for a record
+                return "written" if "." in resource.kind else "created"  # for a record, SLS does not say which
 
     def _create(self, kind: str, name: str, body: dict[str, Any]) -> None:
         match kind:
@@ -214,24 +219,24 @@ class Writer:
                 self._client.create_index(self._project, name, _index(body))
             case "dashboard" | "savedsearch" | "alert":
                 getattr(self._client, f"create_{kind}")(self._project, body)
-            case _:  # a record, which this updates if it is there
+            case _:  # a record, which this updates if it exists
                 self._account.upsert_resource_record(kind, [ResourceRecord(name, **body)])
 
     def _update(self, kind: str, name: str, body: dict[str, Any]) -> str:
         if kind == "project" or (kind == "logstore" and self._keep_days is None):
-            return "is there"  # a shorter time than it has would delete what is older
+            return "exists"  # a shorter time than it has would delete older records
         if kind == "logstore":
             self._client.update_logstore(self._project, name, ttl=self._keep_days)
         elif kind == "index":
-            there = self._client.get_index_config(self._project, name).get_index_config()
-            there.key_config_list |= _index(body).key_config_list  # keys that others added stay
-            self._client.update_index(self._project, name, there)
+            existing = self._client.get_index_config(self._project, name).get_index_config()
+            existing.key_config_list |= _index(body).key_config_list  # keys that others added stay
+            self._client.update_index(self._project, name, existing)
         else:
             if kind == "alert":
-                del body["state"]  # one that was switched off stays so
-                if not self._tells:
-                    there = self._client.get_alert(self._project, name).get_body()["configuration"]
-                    body["configuration"]["policyConfiguration"] = there["policyConfiguration"]
+                del body["state"]  # an alert that was switched off stays off
+                if not self._has_recipients:
+                    existing = self._client.get_alert(self._project, name).get_body()["configuration"]
+                    body["configuration"]["policyConfiguration"] = existing["policyConfiguration"]
             getattr(self._client, f"update_{kind}")(self._project, body)
         return "updated"
 

@@ -1,4 +1,10 @@
-"""Imports scikit-learn without pandas and scipy.stats, which it does not use to predict."""
+"""Imports scikit-learn without pandas and scipy.stats, which it does not use to predict.
+
+It earns 38 MB and 0.45 s of processor time in each worker.
+
+scikit-learn: `sklearn.utils.fixes` imports both without a use for them. Of `scipy.stats`, the modules that are imported
+here take some functions more, nearly all for fitting. What is left out is imported when it is used.
+"""
 
 import importlib
 import sys
@@ -7,10 +13,9 @@ from typing import Any
 
 
 def import_sklearn() -> None:
-    """Import scikit-learn, but neither pandas nor `scipy.stats`: 44 MB and half a second in each worker.
+    """Import scikit-learn, but neither pandas nor `scipy.stats`, unless one of the three is imported already.
 
-    `sklearn.utils.fixes` imports both without a use for them. Of `scipy.stats` the modules that are imported here take
-    some functions more, nearly all for fitting. What is left out is imported when it is used.
+    If that fails, what was imported until then can be used, and the rest can be imported as ever.
     """
     if {"sklearn", "pandas", "scipy.stats"}.intersection(sys.modules):
         return

@@ -1,10 +1,14 @@
-"""Spares scikit-learn checks that were made before: rows are checked by `signature`, and what is loaded is fitted.
+"""Skips scikit-learn checks that were made before: rows are validated by `signature`, and what is loaded is fitted.
 
-They are two thirds of a small predict, and four fifths of a forest's is the warning filters that each tree is wrapped
-in (docs/performance.md). The stand-ins here take only the plain case: an array of finite numbers, a fitted estimator,
-no pool of threads. All else goes to the original, so results and errors are scikit-learn's own.
+It earns 0.28 of the 0.35 ms that a scaled logistic regression takes for a row, and 4.6 of the 5.6 ms of a forest of 100
+trees, each of which is wrapped in warning filters. The stand-ins here take only the simple case: an array of finite
+numbers, a fitted estimator, one job. All else goes to the original, so results and errors are scikit-learn's own.
+
+scikit-learn: replaces `validate_data`, `check_is_fitted` and `Parallel` in the modules of a model's estimators, and
+relies on `n_features_in_`, `feature_names_in_` and `steps`.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -13,9 +17,10 @@ from sklearn.utils import parallel, validation
 
 from model.formats.sklearn import estimators_in
 
-_validate_data = getattr(validation, "validate_data", None)  # scikit-learn 1.6 and newer
-_check_is_fitted = validation.check_is_fitted
-# What validate_data may be asked for in the plain case.
+from . import UnexpectedInternals
+
+_validate_data, _check_is_fitted = validation.validate_data, validation.check_is_fitted
+# What validate_data may be asked for in the simple case.
 _KNOWN = {
     "accept_large_sparse",
     "accept_sparse",
@@ -29,17 +34,18 @@ _KNOWN = {
 }
 
 
-def spare_checks(model: Any) -> None:
-    """Put the stand-ins into the modules of scikit-learn that a loaded model's estimators come from."""
-    stand_ins = [
-        ("validate_data", _validate_data, validate_data),
-        ("check_is_fitted", _check_is_fitted, check_is_fitted),
-        ("Parallel", parallel.Parallel, OneAfterAnother),
-    ]
+def skip_validation(model: Any) -> None:
+    """Put the stand-ins into the modules of scikit-learn that a loaded model's estimators come from.
+
+    Raises: UnexpectedInternals.
+    """
+    for function, names in _EXPECTED.items():
+        if list(inspect.signature(function).parameters)[: len(names)] != names:
+            raise UnexpectedInternals(f"parameters of {function.__qualname__}")
     classes = {cls for estimator in estimators_in(model) for cls in type(estimator).__mro__}
     for module in {cls.__module__ for cls in classes if cls.__module__.startswith("sklearn.")}:
-        for name, original, stand_in in stand_ins:
-            if original is not None and getattr(sys.modules[module], name, None) is original:
+        for name, original, stand_in in _STAND_INS:
+            if getattr(sys.modules[module], name, None) is original:
                 setattr(sys.modules[module], name, stand_in)
 
 
@@ -51,7 +57,7 @@ def validate_data(
     reset: bool = True,
     **asked: Any,
 ) -> Any:
-    """Return `X` in the type that is asked for, where it is an array of finite numbers of the right width."""
+    """Return `X` in the type that is asked for, if it is an array of finite numbers of the right width."""
     fitted = vars(_estimator)
     if (
         type(X) is np.ndarray
@@ -68,7 +74,6 @@ def validate_data(
         array = _converted(X, asked.get("dtype", "numeric"), asked.get("copy", False), asked.get("order"))
         if _is_finite(array, asked.get("ensure_all_finite", True)) and array.flags.writeable:
             return array
-    assert _validate_data is not None
     return _validate_data(_estimator, X, y, reset=reset, **asked)
 
 
@@ -81,14 +86,14 @@ def _converted(array: Any, dtype: Any, copy: bool, order: str | None) -> Any:
         return array.astype(dtype or array.dtype, order=order or "K", copy=copy)
 
 
-def _is_finite(array: Any, wanted: bool | str) -> bool:
-    if array.dtype.kind != "f" or wanted is False:
+def _is_finite(array: Any, required: bool | str) -> bool:
+    if array.dtype.kind != "f" or required is False:
         return True
-    return not np.isinf(array).any() if wanted == "allow-nan" else bool(np.isfinite(array).all())
+    return not np.isinf(array).any() if required == "allow-nan" else bool(np.isfinite(array).all())
 
 
 def check_is_fitted(estimator: Any, attributes: Any = None, **asked: Any) -> None:
-    """Return at once where an estimator, or the last one of a pipeline, has seen a fit."""
+    """Return at once if an estimator, or the last one of a pipeline, is fitted."""
     last = estimator
     while steps := getattr(last, "__dict__", {}).get("steps"):
         last = steps[-1][1]
@@ -96,11 +101,23 @@ def check_is_fitted(estimator: Any, attributes: Any = None, **asked: Any) -> Non
         _check_is_fitted(estimator, attributes, **asked)
 
 
-class OneAfterAnother(parallel.Parallel):  # type: ignore[misc]  # scikit-learn has no types
-    """Calls one function after the other where there is one job, without the wrapping that threads would need."""
+class SerialParallel(parallel.Parallel):  # type: ignore[misc]  # scikit-learn has no types
+    """Calls one function after the other if there is one job, without the wrapping that threads would need."""
 
     def __call__(self, iterable: Any) -> Any:
         """Return the functions' results."""
         if self.n_jobs != 1:
             return super().__call__(iterable)
         return [getattr(function, "function", function)(*given, **named) for function, given, named in iterable]
+
+
+_STAND_INS = [
+    ("validate_data", _validate_data, validate_data),
+    ("check_is_fitted", _check_is_fitted, check_is_fitted),
+    ("Parallel", parallel.Parallel, SerialParallel),
+]
+_EXPECTED = {
+    _validate_data: ["_estimator", "X", "y", "reset"],
+    _check_is_fitted: ["estimator", "attributes"],
+    parallel.Parallel.__call__: ["self", "iterable"],
+}

@@ -1,1 +1,76 @@
-"""Metrics for Prometheus, and the journal's report for people."""
+"""Metrics for Prometheus and the journal's report. An extension of the server (see EXTENSIONS in settings.py)."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from processes import WorkerSlot
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Service
+    from settings import Settings
+    from sls.shipper import Progress
+
+_has_workers = False  # whether this process is gunicorn's master or one of its workers, which count together
+
+
+def before_fork(settings: "Settings") -> None:
+    """Let the workers of this master count together: from zero, unless a worker of an earlier master still lives."""
+    global _has_workers
+    _has_workers = True
+    with suppress(OSError):  # a worker will log that the directory cannot be written
+        if not WorkerSlot.read(settings.journal_dir / "workers"):
+            for path in (settings.journal_dir / "metrics").glob("*.db*"):
+                path.unlink()
+
+
+def init_app(app: "Flask", service: "Service") -> None:
+    """Count what the service does, and answer GET /metrics."""
+    from flask import Response, g, request
+
+    from auth import require
+    from telemetry.metrics import Metrics
+
+    settings = service.settings
+    metrics = Metrics(settings.journal_dir, settings.ships)
+    service.observers.append(metrics.count_request)
+    service.serving.on_batch.append(metrics.count_batch)
+    service.serving.on_load_failure.append(metrics.count_load_failure)
+    service.journal.on_loss.append(metrics.count_loss)
+
+    def join() -> None:
+        if _has_workers:
+            metrics.join(service.slot)
+
+    def start() -> None:
+        join()
+        # Not by before_request and teardown_request, which would take 5 µs of each request instead of 0.4 µs.
+        for name in service.recorded:
+            app.view_functions[name] = metrics.in_flight(app.view_functions[name])
+
+    service.on_start.append(start)
+    service.every_second.append(join)
+
+    @app.after_request
+    def count_rejected(response: Response) -> Response:
+        if g.record["error_type"] == "auth":
+            metrics.count_rejected(response.status_code)
+        return response
+
+    @app.get("/metrics")
+    @require("metrics")
+    def expose() -> Response:
+        accept = request.headers.get("Accept", "")
+        body, content_type = service.run_in_thread(metrics.expose, accept, service.serving.describe())
+        return Response(body, content_type=content_type)
+
+
+def shipping_progress(journal_dir: Path, expected: bool = False) -> "Progress | None":
+    """Return how far shipping to SLS has come; None if `sls` was removed, or has not run and is not `expected` to."""
+    try:
+        from sls.shipper import Progress
+    except ModuleNotFoundError:
+        return None
+    return Progress.read(journal_dir, expected)

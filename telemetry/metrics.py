@@ -1,20 +1,21 @@
-"""Metrics for Prometheus: what the workers count, and what is looked up when it asks.
+"""The metrics of GET /metrics: what each worker counts, and what is looked up when Prometheus asks.
 
     metrics = Metrics(Path("var/journal"))
-    metrics.join()                           # once in each process, after the fork
-    metrics.answered(0.0021, record)         # the record that goes into the journal
+    metrics.join(service.slot)               # in a worker, after the fork
+    metrics.count_request(0.0021, record)    # the record that goes into the journal
     body, content_type = metrics.expose("", serving.describe())
 
-`GET /metrics` shows them, of all workers together (slots.py). Labels hold our own words and versions that are served,
-never what a caller sent.
+What the workers count is summed (shared_counters.py). Labels hold only our own words and the versions that are served,
+never anything that a caller sent.
 """
 
 import logging
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -22,182 +23,154 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from monitor import LOSSES, segments
-from sls import Progress
-from telemetry import shared_counters as slots
-
-log = logging.getLogger(__name__)
+from processes import LogLimit, WorkerSlot
+from telemetry import shipping_progress
+from telemetry.shared_counters import SharedCounters, collect
 
 RESPONSE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WAIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-BATCH_ROWS = tuple(4**power for power in range(7))  # to batching.MOST_ROWS
+BATCH_ROWS = tuple(4**power for power in range(7))  # to batching.MAX_BATCH_ROWS
 OUTCOMES = {"": "success"} | {each: each for each in ("client", "auth", "model", "overload", "internal")}
 AUTH_STATUSES = ("401", "403", "429")
 
 
 class Metrics:
-    """The metrics of a process. Counting may be called from any thread, also from native ones under gevent."""
+    """The metrics of a process. Its methods may be called from any thread, under gevent from native ones too."""
 
-    def __init__(
-        self,
-        journal_dir: Path,
-        ships: bool = False,
-        workers: Callable[[], list[dict[str, Any]]] = list,
-        shared: Path | None = None,
-    ) -> None:
-        """Count in memory.
+    def __init__(self, journal_dir: Path, ships: bool = False) -> None:
+        """Begin to count in memory, alone.
 
         Args:
-            journal_dir: its size is looked up, and with `ships` what waits in it to be shipped.
-            workers: returns what the living workers have announced; see model.Roster.
-            shared: where processes that are summed keep their files, see `slots`; None where this one is alone.
+            journal_dir: the directory whose size is exposed, and in which workers keep what they count.
+            ships: whether to expose how far shipping to SLS has come.
         """
-        self._journal_dir, self._ships, self._workers, self._shared = journal_dir, ships, workers, shared
-        self._slot: slots.Slot | None = None
-        self._complained = False
+        self._journal_dir, self._ships = journal_dir, ships
+        self._is_alone = True
+        self._shared: SharedCounters | None = None
+        self._trouble = LogLimit(logging.getLogger(__name__), 3600.0)
         self._registry = CollectorRegistry()
         self._make(self._registry)
 
-    def join(self) -> None:
-        """Count in files from now on, where processes are summed. Called again, make good what was removed."""
-        if self._shared is None or (self._slot is not None and self._slot.is_there()):
+    def join(self, slot: WorkerSlot) -> None:
+        """Count together with the other workers from now on. Called again, replace files that were removed."""
+        self._is_alone = False
+        if self._shared is not None and self._shared.number == slot.number and self._shared.exist():
             return
+        directory = self._journal_dir / "metrics"
         try:
-            self._slot = slots.Slot(self._shared)
+            if slot.number < 0:
+                raise OSError("this worker has no slot")
+            self._shared = SharedCounters(directory, slot.number)
         except OSError as error:
-            if not self._complained:
-                self._complained = True
-                log.error("no metric has what this worker does, %s cannot be written: %s", self._shared, error)
+            self._trouble.error("", "GET /metrics lacks this worker, %s cannot be written: %s", directory, error)
             return
-        self._complained = False
-        self._slot.take_values()
+        self._trouble.reset()
         self._make(None)
 
     def _make(self, registry: CollectorRegistry | None) -> None:
-        self._requests = Counter(
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self._requests = counter(
             "prediction_requests",
-            "Requests to /predict; outcome is success or the error_type",
+            "Prediction requests by their outcome: success, or the error_type of their record",
             ("outcome", "model_version", "variant"),
-            registry=registry,
         )
-        self._response_time = Histogram(
+        self._response_time = histogram(
             "prediction_response_time_seconds",
-            "Requests to /predict that succeeded, from their arrival to their answer",
+            "Prediction requests that succeeded, from their arrival to their answer",
             ("model_version", "variant"),
             buckets=RESPONSE_SECONDS,
-            registry=registry,
         )
-        self._of_version: dict[tuple[str, str], tuple[dict[str, Counter], Histogram]] = {}
-        self._none = {error: self._requests.labels(outcome, "", "") for error, outcome in OUTCOMES.items() if error}
+        self._by_version: dict[tuple[str, str], tuple[dict[str, Counter], Histogram]] = {}
+        self._no_version = {error: self._requests.labels(OUTCOMES[error], "", "") for error in OUTCOMES if error}
         self._in_flight = Gauge(
             "prediction_requests_in_flight",
-            "Requests to /predict that are being worked on",
+            "Prediction requests that are being handled",
             multiprocess_mode="livesum",
             registry=registry,
         )
-        self._rows = Histogram(
-            "prediction_batch_rows", "Calls of the model, by their rows", buckets=BATCH_ROWS, registry=registry
-        )
-        self._wait = Histogram(
+        self._rows = histogram("prediction_batch_rows", "Model calls by their rows", buckets=BATCH_ROWS)
+        self._wait = histogram(
             "prediction_queue_wait_seconds",
-            "Calls of the model, by how long their first rows waited for it",
+            "Model calls by how long the first of their rows waited",
             buckets=WAIT_SECONDS,
-            registry=registry,
         )
-        self._load_failures = Counter(
-            "prediction_model_load_failures", "Versions that did not load, in each worker", registry=registry
+        self._load_failures = counter(
+            "prediction_model_load_failures", "Versions that could not be loaded, in each worker"
         )
-        auth_failures = Counter(
-            "prediction_auth_failures", "Requests refused for their password or role", ("status",), registry=registry
-        )
-        self._auth_failures = {status: auth_failures.labels(status) for status in AUTH_STATUSES}
-        dropped = Counter(
-            "prediction_records_dropped", "Records lost before they could be shipped", ("reason",), registry=registry
-        )
+        rejected = counter("prediction_auth_failures", "Requests rejected for their password or role", ("status",))
+        self._rejected = {status: rejected.labels(status) for status in AUTH_STATUSES}
+        dropped = counter("prediction_records_dropped", "Records lost before they could be shipped", ("reason",))
         self._dropped = {reason: dropped.labels(reason) for reason in LOSSES}
 
     # --- counting
 
-    def answered(self, seconds: float, record: dict[str, Any]) -> None:
-        """Count an answered request to /predict."""
+    def count_request(self, seconds: float, record: dict[str, Any]) -> None:
+        """Count a prediction request that was answered after so many seconds."""
         error, version = record["error_type"], record["model_version"]
         if not version:
-            if error:  # else it is OPTIONS
-                self._none[error].inc()
+            if error:  # without one it was OPTIONS
+                self._no_version[error].inc()
             return
         key = version, record["variant"]
-        outcomes, response_time = self._of_version.get(key) or self._meet(*key)
+        outcomes, response_time = self._by_version.get(key) or self._add_version(*key)
         outcomes[error].inc()
         if not error:
             response_time.observe(seconds)
 
-    def _meet(self, version: str, variant: str) -> tuple[dict[str, Counter], Histogram]:
-        """Begin to count a version: all outcomes at once, since Prometheus sees no increase in what begins at 1."""
-        labels = version if self._slot is None or self._slot.takes(version) else "other", variant
+    def _add_version(self, version: str, variant: str) -> tuple[dict[str, Counter], Histogram]:
+        """Begin to count all outcomes of a version: Prometheus sees no increase in a series that begins at 1."""
+        takes = self._shared is None or self._shared.takes(version, variant)
+        labels = version if takes else "other", variant
         outcomes = {error: self._requests.labels(outcome, *labels) for error, outcome in OUTCOMES.items()}
-        found = self._of_version[version, variant] = outcomes, self._response_time.labels(*labels)
-        return found
+        added = self._by_version[version, variant] = outcomes, self._response_time.labels(*labels)
+        return added
 
-    def in_flight(self, view: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the view, counted while it is at work."""
+    def in_flight(self, view: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a view that counts the requests it is handling."""
 
         @wraps(view)
-        def counted() -> Any:
+        def counted(**arguments: Any) -> Any:
             gauge = self._in_flight
             gauge.inc()
             try:
-                return view()
+                return view(**arguments)
             finally:
                 gauge.dec()
 
         return counted
 
-    def batched(self, rows: int, waited: float) -> None:
-        """Count a call of the model, whose first rows waited so many seconds."""
+    def count_batch(self, rows: int, waited: float) -> None:
+        """Count a call of the model with so many rows, the first of which waited so many seconds."""
         self._rows.observe(rows)
         self._wait.observe(waited)
 
-    def load_failed(self) -> None:
-        """Count a version that did not load."""
+    def count_load_failure(self) -> None:
+        """Count a version that could not be loaded."""
         self._load_failures.inc()
 
-    def refused(self, status: int) -> None:
+    def count_rejected(self, status: int) -> None:
         """Count a request without the right password or role."""
-        self._auth_failures[str(status)].inc()
+        self._rejected[str(status)].inc()
 
-    def dropped(self, reason: str, count: int) -> None:
-        """Count records that the journal lost."""
+    def count_loss(self, reason: str, count: int) -> None:
+        """Count records that the journal lost, for one of monitor.LOSSES."""
         self._dropped[reason].inc(count)
 
-    # --- showing
+    # --- exposing
 
     def expose(self, accept: str, served: dict[str, Any]) -> tuple[bytes, str]:
-        """Return all metrics in the text format that the Accept header asks for, and its content type.
+        """Return all metrics in the format that the Accept header asks for, and its content type.
 
         Args:
-            served: what `Serving.describe` says.
+            accept: the header, or "".
+            served: what `Serving.describe` returned.
         """
+        workers = WorkerSlot.read(self._journal_dir / "workers")
+        directory = self._journal_dir / "metrics"
+        counted = self._registry.collect() if self._is_alone else collect(directory, workers.keys())
+        found = [*counted, *_models(served, list(workers.values())), *self._journal()]
         encode, content_type = choose_encoder(accept)
-        counted = slots.collect(self._shared) if self._shared else self._registry.collect()
-        found = [*counted, *self._models(served), *self._journal()]
-        return encode(_Found(found)), content_type
-
-    def _models(self, served: dict[str, Any]) -> Iterator[Metric]:
-        labels = ("model_version", "variant")
-        ready = "Whether the worker that was asked is ready to predict"
-        yield GaugeMetricFamily("prediction_ready", ready, float(served["ready"]))
-        load = GaugeMetricFamily("prediction_model_load_seconds", "How long it took to load a version", labels=labels)
-        for variant in ("stable", "canary"):
-            if model := served[variant]:
-                load.add_metric((model["version"], variant), model["load_seconds"])
-        yield load
-        workers = self._workers()
-        count = GaugeMetricFamily("prediction_model_workers", "Workers that serve a version", labels=labels)
-        for variant in ("stable", "canary"):
-            for version in sorted({each[variant] for each in workers if each[variant]}):
-                count.add_metric((version, variant), sum(each[variant] == version for each in workers))
-        yield count
-        failing = "Workers that do not serve all that they should; GET /model says why"
-        yield GaugeMetricFamily("prediction_workers_with_error", failing, sum(bool(each["error"]) for each in workers))
+        return encode(SimpleNamespace(collect=lambda: found)), content_type
 
     def _journal(self) -> Iterator[Metric]:
         size = 0
@@ -205,25 +178,32 @@ class Metrics:
             with suppress(OSError):  # shipped meanwhile, or dropped to make room
                 size += path.stat().st_size
         yield GaugeMetricFamily("prediction_journal_bytes", "Size of the journal", size)
-        if not self._ships:
+        progress = shipping_progress(self._journal_dir, expected=True) if self._ships else None
+        if progress is None:
             return
-        progress = Progress.read(self._journal_dir, expected=True)
-        assert progress is not None
         waiting = "Bytes of the journal that wait to be shipped"
         yield GaugeMetricFamily("prediction_journal_waiting_bytes", waiting, progress.waiting)
         if progress.oldest is not None:
-            oldest = "When the oldest record that waits was written, in seconds since 1970"
+            oldest = "When the oldest waiting record was written, in seconds since 1970"
             yield GaugeMetricFamily("prediction_journal_oldest_waiting_timestamp_seconds", oldest, progress.oldest)
         yield CounterMetricFamily("prediction_records_shipped", "Records that SLS has stored", progress.shipped)
-        refused = "Records that SLS does not take for what is in them"
-        yield CounterMetricFamily("prediction_records_refused", refused, progress.refused)
+        rejected = "Records that SLS rejected for their content"
+        yield CounterMetricFamily("prediction_records_refused", rejected, progress.refused)
 
 
-@dataclass
-class _Found:
-    """Metrics that were collected, as prometheus_client takes them."""
-
-    metrics: list[Metric]
-
-    def collect(self) -> list[Metric]:
-        return self.metrics
+def _models(served: dict[str, Any], workers: list[dict[str, Any]]) -> Iterator[Metric]:
+    labels = ("model_version", "variant")
+    ready = "Whether the worker that was asked is ready to predict"
+    yield GaugeMetricFamily("prediction_ready", ready, float(served["ready"]))
+    load = GaugeMetricFamily("prediction_model_load_seconds", "How long it took to load a version", labels=labels)
+    count = GaugeMetricFamily("prediction_model_workers", "Workers that serve a version", labels=labels)
+    for variant in ("stable", "canary"):
+        if model := served[variant]:
+            load.add_metric((model["version"], variant), model["load_seconds"])
+        versions = Tally(each[variant] for each in workers if each.get(variant))
+        for version, number in sorted(versions.items()):
+            count.add_metric((version, variant), number)
+    yield load
+    yield count
+    failing = "Workers that do not serve all that they should; GET /model says why"
+    yield GaugeMetricFamily("prediction_workers_with_error", failing, sum(bool(each.get("error")) for each in workers))

@@ -1,155 +1,113 @@
-"""Numbers that several processes count together, in prometheus_client's files for that, which bound and outlive them.
+"""Numbers that workers count together, in prometheus_client's own files for that.
 
-    slots.clear(slots.directory)                 # in the master, before it forks
-    slots.Slot(slots.directory).take_values()    # in each worker: its metrics are in its files from now on
-    slots.collect(slots.directory)               # the sums
+    counters = SharedCounters(directory, slot.number)   # the metrics that are made from now on are in its files
+    collect(directory, WorkerSlot.read(…).keys())       # the sums over all workers, dead ones too
 
-prometheus_client itself has files for each process id, which stay when it is dead: each restart of a worker would make
-`/metrics` slower.
+By itself prometheus_client names the files by process id and keeps those of dead processes, so that each restart of a
+worker would make `/metrics` slower. Here they are named by the worker's number, which its successor takes over.
 """
 
-import _thread  # gevent leaves its RLock as it is
-import fcntl
-import itertools
+import _thread
 import json
 import os
-from contextlib import suppress
-from functools import partial
+import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Metric, values
+from prometheus_client import Metric, metrics, registry, values
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from monitor import is_finished
+from processes import replace_file
 
-# Bytes of a process's file of each kind, all of them taken when it is made: some 45 versions.
+# Bytes of a worker's file of each kind, for some 45 versions.
 FILES = {"counter": 2**16, "gauge_livesum": 2**12, "histogram": 2**18}
 
-directory: Path | None = None  # of the processes that are summed, set before they fork; None: this one is alone
+# prometheus_client takes its locks from `threading`, so under gevent it depends on the order of imports which they are.
+# One of gevent's that the loop shares with a native thread loses wake-ups: the worker would wait forever. gevent leaves
+# this one as it is.
+for _module in (metrics, registry, values):
+    _module.Lock = _thread.RLock  # type: ignore[attr-defined]
 
 
-def clear(where: Path) -> None:
-    """Begin from zero, unless some process still counts: then its successors, or another master's, go on."""
-    with suppress(OSError):  # a directory that cannot be written is said when a process joins
-        if all(map(is_finished, where.glob("slot-*"))):
-            for path in (*where.glob("*.db"), *where.glob("slot-*")):
-                path.unlink()
-
-
-def collect(where: Path) -> list[Metric]:
-    """Return the sums over all processes, dead ones too; of gauges over the living. Takes no lock."""
-    living = {path.name.removeprefix("slot-") for path in where.glob("slot-*") if not is_finished(path)}
+def collect(directory: Path, living: Collection[int]) -> list[Metric]:
+    """Return the sums over all workers, dead ones too, but of gauges only over the workers with these numbers."""
     files = [
         str(path)
-        for path in sorted(where.glob("*.db"))
-        if not path.name.startswith("gauge") or path.stem.rpartition("_")[2] in living
+        for path in sorted(directory.glob("*.db"))
+        if not path.name.startswith("gauge") or int(path.stem.rpartition("_")[2]) in living
     ]
     return sorted(MultiProcessCollector.merge(files), key=lambda metric: metric.name)
 
 
-class Slot:
-    """A process's place among those that are summed: a number, and the files that go by it.
+class SharedCounters:
+    """The files in which a worker counts on from where a dead worker with the same number stopped.
 
-    Format: `slot-<n>` is empty; `counter_<n>.db` and the others are as prometheus_client's `mmap_dict` says.
+    Format: `counter_<number>.db`, `gauge_livesum_<number>.db` and `histogram_<number>.db`, as prometheus_client's
+    `mmap_dict` describes them.
 
-    Concurrency: the process holds `slot-<n>` with `flock` for life. The next one takes the lowest number that is free
-    and counts on where a dead one stopped. So there are never more files than processes that lived at once, no sum goes
-    down, and whose requests in flight are to be counted is the kernel's knowledge, also after a `kill -9`.
+    Concurrency: only the worker that holds the number (processes.WorkerSlot) writes to them, and anyone may read. So
+    there are never more files than workers that lived at once, and no sum goes down. A kill loses nothing: what was
+    written to a memory map is the kernel's.
     """
 
-    def __init__(self, where: Path) -> None:
-        """Take the lowest free one.
+    def __init__(self, directory: Path, number: int) -> None:
+        """Open the files, or make them. The metrics that this process makes from now on are in them.
 
         Raises:
-            OSError: the files cannot be written.
+            OSError: they cannot be written.
         """
-        where.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count():
-            self._fd: int | None = os.open(where / f"slot-{number}", os.O_RDWR | os.O_CREAT, 0o640)
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                os.close(self._fd)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.number = number
+        self._paths = {kind: directory / f"{kind}_{number}.db" for kind in FILES}
+        for kind, path in self._paths.items():
+            _prepare(path, FILES[kind])
+        files = map(str, self._paths.values())
+        self._keys = {key for file in files for key, *_ in MmapedDict.read_all_values_from_file(file)}
+        labels = [json.loads(key)[2] for key in self._keys]
+        self._versions = {(each.get("model_version"), each.get("variant")) for each in labels}
+        self._lock = _thread.RLock()
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+        self._in_file = values.MultiProcessValue(lambda: number)
+        values.ValueClass = self._value  # as prometheus_client's documentation does for uWSGI
+
+    def exist(self) -> bool:
+        """Return whether nobody removed the files."""
+        return all(path.exists() for path in self._paths.values())
+
+    def takes(self, version: str, variant: str) -> bool:
+        """Return whether the files have these labels, or have room for them and an eighth more."""
+        if all(self._free(kind) > size // 8 for kind, size in FILES.items()):
+            self._versions.add((version, variant))
+        return (version, variant) in self._versions
+
+    def _value(self, kind: str, *names: Any, multiprocess_mode: str = "", **_: Any) -> Any:
+        """Return a new number: in a file, or if there is no room, in memory, where it is not exposed.
+
+        prometheus_client would enlarge a file by a hole. If the disk is full by the time that it writes to the hole,
+        the kernel kills the process.
+        """
+        file = f"{kind}_{multiprocess_mode}" if multiprocess_mode else kind
+        key = mmap_key(*names)
+        with self._lock:
+            fits = key in self._keys or len(key) + 32 <= self._free(file)  # its size, padding and two doubles
+            return (self._in_file if fits else values.MutexValue)(kind, *names, multiprocess_mode=multiprocess_mode)
+
+    def _free(self, kind: str) -> int:
+        """Return how many bytes of a file are free, 0 if there is none."""
         try:
-            self.files = {kind: _file(where / f"{kind}_{number}.db", size) for kind, size in FILES.items()}
-        except OSError:
-            self._leave()
-            raise
-        os.register_at_fork(after_in_child=self._leave)  # a child that kept it would keep the lock
-
-    def is_there(self) -> bool:
-        """Tell whether it is held, and nobody removed it."""
-        return self._fd is not None and os.fstat(self._fd).st_nlink > 0
-
-    def take_values(self) -> None:
-        """Let metrics that are made from now on in this process be in these files."""
-        values.ValueClass = partial(_Value, self.files)  # as prometheus_client's documentation does for uWSGI
-
-    def takes(self, version: str) -> bool:
-        """Tell whether another version fits, so that an eighth stays free; or is there already."""
-        return all(file._used < FILES[kind] * 7 // 8 for kind, file in self.files.items()) or any(
-            f'"model_version": {json.dumps(version)}' in key for key in self.files["counter"]._positions
-        )
-
-    def _leave(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+            with self._paths[kind].open("rb") as file:
+                used = int.from_bytes(file.read(4), sys.byteorder)
+                return os.fstat(file.fileno()).st_size - max(used, 8)
+        except (KeyError, OSError):  # a kind that only someone else's metrics have; or removed just now
+            return 0
 
 
-def _file(path: Path, size: int) -> MmapedDict:
-    """Open a slot's file; make it where there is none, and empty those of gauges: their process is dead."""
+def _prepare(path: Path, size: int) -> None:
+    """Make a worker's file, or empty that of its gauges: the process whose they are is dead."""
     if not path.exists():
-        # Zeros take their room on the disk now. A hole would take it when the memory map is first written to; and where
-        # the disk is full by then, the kernel kills the process.
-        beside = path.with_suffix(".new")
-        beside.write_bytes(bytes(size))
-        beside.rename(path)
+        replace_file(path, bytes(size), durable=False)  # zeros, since holes take no room on the disk
     elif path.name.startswith("gauge"):
-        with path.open("r+b") as file:  # in place, since there may be room for nothing else
+        with path.open("r+b") as file:  # in place, since the disk may be full
             file.write(bytes(size))
-    return MmapedDict(str(path))
-
-
-_lock = _thread.RLock()  # native: a lock of gevent's that a native thread shared would hang the loop
-
-
-class _Value:
-    """A number in a slot's file, where prometheus_client has its own class, for half of its processor time.
-
-    See `prometheus_client.values` for what it is asked.
-    """
-
-    def __init__(
-        self,
-        files: dict[str, MmapedDict],
-        kind: str,
-        metric: str,
-        name: str,
-        label_names: Any,
-        label_values: Any,
-        help_text: str,
-        multiprocess_mode: str = "",
-        **_: Any,
-    ) -> None:
-        file = files[f"{kind}_{multiprocess_mode}" if multiprocess_mode else kind]
-        key = mmap_key(metric, name, label_names, label_values, help_text)
-        with _lock:
-            file.read_value(key)  # makes it
-            at = file._positions[key]
-            self._cell = memoryview(file._m)[at : at + 8].cast("d")
-
-    def inc(self, amount: float) -> None:
-        with _lock:
-            self._cell[0] += amount
-
-    # The two below are asked for where an application shows its own metrics after another in its process has joined.
-
-    def get(self) -> float:
-        return float(self._cell[0])
-
-    def get_exemplar(self) -> None:
-        return None

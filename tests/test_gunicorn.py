@@ -289,26 +289,3 @@ def test_predictions_of_several_workers_are_the_models_own(tmp_path: Path, iris_
     with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2) as server:
         for _ in range(10):
             assert server.predict(iris.data.to_numpy().tolist()) == (200, {"prediction": expected})
-
-
-def test_native_thread_that_asks_for_loggers_does_not_hang_the_loop_that_does_too() -> None:
-    script = """
-from gevent import monkey; monkey.patch_all()
-import gevent, logging, time
-from speedups.threadpool import native_call
-native, ends = native_call(), time.monotonic() + 3
-
-def ask(gives_way):
-    while time.monotonic() < ends:
-        logging.getLogger("one").debug("said")
-        if gives_way:
-            time.sleep(0)
-    return "ended"
-
-logging.basicConfig(level="ERROR")
-asking = [gevent.spawn(ask, True) for _ in range(4)] + [gevent.spawn(native, ask, False)]
-gevent.joinall(asking, raise_error=True)
-print([each.value for each in asking])
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"{['ended'] * 5}\n", done.stderr

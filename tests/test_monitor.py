@@ -24,7 +24,9 @@ from conftest import PASSWORD, ROOT, Client, basic, gunicorn, records
 from sklearn.base import BaseEstimator
 
 import monitor
-from monitor import Journal, is_finished, segments
+import processes
+from monitor import Journal, segments
+from processes import is_locked
 
 ROWS = [[5.1, 3.5, 1.4, 0.2], [6.7, 3.1, 4.7, 1.5]]
 BOUND = 2**16  # bytes; a journal so small drops within a test
@@ -162,8 +164,8 @@ def test_strangers_are_one_record_with_their_number(client: Client) -> None:
         client.post({"data": [[1]]}, Authorization=basic("predict", f"wrong {n}"))
     client.http.post("/predict", json={"data": [[1]]})
     assert records(client.journal_dir) == []
-    client.service.house.summarise_strangers()
-    client.service.house.summarise_strangers()  # nobody came since
+    client.service.request_log.summarise()
+    client.service.request_log.summarise()  # nobody came since
     (record,) = records(client.journal_dir)
     assert {name: record[name] for name in ("requests", "success", "error_type", "status", "user")} == {
         "requests": 13,
@@ -173,7 +175,7 @@ def test_strangers_are_one_record_with_their_number(client: Client) -> None:
         "user": "",
     }
     client.http.post("/predict", json={"data": [[1]]})
-    client.service.house.summarise_strangers()
+    client.service.request_log.summarise()
     assert [record["requests"] for record in records(client.journal_dir)] == [13, 1]
 
 
@@ -187,7 +189,7 @@ def test_journal_holds_no_password_no_header_and_no_body(client: Client) -> None
     client.post({"data": [[1]]}, Authorization=basic("secret-user"))
     client.post({"data": [[1]]}, X_Request_ID="secret id", Cookie="secret-cookie")
     client.http.post("/predict?secret-query=1", json={"data": [[1]]}, headers=client.headers)
-    client.service.house.summarise_strangers()
+    client.service.request_log.summarise()
     written = b"".join(path.read_bytes() for path in segments(client.journal_dir)).decode()
     assert written.count("\n") == 8
     for secret in ("secret", "98765", PASSWORD, basic("predict"), basic("predict").split()[1]):
@@ -372,18 +374,18 @@ def test_segment_is_finished_when_its_writer_is_done_or_dead(tmp_path: Path) -> 
     journal = Journal(tmp_path, BOUND)
     journal.append({})
     (ours,) = segments(tmp_path)
-    assert not is_finished(ours)
+    assert is_locked(ours)
     journal.close()
-    assert is_finished(ours)
+    assert not is_locked(ours)
     with running(WRITER, tmp_path, BOUND, 1, "tell") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "0\n"
         theirs = segments(tmp_path)[-1]
         assert theirs != ours
-        assert not is_finished(theirs)
+        assert is_locked(theirs)
         process.kill()
         process.wait()
-        assert is_finished(theirs)
+        assert not is_locked(theirs)
 
 
 def test_killed_writer_loses_nothing_that_it_wrote(tmp_path: Path) -> None:
@@ -428,10 +430,10 @@ def test_forked_child_writes_its_own_segment_and_leaves_the_parents_lock(tmp_pat
         assert [record["who"] for record in lines[of_child]] == ["child"]
         assert lines[of_child][0]["pid"] == int(of_child.stem.split("-")[1]) != parent.pid
         assert len({record["record_id"] for path in lines for record in lines[path]}) == 3
-        assert (is_finished(of_parent), is_finished(of_child)) == (False, False)
+        assert (is_locked(of_parent), is_locked(of_child)) == (True, True)
         parent.kill()
         parent.wait()
-        assert (is_finished(of_parent), is_finished(of_child)) == (True, False), "the child holds the parent's lock"
+        assert (is_locked(of_parent), is_locked(of_child)) == (False, True), "the child holds the parent's lock"
 
 
 # --- a journal that cannot be written
@@ -442,6 +444,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monotonic time as `monitor` sees it; `clock.now` may be set."""
     clock = SimpleNamespace(now=1000.0, monotonic=lambda: clock.now, time=time.time, time_ns=time.time_ns)
     monkeypatch.setattr(monitor, "time", clock)
+    monkeypatch.setattr(processes, "time", clock)
     return clock
 
 
@@ -549,7 +552,7 @@ def remove_segments(directory: Path) -> None:
 def test_journal_that_is_deleted_while_serving_is_begun_anew(client: Client, remove: Callable[[Path], None]) -> None:
     client.predict([[1]])
     remove(client.journal_dir)
-    time.sleep(1.2)  # it may take the housekeeping's second to notice
+    time.sleep(1.2)  # the body is looked at once a second
     client.predict([[2], [3]])
     assert [record["rows"] for record in records(client.journal_dir)] == [2], "written to a file that nobody can read"
 
@@ -608,4 +611,4 @@ def test_killed_worker_loses_no_answered_request(tmp_path: Path, iris_file: Path
         assert set(answered) <= set(recorded)
         assert len(set(recorded)) == len(recorded)
         assert len(recorded) - len(answered) <= 4 * 2  # recorded, but the answer was lost with the worker
-        assert is_finished(next(path for path in segments(server.journal_dir) if path.stem.endswith(f"-{victim}")))
+        assert not is_locked(next(path for path in segments(server.journal_dir) if path.stem.endswith(f"-{victim}")))

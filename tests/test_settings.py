@@ -52,6 +52,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "preload": ("1", True),
         "graceful_timeout": ("10", 10),
         "trusted_proxies": ("2", 2),
+        "extensions": ("-sls, +mine.room", ("-sls", "+mine.room")),
         "model_path": ("~/model.joblib", tmp_path / "model.joblib"),
         "model_dir": ("~/models", tmp_path / "models"),
         "allow_version_mismatch": ("1", True),

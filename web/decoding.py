@@ -1,35 +1,51 @@
 """A request's bytes → rows: strict JSON, or an array in numpy's format. Nothing else turns bytes into rows."""
 
 import io
-import json
 import math
-import re
-from collections.abc import Sequence
-from itertools import chain
-from types import NoneType
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.lib.format as npy
 import orjson
-from werkzeug.exceptions import BadRequest, UnprocessableEntity
+from flask import Request
+from werkzeug.exceptions import BadRequest, UnsupportedMediaType
+
+from web.body import BodyReader
+from web.errors import Unprocessable
+
+LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 
 
-class Unprocessable(UnprocessableEntity):
-    """422: JSON, but not of the right form; `errors` says where, as in `model.BadRows`."""
+def read_rows(
+    request: Request, bodies: BodyReader, max_rows: int, run_in_thread: Callable[..., Any]
+) -> tuple[Any, str]:
+    """Read a request's body and decode it, by its content type.
 
-    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
-        super().__init__(detail)
-        self.errors = errors
+    Returns:
+        The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
+
+    Raises:
+        UnsupportedMediaType: another content type, or a compressed body.
+        BadRequest, Unprocessable, RequestEntityTooLarge, RequestTimeout: see there.
+    """
+    environ = request.environ
+    content_type = environ.get("CONTENT_TYPE", "")
+    is_npy = content_type == "application/x-npy"
+    if not is_npy and content_type != "application/json" and not request.is_json:
+        raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
+    if "HTTP_CONTENT_ENCODING" in environ:
+        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+    body = bodies.read(environ)
+    if is_npy:
+        return decode_npy(body, max_rows), request.args.get("method", "predict")
+    if len(body) > LARGE_BODY:
+        return run_in_thread(decode_json, body, max_rows)  # type: ignore[no-any-return]  # as decode_json
+    return decode_json(body, max_rows)
 
 
-def parse_call(body: bytes, max_rows: int, width: int = 0) -> tuple[Any, str]:
-    """Decode a request's body to its `data` and `method`.
-
-    Args:
-        body: JSON.
-        max_rows: that `data` may have.
-        width: if not 0, large `data` of rows of so many numbers or nulls may come as a float64 array of them.
+def decode_json(body: bytes, max_rows: int) -> tuple[Any, str]:
+    """Decode `{"data": rows, "method": "predict"}`; the method is optional.
 
     Raises:
         BadRequest: not JSON.
@@ -38,71 +54,30 @@ def parse_call(body: bytes, max_rows: int, width: int = 0) -> tuple[Any, str]:
     form = 'send {"data": [[…], …]}'
     if not body:
         raise BadRequest(f"the body is empty; {form}")
-    if width and len(body) > PIECE_OF_ROWS and (found := _parse_in_pieces(body, max_rows, width)):
-        return found
     try:
         call = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest(_explain_json(body, error)) from None
     if type(call) is not dict:
         raise Unprocessable(f"the body is not an object; {form}")
-    data = call.get("data")
-    if isinstance(data, list) and len(data) > max_rows:
-        raise Unprocessable(f"data has {len(data)} rows; this server takes {max_rows} in one request")
-    if _has_duplicate_key(body, call):
-        raise Unprocessable("an object has the same key twice, so it is not clear which value is meant")
     for key in call:
         if key not in ("data", "method"):
             raise Unprocessable(f"unknown key {key[:80]!r}; the body has data and may have method")
     if "data" not in call:
         raise Unprocessable(f"data is missing; {form}")
-    method = call.get("method", "predict")
+    rows, method = call["data"], call.get("method", "predict")
+    if isinstance(rows, list) and len(rows) > max_rows:
+        raise Unprocessable(f"data has {len(rows)} rows; this server takes {max_rows} in one request")
     if not isinstance(method, str):
         raise Unprocessable('method is not a string, such as "predict_proba"')
-    return call["data"], method
+    return rows, method
 
 
-def _parse_in_pieces(body: bytes, max_rows: int, width: int) -> tuple[Any, str] | None:
-    """Decode a body of plain rows of numbers, a piece at a time; None where it is anything else, or has a fault.
-
-    A number takes 32 bytes as a Python object in a list, 8 in an array, and some 7 in the body.
-    """
-    head, tail = _HEAD.match(body), _TAIL.search(body, max(0, len(body) - 200))
-    n_rows = body.count(b"[") - 1
-    if not head or not tail or body.count(b'"') != (2 if tail[1] is None else 6) or not 0 < n_rows <= max_rows:
-        return None
-    array = np.empty((n_rows, width))
-    at, end, done = head.end(), tail.start(), 0
-    while at < end:
-        stop = body.find(b"]", min(at + PIECE_OF_ROWS, end - 1), end) + 1
-        try:
-            rows = orjson.loads(b"[" + body[at:stop] + b"]")
-            if set(map(type, rows)) != {list} or set(map(len, rows)) != {width}:
-                return None
-            if not set(map(type, chain.from_iterable(rows))) <= {int, float, NoneType}:
-                return None
-            array[done : done + len(rows)] = rows  # None becomes NaN
-        except (orjson.JSONDecodeError, OverflowError):
-            return None
-        done += len(rows)
-        between = _BETWEEN.match(body, stop, end)
-        if stop < end and not between:
-            return None
-        at = between.end() if between else end
-    return (array, tail[1].decode() if tail[1] else "predict") if done == n_rows else None
-
-
-PIECE_OF_ROWS = 2**15  # bytes
-_HEAD = re.compile(rb'\s*\{\s*"data"\s*:\s*\[\s*')
-_BETWEEN = re.compile(rb"\s*,\s*(?=\[)")
-_TAIL = re.compile(rb'\s*\]\s*(?:,\s*"method"\s*:\s*"(\w+)"\s*)?\}\s*$')
-
-
-def parse_array(body: bytes, max_rows: int) -> Any:
+def decode_npy(body: bytes, max_rows: int) -> Any:
     """Decode an array of numbers `(n_rows, …)` in numpy's format (numpy.save), without copying it.
 
-    Its header is checked against the body's length, so nothing is allocated for what is not there, and what holds
-    Python objects, which would be unpickled, is refused.
+    Its header is checked against the body's length, so nothing is allocated for data that is not there, and an array
+    of Python objects, which would be unpickled, is rejected.
 
     Raises:
         BadRequest: not of that format, version 1 or 2, or it breaks off.
@@ -126,7 +101,7 @@ def parse_array(body: bytes, max_rows: int) -> Any:
 
 
 def _explain_json(body: bytes, error: orjson.JSONDecodeError) -> str:
-    """Say what to mend in a body that is not JSON, in our own words: the parser's may quote it."""
+    """Explain how to fix a body that is not JSON, in our own words: the parser's may quote it."""
     if "infinity" in error.msg:
         return "a number is too large for a 64-bit float"
     if "depth" in error.msg:
@@ -139,23 +114,3 @@ def _explain_json(body: bytes, error: orjson.JSONDecodeError) -> str:
         f"not JSON: it goes wrong at line {error.lineno} column {error.colno}. NaN, Infinity, single quotes, comments "
         "and trailing commas are not JSON; a missing value is null"
     )
-
-
-def _has_duplicate_key(body: bytes, call: dict[str, Any]) -> bool:
-    """Tell whether an object has a key twice, of which the parser keeps the last without a word."""
-    data = call.get("data")
-    rows = data if isinstance(data, list) else ()
-    keys = len(call) + sum(len(row) for row in rows if type(row) is dict)
-    if body.count(b":") == keys:  # a colon for each key that is left, none lost: the usual case, at memchr's speed
-        return False
-    duplicates = []
-
-    def note(pairs: list[tuple[str, Any]]) -> None:
-        if len({key for key, _ in pairs}) < len(pairs):
-            duplicates.append(True)
-
-    try:
-        json.loads(body, object_pairs_hook=note)
-    except RecursionError:  # it gives up a little before orjson does
-        raise BadRequest("nested too deeply") from None
-    return bool(duplicates)

@@ -1,82 +1,83 @@
 """Answers as JSON, and errors as problem+json (RFC 9457, https://www.rfc-editor.org/rfc/rfc9457)."""
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import orjson
-from flask import Response, g, request
+from flask import Response, current_app, g, request
 from werkzeug.exceptions import (
-    Forbidden,
     HTTPException,
     InternalServerError,
     MethodNotAllowed,
     NotFound,
     ServiceUnavailable,
-    TooManyRequests,
-    Unauthorized,
+    UnprocessableEntity,
 )
-
-from web.decoding import Unprocessable
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
-
-class JSONResponse(Response):
-    """An answer that is complete when it is made: the length of its one piece is known, and it is no redirect."""
-
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        if self._on_close or environ["REQUEST_METHOD"] == "HEAD":
-            return super().__call__(environ, start_response)
-        start_response(self.status, self.headers.to_wsgi_list())
-        return self.response  # type: ignore[return-value]  # a list of bytes
+# Whose fault an error is, in the journal and the metrics; alerts watch model, overload and internal.
+_ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}
 
 
-def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
-    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null."""
-    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    return JSONResponse(body, status, content_type=content_type)
+class Unprocessable(UnprocessableEntity):
+    """422: JSON, but not rows that fit the model; `errors` says where, as in `model.signature.BadRows`."""
+
+    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(detail)
+        self.errors = errors
 
 
 class NotReady(ServiceUnavailable):
-    """503: no model is loaded."""
+    """503: no model is loaded yet, or it did not load."""
+
+    error_type = "model"
 
 
 class ModelFault(InternalServerError):
-    """500: the model raised, or returned what is not one prediction a row."""
+    """500: the model raised, or returned something other than one prediction per row."""
+
+    error_type = "model"
+
+    def __init__(self, error: Exception) -> None:
+        """Log the cause, under the request's id; the caller only learns where to look."""
+        super().__init__("the model failed on this request; the server's log says why")
+        log.error("request %s: the model failed", g.record["request_id"], exc_info=error)
+
+
+def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
+    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null.
+
+    Raises:
+        ModelFault: it holds something without a JSON form (a complex number, a set), which only a model returns.
+    """
+    try:
+        body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    except TypeError as error:
+        raise ModelFault(error) from None
+    return current_app.response_class(body, status, content_type=content_type)
 
 
 def problem(error: HTTPException) -> Response:
     """Answer an HTTP error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate)."""
-    basis = error.get_response()
-    g.record.update(error=error.name, error_type=error_type(error))
+    plain = error.get_response()
+    status = plain.status_code
+    error_type = _ERROR_TYPES.get(status, "client" if status < 500 else "internal")
+    g.record.update(error=error.name, error_type=getattr(error, "error_type", error_type))
     detail = error.description
     if isinstance(error, NotFound):
         detail = "there is nothing at this path; predictions are at POST /predict"
     elif isinstance(error, MethodNotAllowed):
-        detail = f"this path does not take {request.method}; use {basis.headers['Allow']}"
-    content = {"status": basis.status_code, "title": error.name, "detail": detail, "request_id": g.record["request_id"]}
-    if isinstance(error, Unprocessable) and error.errors:
-        content["errors"] = error.errors
-    response = json_response(content, basis.status_code, "application/problem+json")
-    for name, value in basis.headers:
+        detail = f"this path does not take {request.method}; use {plain.headers['Allow']}"
+    content = {"status": status, "title": error.name, "detail": detail, "request_id": g.record["request_id"]}
+    if getattr(error, "errors", ()):
+        content["errors"] = error.errors  # type: ignore[attr-defined]  # Unprocessable's
+    response = json_response(content, status, "application/problem+json")
+    for name, value in plain.headers:
         if name not in ("Content-Type", "Content-Length"):
             response.headers.add(name, value)
     return response
-
-
-def error_type(error: HTTPException) -> str:
-    """Say whose fault an error is; alerts watch model, overload and internal."""
-    if isinstance(error, (NotReady, ModelFault)):
-        return "model"
-    if isinstance(error, (Unauthorized, Forbidden, TooManyRequests)):
-        return "auth"
-    if isinstance(error, ServiceUnavailable):
-        return "overload"
-    return "client" if (error.code or 500) < 500 else "internal"
 
 
 def fault(error: Exception) -> Response:

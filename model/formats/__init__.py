@@ -2,8 +2,8 @@
 
     estimator = load(Path("model.joblib"))
 
-A loader's module is imported when a file of its format is loaded, so a server needs only the libraries of its own
-model, and a format whose module was removed is simply not known. Loading a pickle runs whatever code its author put in
+A loader's module is imported when a file of its format is loaded: a server needs only the libraries of its own model,
+and the modules of formats that it does not serve may be removed. Loading a pickle runs whatever code its author put in
 it: serve only files that you would run as a script.
 """
 
@@ -32,7 +32,7 @@ class ModelLoadError(Exception):
 
 
 class UnsupportedModel(ModelLoadError):
-    """A file that no loader takes. The message continues the file's name: "model.pt holds a state_dict…"."""
+    """A file that its loader cannot serve. The message continues the file's name: "model.pt holds a state_dict…"."""
 
 
 def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:
@@ -86,41 +86,41 @@ def check_name(path: Path) -> None:
 
 
 def _explain(path: Path, error: Exception) -> str:
-    """Explain why a file did not load. Each of the usual causes has its own fix."""
-    text = f"{path.name} does not load: {type(error).__name__}: {error}"
+    """Explain why a file did not load: each of the usual causes has its own fix."""
+    summary = f"{path.name} does not load: {type(error).__name__}: {error}"
     module = ""  # in which something was looked up
     if isinstance(error, ModuleNotFoundError):
         module = str(error.name)
     elif isinstance(error, AttributeError) and (found := re.search(r"<module '([^']+)'", str(error))):
         module = found[1]
     root = module.partition(".")[0]
-    if module and module == LOADERS[path.suffix.lower()].partition(":")[0]:
-        return f"{path.name}: this server was installed without {module}, which loads {path.suffix} files"
+    if isinstance(error, ModuleNotFoundError) and module.startswith(f"{__name__}."):
+        return f"{path.name} is not served: this server was installed without {module}, which {path.suffix} files need"
     if module.endswith("__main__"):
         return (
-            f"{text}. It uses a class or function that was defined in a notebook or script: move that into a module "
+            f"{summary}. It uses a class or function that was defined in a notebook or script: move that into a module "
             "of its own, put the module beside server.py, import it from there, train and save again"
         )
     if (found_at := _here(root)) is not None:
         return (
-            f"{text}. It was saved beside a module named {root}, and here that name means {found_at}. If yours is "
+            f"{summary}. It was saved beside a module named {root}, and here that name means {found_at}. If yours is "
             "another one, rename it, put it beside server.py, train and save again"
         )
     if root in ("sklearn", "numpy", "scipy") or "incompatible dtype" in str(error):
         return (
-            f"{text}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
+            f"{summary}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
             "train and save it again with the versions in requirements.txt"
         )
     if isinstance(error, ModuleNotFoundError) and root.isidentifier():
         return (
-            f"{text}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
+            f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
             "install it beside the server"
         )
     if isinstance(error, (AttributeError, ImportError, OSError, MemoryError)) and not isinstance(
         error, ModuleNotFoundError
     ):
-        return text
-    return f"{text}. The file is damaged, incomplete, or not of the format that its suffix names"
+        return summary
+    return f"{summary}. The file is damaged, incomplete, or not of the format that its suffix names"
 
 
 def _here(module: str) -> Path | None:

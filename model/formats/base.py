@@ -1,24 +1,25 @@
-"""What models of every tensor library share."""
+"""What the loaders of ONNX, PyTorch and Keras share."""
 
 import importlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
 from ..signature import Column, Signature, kind_of
 from . import UnsupportedModel
+from .tensor_signature import TensorSignature
 
 
 class TensorModel:
-    """What `model/learning.py` and `model/serving.py` use of a scikit-learn estimator, over another library's model."""
+    """A model of another library, with the methods of a scikit-learn estimator that the server uses."""
 
-    signature: Signature | None = None  # None where the file does not tell
-    sizes_open = False  # rows may have a shape that only the model itself can refuse
+    signature: Signature | None = None  # None if the file does not record it
+    sizes_open = False  # whether rows may have a shape that only the model itself can reject
 
     def signatures(self, sample: list[Any] | None) -> Iterable[Signature]:
-        """Yield what the model may take, the likeliest first; a single one where the file tells."""
+        """Yield what the model may take, the likeliest first; only one if the file records it."""
         assert self.signature is not None
         yield self.signature
 
@@ -28,7 +29,16 @@ class TensorModel:
 
 
 def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | None = None) -> Signature:
-    """Describe rows of a shape: of named or unnamed columns where that is fixed, else tensors."""
+    """Return the signature of rows of a shape: columns, named or not, if their number is fixed, else tensors.
+
+    Args:
+        shape: of one row; None for a size that is open.
+        dtype: numpy's name for the type of its elements.
+        known: the metadata that `python -m model export` leaves in a file.
+
+    Raises:
+        UnsupportedModel: the metadata names another number of columns.
+    """
     known = known or {}
     kind = kind_of(dtype)
     if kind in ("number", "text") and (not shape or known.get("layout") == "texts"):
@@ -36,10 +46,10 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
     if len(shape) != 1 or shape[0] is None:
         if shape == (None,) and kind == "number":
             return Signature("array", None, precision=dtype)
-        return Signature("tensor", (), precision=dtype, shape=shape)
+        return TensorSignature("tensor", (), precision=dtype, shape=shape)
     columns = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
     if len(columns) != shape[0]:
-        raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata name {len(columns)}")
+        raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata names {len(columns)}")
     return Signature(
         "array",
         tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in columns),
@@ -48,7 +58,7 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
 
 
 def threads() -> int:
-    """Return how many threads a predict may use: `OMP_NUM_THREADS`, as gunicorn.conf.py sets it, else 1."""
+    """Return how many threads a prediction may use: `OMP_NUM_THREADS`, which gunicorn.conf.py sets, else 1."""
     found = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
     return max(1, int(found[0])) if found else 1
 
@@ -73,30 +83,17 @@ def import_library(name: str, requirements: str) -> Any:
 
 
 def import_torch() -> Any:
-    """Import torch, with the number of threads that a worker has."""
+    """Import torch and set its threads to those that a worker has. Raises: UnsupportedModel, it is not installed."""
     torch = import_library("torch", "requirements/torch.txt")
     if torch.get_num_threads() != threads():
         torch.set_num_threads(threads())
     if torch.get_num_interop_threads() != threads():
-        with suppress(RuntimeError):  # work has begun with the old number; few models run operators side by side
+        with suppress(RuntimeError):  # too late once torch has run anything; few models run operators in parallel
             torch.set_num_interop_threads(threads())
     return torch
 
 
 def first_line(error: Exception) -> str:
-    """Sum up a library's exception."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def values_of(tree: Any, key: str) -> Iterator[Any]:
-    """Yield every value of a key, however deep, in decoded JSON."""
-    left = [tree]
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            if key in value:
-                yield value[key]
-            left.extend(value.values())
-        elif isinstance(value, list):
-            left.extend(value)
+    """Return the type of an exception and the first line of its message."""
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message[:300]}"

@@ -1,84 +1,60 @@
 """Keras 3, over PyTorch."""
 
-import json
 import os
 import platform
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from . import UnsupportedModel
-from .base import TensorModel, first, first_line, import_library, import_torch, of_rows, values_of
+from .archive_checks import refuse_calling_layers
+from .base import TensorModel, first, first_line, import_library, import_torch, of_rows
 
-# Layers that hold a program of another kind: marshalled bytecode, a pickle, a path to load from.
-_NOT_LAYERS = {"Lambda", "__lambda__", "TorchModuleWrapper", "TFSMLayer", "JaxLayer", "FlaxLayer"}
+_EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 
 
 def load_keras(path: Path, **_: bool) -> "KerasModel":
-    """Load a `.keras` or `.h5` file, with PyTorch beneath where `KERAS_BACKEND` does not say otherwise.
-
-    A Lambda layer is Python bytecode in the file. Keras refuses it in safe mode, in `.h5` only from 3.11.3 on
-    (CVE-2025-9905); here its description is searched before anything of it is built.
+    """Load a `.keras` or `.h5` file in Keras's safe mode, over PyTorch unless `KERAS_BACKEND` names another backend.
 
     Raises:
-        UnsupportedModel: no Keras, an old one, weights without a model, layers that hold code, or several inputs.
+        UnsupportedModel: no Keras or an old one, a damaged file, weights without a model, layers that hold code, or
+            several inputs.
     """
     os.environ.setdefault("KERAS_BACKEND", "torch")
     if os.environ["KERAS_BACKEND"] == "torch":
         import_torch()
-    # At its import h5py asks for the processor's name. Python would start a program for that, which under gevent is not
-    # possible on a native thread.
+    # h5py asks for the processor's name when it is imported. Python would start a program for that, which gevent does
+    # not allow on a native thread.
     vars(platform.uname()).setdefault("processor", "")
     keras = import_library("keras", "requirements/keras.txt")
     if tuple(map(int, re.findall(r"\d+", keras.__version__)[:3])) < (3, 11, 3):
         raise UnsupportedModel(
-            f"needs Keras 3.11.3 or newer, this is {keras.__version__}: older ones may run code in a file"
+            f"needs Keras 3.11.3 or newer, and this is {keras.__version__}: older versions may run code in a file"
         )
-    described, version = _keras_config(path)
-    held = sorted(set(map(str, values_of(described, "class_name"))) & _NOT_LAYERS)
-    if held:
-        raise UnsupportedModel(
-            f"has a layer that holds code ({', '.join(held)}), which is not loaded. Write it with Keras's own layers "
-            "or keras.ops, or export the model: model.versions.onnx_export('model.onnx', format='onnx')"
-        )
+    refuse_calling_layers(keras)
     try:
         model = keras.saving.load_model(str(path.absolute()), compile=False, safe_mode=True)
-    except Exception as error:  # what a layer's constructor raises at a description of another version
-        if unknown := re.search(r"Could not locate class '(\w+)'|Unknown layer: '(\w+)'", str(error)):
-            raise UnsupportedModel(
-                f"has a layer of your own, {unknown[1] or unknown[2]}, whose code is not in the file. Export the model "
-                "where that is: model.versions.onnx_export('model.onnx', format='onnx')"
-            ) from error
-        raise UnsupportedModel(
-            f"(saved by Keras {version}) is not taken by Keras {keras.__version__}: {first_line(error)}. "
-            "Layers change between versions; where it was made: model.versions.onnx_export('model.onnx', format='onnx')"
-        ) from error
+    except Exception as error:  # a layer raises anything if its description is of another version
+        raise UnsupportedModel(_explain(keras.__version__, error)) from error
     return KerasModel(keras, model)
 
 
-def _keras_config(path: Path) -> tuple[Any, str]:
-    """Read the description of the layers from a file, and the version that wrote it."""
-    damaged = UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names")
-    try:
-        if path.suffix.lower() == ".keras":
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise damaged
-                return json.loads(archive.read("config.json")), json.loads(archive.read("metadata.json"))[
-                    "keras_version"
-                ]
-        h5py = import_library("h5py", "requirements/keras.txt")
-        with h5py.File(path, "r") as file:
-            described = file.attrs.get("model_config")
-            version = str(file.attrs.get("keras_version", "of an unknown version"))
-    except UnsupportedModel:
-        raise
-    except Exception as error:  # whatever two readers raise at what they did not write
-        raise damaged from error
-    if described is None:
-        raise UnsupportedModel('holds weights without a model. Where it was made, write: model.save("model.keras")')
-    return json.loads(described), version
+def _explain(version: str, error: Exception) -> str:
+    """Explain an exception of `keras.saving.load_model`."""
+    message = str(error)
+    if isinstance(error, UnsupportedModel) or "safe_mode=False" in message:
+        return (
+            f"has a layer that holds code ({message.partition('. ')[0]}), which is not loaded. Write it with Keras's "
+            f"own layers or keras.ops, or export the model. {_EXPORT}"
+        )
+    if "No model config" in message:
+        return 'holds weights without a model. Where it was made, write: model.save("model.keras")'
+    if unknown := re.search(r"Could not locate class '(\w+)'|Unknown layer: '(\w+)'", message):
+        return f"has a layer of your own, {unknown[1] or unknown[2]}, whose code is not in the file. {_EXPORT}"
+    return (
+        f"is not taken by Keras {version} ({first_line(error)}): it is damaged, incomplete, or was saved by another "
+        f"version, whose layers differ. {_EXPORT}"
+    )
 
 
 class KerasModel(TensorModel):

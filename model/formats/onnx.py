@@ -9,39 +9,40 @@ import numpy as np
 from ..signature import Column, Signature, kind_of
 from . import UnsupportedModel
 from .base import TensorModel, first_line, import_library, of_rows, threads
+from .tensor_signature import RecordSignature
 
-METADATA = "prediction-server"  # key of an ONNX file's metadata under which model/export.py leaves what it knows
+METADATA = "prediction-server"  # the key in an ONNX file's metadata under which `python -m model export` leaves more
 
 
 def load_onnx(path: Path, **_: bool) -> "OnnxModel":
     """Load an ONNX file for the CPU.
 
-    The model is handed over as bytes: onnxruntime then looks for no weights in other files, which no hash would cover.
+    onnxruntime gets the model as bytes, so that it reads no weights from other files, which no hash would cover.
     Custom operators come in native libraries, and none is ever registered.
 
     Raises:
-        UnsupportedModel: no onnxruntime, or a model that it does not take, or whose inputs are not rows.
+        UnsupportedModel: no onnxruntime, a model that it does not take, or inputs that are not rows.
     """
     ort = import_library("onnxruntime", "requirements/onnx.txt")
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads()
-    options.log_severity_level = 4  # it raises what it would log
+    options.log_severity_level = 4  # fatal only: it raises what it would log
     content = path.read_bytes()
     try:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own
-        text = first_line(error)
-        if "xternal data" in text or "model_path must not be empty" in text:
+        reason = first_line(error)
+        if "xternal data" in reason or "model_path must not be empty" in reason:
             raise UnsupportedModel(
-                "keeps its weights in another file. Make one file of them: "
+                "keeps its weights in another file. Save both in one file: "
                 f'onnx.save(onnx.load("{path.name}"), "whole.onnx", save_as_external_data=False)'
             ) from error
         raise UnsupportedModel(
-            f"is not taken by onnxruntime {ort.__version__} ({text}): the file is damaged, incomplete, or not of the "
+            f"is not taken by onnxruntime {ort.__version__} ({reason}): the file is damaged, incomplete, or not of the "
             "format that its suffix names; or it needs an operator or an opset that this version does not have"
         ) from error
     known = _metadata(session)
-    is_classifier = _label_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
+    is_classifier = _has_labels_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
     model = (OnnxClassifier if is_classifier else OnnxModel)(session, known)
     if isinstance(model, OnnxClassifier) and model.classes_ is None and not model.zipped:
         model.classes_ = _class_labels(content)
@@ -49,42 +50,43 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
 
 
 class OnnxModel(TensorModel):
-    """An onnxruntime session. Its one input is the rows; or each of its inputs is a column, `(n_rows, 1)` each."""
+    """An onnxruntime session. Its one input holds the rows, or each of its inputs is a column `(n_rows, 1)`."""
 
     def __init__(self, session: Any, known: dict[str, Any]) -> None:
         self._session = session
         self._inputs = session.get_inputs()
         self._outputs = [output.name for output in session.get_outputs()]
-        self.signature = _onnx_signature(self._inputs, known)
+        self.signature = _signature_of(self._inputs, known)
         self.sizes_open = self.signature.sizes_open
         # scikit-learn's regressors return one value a row, their ONNX form a column.
         self._flat = session.get_modelmeta().producer_name == "skl2onnx"
 
     def predict(self, rows: Any) -> Any:
-        """Return the first output; `(n_rows,)` where scikit-learn's own would be."""
+        """Return the first output; `(n_rows,)` if scikit-learn's own would be."""
         result = self._run(rows, self._outputs[:1])[0]
         return result[:, 0] if self._flat and np.ndim(result) == 2 and result.shape[1] == 1 else result
 
     def _run(self, rows: Any, outputs: list[str]) -> Any:
         if len(self._inputs) > 1:
-            given = {each.name: rows[each.name].reshape(-1, *each.shape[1:]) for each in self._inputs}
+            feed = {each.name: rows[each.name].reshape(-1, *each.shape[1:]) for each in self._inputs}
         else:
             first = self._inputs[0]
-            array = np.asarray(rows, dtype=_numpy_type(_ONNX_TYPES[first.type]))
-            given = {first.name: array.reshape(-1, 1) if array.ndim < len(first.shape) else array}
+            dtype = _TYPES[first.type]
+            array = np.asarray(rows, dtype=object if dtype == "str" else dtype)
+            feed = {first.name: array.reshape(-1, 1) if array.ndim < len(first.shape) else array}
         try:
-            return self._session.run(outputs, given)
+            return self._session.run(outputs, feed)
         except Exception as error:  # its exceptions have no base of their own
             if self.sizes_open or type(error).__name__ == "InvalidArgument":
-                raise ValueError("onnxruntime refuses the rows") from error
+                raise ValueError("onnxruntime rejects the rows") from error
             raise
 
 
 class OnnxClassifier(OnnxModel):
-    """A classifier as skl2onnx and its kin write them: labels first, then the probability of each class.
+    """A classifier as skl2onnx and similar converters write it: labels first, then the probability of each class.
 
-    The probabilities are an array `(n_rows, n_classes)`, or (with "zipmap") a dict a row. An SVC without probabilities
-    puts its scores in their place, and a file does not tell the one from the other.
+    The probabilities are an array `(n_rows, n_classes)` or, with "zipmap", a dict for each row. An SVC without
+    probabilities has its scores in their place, and nothing in the file distinguishes them.
     """
 
     def __init__(self, session: Any, known: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ class OnnxClassifier(OnnxModel):
     def predict(self, rows: Any) -> Any:
         """Return the labels, `(n_rows,)`."""
         if self.zipped and self.classes_ is None:
-            self.predict_proba(rows)  # only its result tells the classes
+            self.predict_proba(rows)  # only its result names the classes
         return super().predict(rows)
 
     def predict_proba(self, rows: Any) -> Any:
@@ -108,7 +110,7 @@ class OnnxClassifier(OnnxModel):
         return np.array([[row[label] for label in self.classes_] for row in result], dtype=np.float32)
 
 
-_ONNX_TYPES = {
+_TYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
@@ -117,10 +119,10 @@ _ONNX_TYPES = {
 } | {f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
-def _onnx_signature(inputs: list[Any], known: dict[str, Any]) -> Signature:
+def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
     for each in inputs:
-        if each.type not in _ONNX_TYPES:
-            raise UnsupportedModel(f"takes {each.type} in its input {each.name!r}, which rows cannot be made into")
+        if each.type not in _TYPES:
+            raise UnsupportedModel(f"takes {each.type} in its input {each.name!r}, which cannot be made from rows")
         if not each.shape:
             raise UnsupportedModel(f"takes a single value in its input {each.name!r}, not rows")
         if isinstance(each.shape[0], int):
@@ -132,7 +134,7 @@ def _onnx_signature(inputs: list[Any], known: dict[str, Any]) -> Signature:
     if not inputs:
         raise UnsupportedModel("takes no input")
     shapes = [tuple(size if isinstance(size, int) else None for size in each.shape[1:]) for each in inputs]
-    types = [_ONNX_TYPES[each.type] for each in inputs]
+    types = [_TYPES[each.type] for each in inputs]
     if len(inputs) == 1:
         return of_rows(shapes[0], types[0], known)
     if any(shape not in ((), (1,)) for shape in shapes):
@@ -143,19 +145,18 @@ def _onnx_signature(inputs: list[Any], known: dict[str, Any]) -> Signature:
         Column(each.name, kind_of(dtype), nullable="float" in dtype and each.name in nullable, dtype=dtype)
         for each, dtype in zip(inputs, types, strict=True)
     )
-    return Signature("records", tuple(columns))
+    return RecordSignature("records", tuple(columns))
 
 
 def _metadata(session: Any) -> dict[str, Any]:
-    """Read what `model/export.py` left in the file; of other files nothing is known."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA)
-    known = json.loads(text) if text else {}
+    """Return what `python -m model export` left in the file; an empty dict for any other file."""
+    known = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA) or "{}")
     if not isinstance(known, dict):
-        raise UnsupportedModel("has metadata that are not what `python -m model export` writes")
+        raise UnsupportedModel("has metadata that `python -m model export` did not write")
     return known
 
 
-def _label_and_scores(session: Any) -> bool:
+def _has_labels_and_scores(session: Any) -> bool:
     outputs = session.get_outputs()
     if len(outputs) != 2 or outputs[0].type not in ("tensor(int64)", "tensor(string)") or len(outputs[0].shape) != 1:
         return False
@@ -166,10 +167,10 @@ def _label_and_scores(session: Any) -> bool:
 
 
 def _class_labels(content: bytes) -> list[Any] | None:
-    """Read the classes off the operators of a classifier; onnxruntime does not show them."""
+    """Return the classes that a classifier's operators name, which onnxruntime does not show; None if unknown."""
     try:
         onnx = import_library("onnx", "requirements/onnx.txt")
-    except UnsupportedModel:  # only a caller's wish for "classes" needs it
+    except UnsupportedModel:  # answers then lack "classes"
         return None
     found = []
     for node in onnx.load_model_from_string(content).graph.node:
@@ -177,9 +178,5 @@ def _class_labels(content: bytes) -> list[Any] | None:
             if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
                 found.append(list(attribute.ints))
             elif attribute.name == "classlabels_strings" and attribute.strings:
-                found.append([text.decode() for text in attribute.strings])
+                found.append([label.decode() for label in attribute.strings])
     return found[0] if found and all(labels == found[0] for labels in found) else None
-
-
-def _numpy_type(dtype: str) -> Any:
-    return object if dtype == "str" else dtype

@@ -13,7 +13,7 @@ from . import ModelLoadError
 
 MIN_MAPPED = 8 * 2**20  # bytes; smaller files are not worth it: a mapped array is a little slower to slice
 
-# Hooks of extensions: called before scikit-learn is imported, and with each model that was loaded.
+# Hooks for extensions, called before scikit-learn is imported, and with each model that was loaded.
 before_import: list[Callable[[], None]] = []
 after_load: list[Callable[[Any], None]] = []
 
@@ -88,7 +88,7 @@ def _with_version_check(load_it: Callable[[], Any], allowed: bool) -> Any:
                 raise ModelLoadError(
                     f"the model was made with scikit-learn {made}, this server runs {here}. Either train and save it "
                     f"again with scikit-learn {here}, or put scikit-learn=={made} into requirements.in and run "
-                    "`make lock`. ALLOW_VERSION_MISMATCH=1 serves it anyway, with results that nobody vouches for"
+                    "`make lock`. ALLOW_VERSION_MISMATCH=1 serves it anyway, with results that may differ"
                 ) from None
         warnings.simplefilter("ignore", InconsistentVersionWarning)  # only the patch version differs
         return load_it()

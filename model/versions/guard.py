@@ -1,46 +1,57 @@
-"""Watches a canary: compares what became of its requests with what became of the stable version's, from the journal.
+"""The guard of a canary: compares the outcomes of its requests with those of the stable version's, from the journal.
 
-The rule, looked at every second while a guarded canary is served, once both have had `MINIMUM` requests:
+The rule, evaluated every second while a guarded canary is served, once both have had `MIN_REQUESTS`:
 
-- errors: the canary is taken back when its share of failed requests (`error_type` model, overload or internal, or
+- errors: the canary is rolled back if its share of failed requests (`error_type` model, overload or internal, or
   status 422: rows that it does not take) exceeds the stable version's by more than `SIGMAS` standard errors of the
-  difference, and by more than one in a hundred;
-- time: it is taken back when significantly (`SIGMAS` standard errors) more than one in a hundred of its answers took
-  longer than 1.5 times the stable version's p99 plus 5 ms.
+  difference, and by more than 1 %;
+- time: it is rolled back if significantly (`SIGMAS` standard errors) more than 1 % of its answers took longer than 1.5
+  times the stable version's p99 plus 5 ms.
 
-Both are counted over the same stretch of time, so that what befalls both is held against neither. It begins with the
-last change of the routing, and anew once the canary has had `STRETCH` requests, or the two together `MOST`. Four
-standard errors and not two, since it is looked at again and again: of 300 canaries just like their stable version, each
-looked at thirty times, none was taken back, and one where response times scatter wildly (a log-normal sigma of 2).
+Both are counted over the same window of time, so that an incident that affects both is held against neither. The window
+begins with the last change of the routing, and again once the canary has had `MAX_CANARY_REQUESTS`, or the two together
+`MAX_REQUESTS`. It takes four standard errors, not two, since the rule is evaluated again and again: of 300 canaries
+equal to their stable version, each evaluated thirty times, none was rolled back, and one if response times scatter
+widely (a log-normal sigma of 2).
 """
 
 import calendar
-import fcntl
+import logging
 import math
-import os
 import time
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 
+from monitor import read_lines, segments
+from processes import FileLock
+
+from ..serving import Routes
+from .routes import StoreRoutes
 from .store import Routing, Store, StoreError, write_json
 
-MINIMUM = 200  # requests of each variant
-STRETCH = 2_000  # requests of the canary
-MOST = 200_000  # requests of both
+if TYPE_CHECKING:
+    from server import Service
+
+log = logging.getLogger(__name__)
+
+MIN_REQUESTS = 200  # of each variant
+MAX_CANARY_REQUESTS = 2_000  # in one window
+MAX_REQUESTS = 200_000  # in one window
 SIGMAS = 4.0
 FAULTS = ("model", "overload", "internal")
-REFUSED = 422  # rows that do not fit the version: callers' mistakes befall both variants, another signature only one
-VETO = "guard.json"
+UNPROCESSABLE = 422  # rows that do not fit the version: callers' mistakes affect both variants, another signature one
+LOCAL_ROLLBACK = "guard.json"
 
 
 class Tally:
-    """What became of one variant's requests."""
+    """The outcomes of one variant's requests."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -48,8 +59,8 @@ class Tally:
         self.times = array("d")  # seconds, of those that were answered
 
     def add(self, record: dict[str, Any]) -> None:
-        """Count one record of a request. Raises: KeyError, TypeError or ValueError, it is none."""
-        failed = record["error_type"] in FAULTS or record.get("status") == REFUSED
+        """Count one record of a request. Raises: KeyError, TypeError or ValueError, it is not one."""
+        failed = record["error_type"] in FAULTS or record.get("status") == UNPROCESSABLE
         answered, taken = record["success"], float(record["response_time"])
         self.requests += 1
         self.faults += failed
@@ -58,17 +69,17 @@ class Tally:
 
 
 def judge(stable: Tally, canary: Tally) -> str:
-    """Return why the canary is to be taken back, by the rule above; "" while there is no reason."""
-    if min(stable.requests, canary.requests) < MINIMUM:
+    """Return why the canary should be rolled back, by the rule above, or ""."""
+    if min(stable.requests, canary.requests) < MIN_REQUESTS:
         return ""
     failed, expected = canary.faults / canary.requests, stable.faults / stable.requests
-    # Of a share of none the standard error would be none: as in Agresti and Coull's interval, one failure is added.
+    # A share of 0 would have a standard error of 0: as in Agresti and Coull's interval, one failure is added.
     error = math.sqrt(sum(_variance(tally.requests, tally.faults) for tally in (stable, canary)))
     if failed - expected > max(0.01, SIGMAS * error):
         return f"{100 * failed:.1f} % of its {canary.requests} requests failed, of stable's {100 * expected:.1f} %"
-    if min(len(stable.times), len(canary.times)) < MINIMUM:
+    if min(len(stable.times), len(canary.times)) < MIN_REQUESTS:
         return ""
-    # Copies: an array whose memory is looked at cannot grow. numpy lets other threads run while it sorts.
+    # Copies: an array cannot grow while numpy has its memory. numpy lets other threads run while it sorts.
     times, at = np.array(stable.times), math.ceil(0.99 * len(stable.times)) - 1
     bound = 1.5 * float(np.partition(times, at)[at]) + 0.005
     slow = float(np.mean(np.array(canary.times) > bound))
@@ -85,77 +96,127 @@ def _variance(count: int, faults: int) -> float:
     return share * (1 - share) / count
 
 
+class Tail:
+    """Reads what is added to a journal by all its writers."""
+
+    def __init__(self, directory: Path, since: float) -> None:
+        """Begin with the segments that were written to at or after `since` (seconds since 1970)."""
+        self._directory, self._since = directory, since
+        self._offsets: dict[str, int] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records that came since the last call, 20,000 at most: the next call returns the others."""
+        found: list[dict[str, Any]] = []
+        offsets = {}
+        for path in segments(self._directory):
+            with suppress(OSError):  # shipped meanwhile, or dropped to make room
+                stat = path.stat()
+                skips = path.name not in self._offsets and stat.st_mtime < self._since
+                offsets[path.name] = stat.st_size if skips else self._offsets.get(path.name, 0)
+                for offset, record in read_lines(path, offsets[path.name]):
+                    if len(found) >= 20_000:
+                        break
+                    offsets[path.name] = offset
+                    if record is not None:
+                        found.append(record)
+        self._offsets = offsets
+        return found
+
+
 class Guard:
-    """Watches the canary of one host's service. One worker at a time does, the one that has the lock."""
+    """Guards the canary of one host's service. One worker at a time does, the one that has the lock."""
 
     def __init__(self, directory: Path, store: Path) -> None:
-        """Remember where the service's state (the lock, a veto) and the version store lie."""
+        """Remember the service's state directory (JOURNAL_DIR, with the lock and a local rollback) and the store."""
         self._directory, self._store = directory, Store(store)
-        self._lock: int | None = None
+        self._lock = FileLock(directory / "guard.lock")
+        self._tail: Tail | None = None  # of the journal, while this process guards
         self._watched = ""  # the routing
-        self._since = 0.0
-        self._tallies: dict[str, Tally] = {}
-        os.register_at_fork(after_in_child=self.let_go)
+        self._tallies = {"stable": Tally(), "canary": Tally()}
 
-    def has_turn(self) -> bool:
-        """Tell whether this process is the one that watches. Raises: OSError, the directory cannot be written."""
-        if self._lock is None:
-            self._lock = os.open(self._directory / "guard.lock", os.O_RDWR | os.O_CREAT, 0o640)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    def watch(self, service: "Service") -> None:
+        """Evaluate the canary that a worker serves, if it is this worker's turn. Called once a second."""
+        routing = guarded(service.serving.routes)
+        if routing is None or routing.etag == local_rollback(self._directory)[0]:
+            self.release()  # for a worker that serves the canary
+        elif self.acquire():
+            self._tail = self._tail or Tail(self._directory, changed_at(routing))
+            reason = service.run_in_thread(self._read_and_evaluate, routing)
+            if reason:
+                log.warning("the guard rolls back canary %s: %s", routing.canary, reason)
+                event = {"event": "rollback", "model_version": routing.canary, "variant": "canary", "reason": reason}
+                service.journal.append(event)
 
-    @staticmethod
-    def since(routing: Routing) -> float:
-        """Return when the routing was last changed, in seconds since 1970."""
-        try:
-            return float(calendar.timegm(time.strptime(routing.changed, "%Y-%m-%dT%H:%M:%SZ")))
-        except ValueError:
-            return 0.0
+    def acquire(self) -> bool:
+        """Return whether this process is the one that guards. Raises: OSError, the directory cannot be written."""
+        return self._lock.acquire()
 
-    def look(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
-        """Count new records; take the canary back if it is worse, and return why, else "".
+    def release(self) -> None:
+        """Let another process guard."""
+        self._lock.release()
+        self._tail = None
 
-        Where the store cannot be written, the veto lies beside the journal and holds for this host.
+    def evaluate(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
+        """Count new records; roll the canary back if it is worse, and return why, else "".
+
+        If the store cannot be written, the rollback is written beside the journal, and is one of this host.
         """
-        if routing.mark != self._watched:
-            self._watched = routing.mark
-            self._since = self.since(routing)
-            self._tallies = {"stable": Tally(), "canary": Tally()}
-        names = {"stable": routing.stable, "canary": routing.canary}
+        if routing.etag != self._watched:
+            self._watched = routing.etag
+            self._reset()
+        names, since = {"stable": routing.stable, "canary": routing.canary}, changed_at(routing)
         for record in records:
-            with suppress(KeyError, TypeError, ValueError):  # what is no request's has not these fields
+            with suppress(KeyError, TypeError, ValueError):  # not the record of a request
                 variant = record["variant"]
-                if record["model_version"] == names[variant] and record["time"] >= self._since:
+                if record["model_version"] == names[variant] and record["time"] >= since:
                     self._tallies[variant].add(record)
         stable, canary = self._tallies["stable"], self._tallies["canary"]
         reason = judge(stable, canary)
-        if not reason and (canary.requests >= STRETCH or stable.requests + canary.requests >= MOST):
-            self._tallies = {"stable": Tally(), "canary": Tally()}
         if reason:
-            try:
-                why = f"guard, {reason}"
-                if not self._store.rollback(why, only=routing.generation).why.startswith(why):
-                    return ""  # somebody has changed the routing meanwhile
-            except StoreError:
-                veto = {"routing": routing.mark, "canary": routing.canary, "reason": reason}
-                write_json(self._directory / VETO, veto)
-            self._tallies = {"stable": Tally(), "canary": Tally()}
-        return reason
+            self._reset()
+            return reason if self._roll_back(routing, reason) else ""
+        if canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
+            self._reset()
+        return ""
 
-    def let_go(self) -> None:
-        """Leave the turn to another process."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _read_and_evaluate(self, routing: Routing) -> str:
+        assert self._tail is not None
+        return self.evaluate(routing, self._tail.read())
+
+    def _reset(self) -> None:
+        self._tallies = {"stable": Tally(), "canary": Tally()}
+
+    def _roll_back(self, routing: Routing, reason: str) -> bool:
+        """Return whether the canary was rolled back: someone may have changed the routing meanwhile."""
+        why = f"guard, {reason}"
+        try:
+            return self._store.rollback(why, only=routing.generation).why.startswith(why)
+        except StoreError:
+            rollback = {"routing": routing.etag, "canary": routing.canary, "reason": reason}
+            write_json(self._directory / LOCAL_ROLLBACK, rollback)
+            return True
 
 
-def veto(directory: Path) -> tuple[str, str]:
-    """Return the mark of the routing whose canary is vetoed on this host, and why; ("", "") where none is."""
+def guarded(routes: Routes | None) -> Routing | None:
+    """Return the routing as it is served, if it has a guarded canary that is served."""
+    if not isinstance(routes, StoreRoutes) or routes.canary is None or not routes.routing.guard:
+        return None
+    # The stable version that is served may be an earlier one, if the routing's does not load.
+    return replace(routes.routing, stable=routes.stable.version)
+
+
+def changed_at(routing: Routing) -> float:
+    """Return when the routing was last changed, in seconds since 1970; 0 if that is unknown."""
     try:
-        found = orjson.loads((directory / VETO).read_bytes())
+        return float(calendar.timegm(time.strptime(routing.changed, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return 0.0
+
+
+def local_rollback(directory: Path) -> tuple[str, str]:
+    """Return the etag of the routing whose canary was rolled back on this host only, and why; else ("", "")."""
+    try:
+        found = orjson.loads((directory / LOCAL_ROLLBACK).read_bytes())
         return str(found["routing"]), str(found["reason"])
     except (OSError, ValueError, KeyError, TypeError):
         return "", ""

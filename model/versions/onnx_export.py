@@ -1,20 +1,21 @@
 """A fitted scikit-learn model as ONNX: `python -m model export model.joblib model.onnx --sample rows.json`.
 
-An ONNX file runs no code when it is read, needs no scikit-learn of one version to be served, and often answers faster.
-But its form of a model is another program. So both answer the same rows, and where answers differ, nothing is written.
+An ONNX file runs no code when it is read, is served without a certain version of scikit-learn, and often predicts
+faster. But its form of a model is another program. So both predict the same rows, and if predictions differ, nothing is
+written.
 
 What differs is usually precision. scikit-learn's forests compare float32 values, its linear models and boosted trees
 float64 ones; a value such as 1600000001 has no float32 form, and falls on the other side of a threshold. Both forms are
-therefore tried, and the one that answers more alike is kept. And where a forest was fitted without missing values, it
-sends them to the larger branch, its ONNX form always to the right: such a file takes no `null`.
+therefore tried, and the more similar one is kept. And a forest that was fitted without missing values sends them to the
+larger branch, its ONNX form always to the right: such a file takes no `null`.
 """
 
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,115 +25,142 @@ from .. import formats
 from ..formats import ModelLoadError, UnsupportedModel
 from ..formats.base import TensorModel, import_library
 from ..formats.onnx import METADATA
-from ..infer_signature import known_values, learn, raw_parts
+from ..infer_signature import infer_signature, inspect, raw_parts
 from ..signature import Signature
 
 TOLERANCE = 1e-4  # by which a value may differ, relative to itself or to the sample's mean size, whichever is larger
-MADE_UP = 1000  # rows, where no sample is given
+SYNTHETIC_ROWS = 1000  # if no sample is given
+PRECISIONS = ("float32", "float64")
 
 
 class NotExported(ModelLoadError):
-    """A model without an ONNX form, or without one that answers as it does. Nothing was written."""
+    """A model without an ONNX form, or without one that predicts the same. Nothing was written."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """How the answers of an ONNX file differ from those of the model that it was made of."""
+    """How the predictions of an ONNX file differ from those of the model that it was made of."""
 
-    rows: int
-    made_up: bool  # the rows are synthetic: near what the model keeps of its training data, but not of that data
-    precision: str  # of the numbers that the file takes: float32 or float64
-    labels: int | None  # that differ; None where the model predicts values
-    undecided: int  # labels of these where two classes are equally probable for the model itself, within TOLERANCE
-    compared: str  # the method whose values were compared, "" where it has labels only
-    absolute: float  # the largest difference between two values
-    relative: float  # the same, by the larger of the value's own size and the sample's mean
-    lost: tuple[str, ...]  # methods that the file does not have
-    null: bool  # a missing value may be sent wherever the model takes one; else the file takes none
+    rows: int = 0
+    synthetic: bool = False  # the rows are made up, near what the model keeps of its training data
+    precision: str = ""  # of the numbers that the file takes: float32 or float64
+    labels: int | None = None  # that differ; None if the model predicts values
+    undecided: int = 0  # labels of these for which the model itself finds two classes equal, within TOLERANCE
+    compared: str = ""  # the method whose values were compared; "" if it has labels only
+    absolute: float = 0.0  # the largest difference between two values
+    relative: float = 0.0  # the same, by the larger of the value's own size and the sample's mean
+    lost: tuple[str, ...] = ()  # methods that the file does not have
+    null: bool = True  # a missing value may be sent wherever the model takes one; else the file takes none
 
     @property
     def alike(self) -> bool:
-        """Tell whether no label differs and no value by more than `TOLERANCE`."""
+        """Return whether no label differs and no value by more than `TOLERANCE`."""
         return not self.labels and self.relative <= TOLERANCE
 
+    @property
+    def badness(self) -> tuple[bool, bool, int, float]:
+        """Order the ONNX forms of a model: the smallest is the best."""
+        return not self.alike, self.alike and not self.null, self.labels or 0, self.relative
+
     def __str__(self) -> str:
-        lines = [f"{self.rows} {'synthetic rows' if self.made_up else 'rows of the sample'}, {self.precision} numbers"]
+        lines = [
+            f"{self.rows} {'synthetic rows' if self.synthetic else 'rows of the sample'}, {self.precision} numbers"
+        ]
         if self.labels is not None:
-            undecided = f" ({self.undecided} where the model itself is undecided)" if self.undecided else ""
+            undecided = f" (for {self.undecided} the model itself is undecided)" if self.undecided else ""
             lines.append(f"{self.labels} labels differ{undecided}")
         if self.compared:
             lines.append(f"{self.compared} differs by {self.absolute:.2g} at most ({self.relative:.2g} of its size)")
         if self.lost:
             lines.append(f"without {', '.join(self.lost)}")
         if not self.null:
-            lines.append("null is refused, since the ONNX form answers otherwise where a value is missing")
-        if self.made_up:
-            lines.append("rows of yours would show more: --sample rows.json")
+            lines.append("null is rejected, since the ONNX form predicts differently if a value is missing")
+        if self.synthetic:
+            lines.append("your own rows would show more: --sample rows.json")
         return "; ".join(lines)
 
 
-def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool = False) -> Report:
+def export(
+    path: Path,
+    out: Path,
+    sample: list[Any] | None = None,
+    force: bool = False,
+    on_step: Callable[[int], object] = lambda steps: None,
+) -> Report:
     """Write a fitted scikit-learn model as an ONNX file.
 
-    The file tells its columns by name and its classes, so that it is served with the same requests as the model.
+    The file holds the names of its columns and its classes, so that it is served with the same requests as the model.
 
     Args:
         path: the model, in any format that `formats.load` reads.
         out: the file to write, ending in `.onnx`.
-        sample: rows to compare on, as in the "data" of a request; without them some are made up.
-        force: write it even where the answers differ.
+        sample: rows to compare on, as in the "data" of a request; without them, synthetic rows.
+        force: write it even if the predictions differ.
+        on_step: called with 1 after each of the `PRECISIONS` was tried.
 
     Raises:
-        ModelLoadError: the model does not load, or no library to write ONNX with is here.
-        NotExported: the model has no ONNX form, or its form answers otherwise.
+        ModelLoadError: the model does not load, or no library that writes ONNX is installed.
+        NotExported: the model has no ONNX form, or one that predicts differently.
     """
     if out.suffix.lower() != ".onnx":
         raise NotExported(f"{out.name}: an ONNX file's name ends in .onnx")
     model = formats.load(path)
     if isinstance(model, TensorModel):
         raise NotExported(f"{path.name} is not a model of scikit-learn: its own library exports it")
-    signature, proof = learn(model, sample)
-    rows = sample or _made_up(model, signature, proof[0])
-    made_up = sample is None
-    missing = _with_one_missing(signature, rows)
-    reports: list[tuple[Report, Path]] = []
-    failures: list[Exception] = []
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
-        for precision in ("float32", "float64"):
-            try:
-                converted = _convert(model, signature, precision, rows)
-                for null in (True, False) if missing else (True,):
-                    candidate = Path(beside, f"{precision}-{null}.onnx")
-                    candidate.write_bytes(_with_metadata(converted, model, signature, null))
-                    answers = _answers(model, signature, candidate, [*rows, *missing] if null else rows)
-                    reports.append((_compare(*answers, made_up, precision, null, len(rows)), candidate))
-            except NotExported:
-                raise
-            except UnsupportedModel as error:
-                raise NotExported(f"{path.name} {error}") from error
-            except Exception as error:  # its converters raise anything at what they do not know
-                failures.append(error)
-        if not reports:
-            why = str(failures[0]).strip().partition("\n")[0][:300]
-            raise NotExported(f"{path.name} has no ONNX form that works: {type(failures[0]).__name__}: {why}")
-        report, best = min(
-            reports,
-            key=lambda each: (
-                not each[0].alike,
-                each[0].alike and not each[0].null,
-                each[0].labels or 0,
-                each[0].relative,
-            ),
-        )
+    signature, valid = infer_signature(model, sample)
+    rows = sample or _synthetic_rows(model, signature, valid[0])
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
+        try:
+            forms = _forms(model, signature, rows, Path(staging), on_step)
+        except UnsupportedModel as error:
+            raise NotExported(f"{path.name} {error}") from error
+        report, best = min(forms, key=lambda form: form[0].badness)
+        report = replace(report, synthetic=sample is None)
         if not report.alike and not force:
             raise NotExported(
-                f"{path.name}: its ONNX form answers otherwise ({report}). Nothing was written; --force writes it all "
-                "the same"
+                f"{path.name}: its ONNX form predicts differently ({report}). Nothing was written; --force writes it "
+                "anyway"
             )
         with best.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(best, out)
     return report
+
+
+def _forms(
+    model: Any, signature: Signature, rows: list[Any], staging: Path, on_step: Callable[[int], object]
+) -> list[tuple[Report, Path]]:
+    """Write the ONNX forms that work, each with the report on it. Raises: NotExported or UnsupportedModel."""
+    forms: list[tuple[Report, Path]] = []
+    failures: list[Exception] = []
+    for precision in PRECISIONS:
+        try:
+            forms.extend(_forms_of(model, signature, rows, precision, staging))
+        except (NotExported, UnsupportedModel):
+            raise
+        except Exception as error:  # converters raise anything at models that they do not know
+            failures.append(error)
+        on_step(1)
+    if not forms:
+        why = str(failures[0]).strip().partition("\n")[0][:300]
+        raise UnsupportedModel(f"has no ONNX form that works: {type(failures[0]).__name__}: {why}")
+    return forms
+
+
+def _forms_of(
+    model: Any, signature: Signature, rows: list[Any], precision: str, staging: Path
+) -> Iterator[tuple[Report, Path]]:
+    """Yield the forms of one precision: one that takes missing values as the model does, and one that takes none."""
+    converted = _convert(model, signature, precision, rows)
+    missing = _with_one_missing(signature, rows)
+    for null in (True, False) if missing else (True,):
+        path = staging / f"{precision}-{null}.onnx"
+        path.write_bytes(_with_metadata(converted, model, signature, null))
+        given = [*rows, *missing] if null else rows
+        exported = formats.load(path)
+        signature_of_exported, _ = infer_signature(exported, given)
+        report = _compare(model, exported, signature.parse(given), signature_of_exported.parse(given))
+        yield replace(report, rows=len(rows), precision=precision, null=null), path
 
 
 def _convert(model: Any, signature: Signature, precision: str, rows: list[Any]) -> Any:
@@ -144,7 +172,7 @@ def _convert(model: Any, signature: Signature, precision: str, rows: list[Any]) 
     if isinstance(getattr(model, "classes_", None), list):
         raise NotExported("a classifier of several outputs is not exported: make a model of each")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # converters look at attributes that scikit-learn is about to give up
+        warnings.simplefilter("ignore")  # converters use attributes that scikit-learn deprecates
         return skl2onnx.to_onnx(
             model,
             initial_types=_inputs(signature, precision, rows),
@@ -170,13 +198,13 @@ def _with_metadata(converted: Any, model: Any, signature: Signature, null: bool)
 
 
 def _inputs(signature: Signature, precision: str, rows: list[Any]) -> list[tuple[str, Any]]:
-    """Declare the inputs: one for all columns where they are numbers without names to be looked at, else one each."""
+    """Declare the inputs: one for all columns if they are numbers of an array, else one each."""
     types = import_library("skl2onnx.common.data_types", "requirements/onnx.txt")
     number = types.FloatTensorType if precision == "float32" else types.DoubleTensorType
     if signature.layout == "texts":
         return [("rows", types.StringTensorType([None, 1]))]
     if not signature.columns:
-        raise NotExported("the model does not tell how many columns it takes")
+        raise NotExported("the model does not say how many columns it takes")
     if signature.layout == "array" and all(column.kind == "number" for column in signature.columns):
         return [("rows", number([None, len(signature.columns)]))]
     kinds = {"number": number, "text": types.StringTensorType, "boolean": types.BooleanTensorType}
@@ -190,35 +218,24 @@ def _inputs(signature: Signature, precision: str, rows: list[Any]) -> list[tuple
     return inputs
 
 
-def _answers(model: Any, signature: Signature, path: Path, rows: list[Any]) -> tuple[Any, Any, Any, Any]:
-    """Return both models, and the rows as each of them takes them."""
-    exported = formats.load(path)
-    theirs, _ = learn(exported, rows)
-    return model, exported, signature.parse(rows), theirs.parse(rows)
-
-
-def _compare(
-    model: Any, exported: Any, given: Any, taken: Any, made_up: bool, precision: str, null: bool, n_rows: int
-) -> Report:
+def _compare(model: Any, exported: Any, given: Any, converted: Any) -> Report:
+    """Compare the predictions for the same rows, each parsed by the model's own signature."""
     from sklearn.base import is_classifier
 
-    expected, found = np.asarray(model.predict(given)), np.asarray(exported.predict(taken))
-    labels: int | None = None
-    undecided = 0
-    compared = "predict"
+    expected, found = np.asarray(model.predict(given)), np.asarray(exported.predict(converted))
+    report = Report(compared="predict")
     if is_classifier(model) or expected.dtype.kind != "f":
         same_shape = expected.shape == found.shape
         different = _different(expected, found) if same_shape else np.ones(len(expected), bool)
-        labels = int(different.sum())
-        compared = ""
+        report = Report(labels=int(different.sum()))
         if hasattr(exported, "predict_proba"):
-            compared = "predict_proba"
-            expected, found = np.asarray(model.predict_proba(given)), np.asarray(exported.predict_proba(taken))
+            expected, found = np.asarray(model.predict_proba(given)), np.asarray(exported.predict_proba(converted))
             undecided = int((different & ~_decided(expected)).sum())
-    absolute, relative = _difference(expected, found) if compared else (0.0, 0.0)
+            report = replace(report, compared="predict_proba", undecided=undecided)
+    absolute, relative = _difference(expected, found) if report.compared else (0.0, 0.0)
     scores = ("predict_proba", "predict_log_proba", "decision_function", "score_samples")
     lost = tuple(name for name in scores if hasattr(model, name) and not hasattr(exported, name))
-    return Report(n_rows, made_up, precision, labels, undecided, compared, absolute, relative, lost, null)
+    return replace(report, absolute=absolute, relative=relative, lost=lost)
 
 
 def _different(expected: Any, found: Any) -> Any:
@@ -227,7 +244,7 @@ def _different(expected: Any, found: Any) -> Any:
 
 
 def _decided(probabilities: Any) -> Any:
-    """Tell of each row whether one class is more probable than all others."""
+    """Return for each row whether one class is more probable than all others."""
     best = np.sort(probabilities, axis=1)
     return best[:, -1] - best[:, -2] > TOLERANCE
 
@@ -241,30 +258,31 @@ def _difference(expected: Any, found: Any) -> tuple[float, float]:
     return float(apart.max()), float(np.divide(apart, scale, out=apart.copy(), where=scale > 0).max())
 
 
-def _made_up(model: Any, signature: Signature, proof: Any) -> list[Any]:
-    """Make rows up: texts that the encoders know, and numbers near those that the model keeps.
+def _synthetic_rows(model: Any, signature: Signature, valid: Any) -> list[Any]:
+    """Make rows up: strings that the encoders know, and numbers near those that the model keeps.
 
-    A row on which the model is undecided is left out: which of two equal classes it names hangs on the last bit.
+    Rows for which the model is undecided are left out: which of two equal classes it names depends on the last bit.
     """
     if not signature.columns:
-        return [proof] * 2
+        return [valid] * 2
     generator = np.random.default_rng(0)
     width = len(signature.columns)
     numbers = _numbers_kept(model, width)
     by_column = []
-    for at, (column, known) in enumerate(zip(signature.columns, known_values(model, width), strict=True)):
+    for at, (column, facts) in enumerate(zip(signature.columns, inspect(model, width), strict=True)):
+        known = facts.values
         if column.kind == "number":
             near = np.array(numbers[at] or [-1.0, 0.0, 1.0])
             spread = near.std() or abs(near[0]) or 1.0
             values: list[Any] = (
-                generator.choice(near, MADE_UP)
-                + spread * generator.normal(size=MADE_UP) * generator.integers(0, 2, MADE_UP)
+                generator.choice(near, SYNTHETIC_ROWS)
+                + spread * generator.normal(size=SYNTHETIC_ROWS) * generator.integers(0, 2, SYNTHETIC_ROWS)
             ).tolist()
             if len(known) > 1:  # categories that are numbers
-                values = [known[pick] for pick in generator.integers(0, len(known), MADE_UP)]
+                values = [known[pick] for pick in generator.integers(0, len(known), SYNTHETIC_ROWS)]
         else:
-            known = known or [proof[at]]
-            values = [known[pick] for pick in generator.integers(0, len(known), MADE_UP)]
+            known = known or [valid[at]]
+            values = [known[pick] for pick in generator.integers(0, len(known), SYNTHETIC_ROWS)]
         by_column.append(values)
     rows = [list(row) for row in zip(*by_column, strict=True)]
     try:
@@ -275,11 +293,11 @@ def _made_up(model: Any, signature: Signature, proof: Any) -> list[Any]:
             rows = [row for row, is_clear in zip(rows, clear, strict=True) if is_clear]
     except Exception:  # such as a logarithm's of a negative number
         rows = []
-    return rows or [list(proof)] * 2
+    return rows or [list(valid)] * 2
 
 
 def _with_one_missing(signature: Signature, rows: list[Any]) -> list[Any]:
-    """Copy some rows, leaving out one number of each that may be missing. A missing text has no form in ONNX."""
+    """Copy some rows, leaving out one number of each that may be missing. ONNX has no missing strings."""
     columns = list(enumerate(signature.columns or ()))
     open_to = [(at, column.name) for at, column in columns if column.nullable and column.kind == "number"]
     copies = []

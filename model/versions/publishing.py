@@ -1,7 +1,7 @@
-"""What is proved before a version is published or promoted, in a process of its own.
+"""Validates a version before it is published or promoted, in a process of its own.
 
-The operator's process never unpickles a model. A fresh one loads it, learns what it takes and lets it answer its
-sample; a second one has to come to the same answers (`python -m model.versions.publishing`, which reads the job
+The operator's process never unpickles a model. A fresh process loads it, infers its signature and lets it predict its
+sample; a second one has to come to the same predictions (`python -m model.versions.publishing`, which reads the job
 from its standard input).
 """
 
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
@@ -20,10 +21,12 @@ from typing import Any
 import orjson
 
 from ..formats import ModelLoadError
-from .store import Manifest, Store, StoreError
+from .loading import load_version
+from .store import Manifest, Store, StoreError, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-TIME_LIMIT = 900.0  # seconds for a model to load and answer its sample
+TIME_LIMIT = 900.0  # seconds for a model to load and predict its sample
+STEPS = 3  # of publish
 
 
 def publish(
@@ -34,121 +37,115 @@ def publish(
     metrics: Any = None,
     note: str = "",
     allow_version_mismatch: bool = False,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> Manifest:
-    """Make a version of a model file, once it has answered its sample in two fresh processes alike.
+    """Make a version of a model file, once two fresh processes have loaded it and agreed on its predictions.
 
     Args:
         artifact: the model file.
         version: its name; by default the next whole number.
-        sample: rows that it is to be proved with; without them, a synthetic one.
+        sample: rows to validate it with; without them, a synthetic row.
         metrics, note: kept in the manifest, for people.
+        on_step: called with 1 after each of the `STEPS`.
 
     Raises:
-        StoreError: saying why there is no new version.
+        StoreError: why there is no new version.
     """
-    with store.prepare(artifact, version) as (manifest, beside):
-        known = prove(replace(manifest, about=manifest.about | {"sample": sample}), allow_version_mismatch)
+    with store.prepare(artifact, version) as (manifest, staging):
+        on_step(1)
+        known = validate(replace(manifest, about=manifest.about | {"sample": sample}), allow_version_mismatch)
+        on_step(1)
         known |= {"sample_from": "operator" if sample else "synthetic", "metrics": metrics, "note": note}
         manifest = replace(manifest, about=manifest.about | known)
-        prove(manifest, allow_version_mismatch)
-        store.publish(manifest, beside)
-    return Manifest.read(store.directory, manifest.version)
+        validate(manifest, allow_version_mismatch)
+        store.publish(manifest, staging)
+        on_step(1)
+    return read_manifest(store.directory, manifest.version)
 
 
 def verify(store: Store, version: str, allow_version_mismatch: bool = False) -> None:
-    """Prove a published version again: its bytes, its signature, its answers. Raises: StoreError."""
+    """Validate a published version again: its bytes, signature and predictions. Raises: StoreError."""
     try:
-        prove(Manifest.read(store.directory, version), allow_version_mismatch)
+        validate(read_manifest(store.directory, version), allow_version_mismatch)
     except ModelLoadError as error:
         raise StoreError(str(error)) from error
 
 
-def prove(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[str, Any]:
-    """Load a version in a fresh process, and return what its manifest is to say of it.
+def validate(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[str, Any]:
+    """Load a version in a fresh process, and return what its manifest has to record.
 
     Raises:
-        StoreError: it does not load, or does not answer as its manifest says.
+        StoreError: it does not load, or does not predict what its manifest records.
     """
-    asked = {
+    job = {
         "artifact": str(manifest.artifact.resolve()),
         "version": manifest.version,
         "about": manifest.about,
         "allow_version_mismatch": allow_version_mismatch,
     }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with tempfile.NamedTemporaryFile() as answer:  # not a pipe: a model may print
+    with tempfile.NamedTemporaryFile() as result:  # not a pipe: a model may print
         try:
             done = subprocess.run(  # noqa: S603  # our own module
-                [sys.executable, "-P", "-m", "model.versions.publishing", answer.name],
-                input=json.dumps(asked).encode(),
+                [sys.executable, "-P", "-m", "model.versions.publishing", result.name],
+                input=json.dumps(job).encode(),
                 env=os.environ | {"PYTHONPATH": path},
-                stdout=2,  # what it prints is for the operator's eyes
+                stdout=2,  # the operator sees what it prints
                 check=False,
                 timeout=TIME_LIMIT,
             )
         except subprocess.TimeoutExpired:
-            raise StoreError(f"{manifest.artifact.name}: it did not load and answer in {TIME_LIMIT:g} s") from None
-        told = answer.read()
-    if done.returncode or not told:
-        raise StoreError(f"{manifest.artifact.name}: the process that was to load it ended with {done.returncode}")
-    found: dict[str, Any] = orjson.loads(told)
+            raise StoreError(f"{manifest.artifact.name} did not load and predict within {TIME_LIMIT:g} s") from None
+        content = result.read()
+    if done.returncode or not content:
+        raise StoreError(f"{manifest.artifact.name}: the process that loaded it ended with {done.returncode}")
+    found: dict[str, Any] = orjson.loads(content)
     if "error" in found:
         raise StoreError(found["error"])
     return found
 
 
 def preflight(manifest: Manifest, workers: int) -> list[tuple[bool, str]]:
-    """Say whether a version fits this machine: memory, processor, Python, libraries; True where it does."""
+    """Compare a version with this machine: memory, processor, Python, libraries; True for what fits."""
     found = []
     memory, free = manifest.about.get("memory"), free_memory()
     if workers and isinstance(memory, int) and free is not None:
         need = memory * workers
-        said = (
-            f"memory: {workers} workers of {memory / 1e6:.0f} MB need up to {need / 1e6:.0f} MB beside what is loaded"
-        )
-        found.append((need <= free, f"{said}, {free / 1e6:.0f} MB are free"))
+        needs = f"memory: {workers} workers of {memory / 1e6:.0f} MB need up to {need / 1e6:.0f} MB more"
+        found.append((need <= free, f"{needs}, {free / 1e6:.0f} MB are free"))
     machine = manifest.about.get("machine")
     found.append((machine == platform.machine(), f"processor: published on {machine}, this is {platform.machine()}"))
     here = installed()
     libraries = manifest.about.get("libraries")
     for name, made in sorted(libraries.items()) if isinstance(libraries, dict) else []:
-        # As scikit-learn's own check: a patch release keeps what a model is made of.
+        # As in scikit-learn's own check: a patch release does not change how a model is stored.
         fits = str(made).split(".")[:2] == here.get(name, "").split(".")[:2]
         found.append((fits, f"{name}: published with {made}, here {here.get(name) or 'none'}"))
     return found
 
 
 def free_memory() -> int | None:
-    """Return the bytes that may still be used: the machine's, or what is left to our container; None if unknown."""
+    """Return the bytes of free memory, of the machine or of this container; None if that is unknown."""
     with suppress(OSError, ValueError, LookupError):
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
-        with suppress(OSError, ValueError, LookupError):  # cgroup v2; "max" where there is no limit
+        with suppress(OSError, ValueError, LookupError):  # cgroup v2; "max" means no limit
             limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
             found = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            free = min(free, limit - used + int(found["inactive_file"]))  # what files take is given back when needed
+            free = min(free, limit - used + int(found["inactive_file"]))  # the kernel frees cached files when needed
         return free
     return None
 
 
-# The libraries that a model of some format may be made with, by the names of their packages.
-LIBRARIES = {
-    "sklearn": "scikit-learn",
-    "numpy": "numpy",
-    "scipy": "scipy",
-    "pandas": "pandas",
-    "joblib": "joblib",
-    "onnxruntime": "onnxruntime",
-    "torch": "torch",
-    "keras": "keras",
-}
+# The packages that models are made with.
+PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "joblib", "onnxruntime", "torch", "keras")
 
 
 def installed(loaded_only: bool = False) -> dict[str, str]:
-    """Return the versions of Python and of the libraries that are installed, or of those that are imported."""
+    """Return the versions of Python and of the `PACKAGES` that are installed, or of those that are imported."""
     found = {"python": platform.python_version()}
-    for module, name in LIBRARIES.items():
-        if module in sys.modules or not loaded_only:
+    for name in PACKAGES:
+        if not loaded_only or name.replace("scikit-learn", "sklearn") in sys.modules:
             with suppress(metadata.PackageNotFoundError):
                 found[name] = metadata.version(name)
     return found
@@ -159,36 +156,33 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _prove_here(asked: dict[str, Any]) -> dict[str, Any]:
-    """The fresh process's part."""
-    from ..loaded import load_version
-
+def validate_here(job: dict[str, Any]) -> dict[str, Any]:
+    """Do the work of `validate` in this process."""
     before = _resident() if sys.platform == "linux" else None
-    manifest = Manifest(Path(asked["artifact"]), asked["version"], asked["about"])
-    model = load_version(manifest, asked["allow_version_mismatch"])
-    sample = asked["about"].get("sample") or model.about["example"]["data"]
+    manifest = Manifest(Path(job["artifact"]), job["version"], job["about"])
+    model = load_version(manifest, allow_version_mismatch=job["allow_version_mismatch"])
+    sample = job["about"].get("sample") or model.about["example"]["data"]
     return {
         "signature": model.signature.describe(),
         "methods": model.methods,
         "classes": model.classes,
         "sample": sample,
-        "predictions": model.predict(model.signature.parse(sample)),
+        "predictions": model.call(model.signature.parse(sample)),
         "libraries": installed(loaded_only=True),
         "machine": platform.machine(),
         "memory": before and _resident() - before,
     }
 
 
-def main(answer: str) -> None:
-    """Prove what the standard input says, and write what was found to a file."""
+def main(result: str) -> None:
+    """Validate what the standard input describes, and write the result to a file."""
     try:
-        found = _prove_here(json.load(sys.stdin))
-        told = orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY)
+        content = orjson.dumps(validate_here(json.load(sys.stdin)), option=orjson.OPT_SERIALIZE_NUMPY)
     except ModelLoadError as error:
-        told = orjson.dumps({"error": str(error)})
+        content = orjson.dumps({"error": str(error)})
     except BaseException as error:  # a model runs code of its own
-        told = orjson.dumps({"error": f"{type(error).__name__}: {error}"})
-    Path(answer).write_bytes(told)
+        content = orjson.dumps({"error": f"{type(error).__name__}: {error}"})
+    Path(result).write_bytes(content)
 
 
 if __name__ == "__main__":

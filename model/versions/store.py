@@ -1,16 +1,15 @@
 """Model versions on disk.
 
     var/models/
-        routing.json              which version is served, which beside it and how much, who changed that last, and why
-        1/manifest.json           what version 1 is, and what it answered to its sample when it was published
+        routing.json              the stable version, the canary and its share, who changed that last, and why
+        1/manifest.json           what version 1 is, and what it predicted for its sample when it was published
         1/model.joblib            the artifact, read-only
 
-A version never changes; it is there whole or not at all. Every file is written beside its place and renamed into it,
-so a crash at any byte leaves the old state, and readers need no lock. Those who change something take turns (`flock` on
-`.lock`).
+A version never changes, and is either complete or absent. Every file is written under another name and then renamed, so
+that a crash at any byte leaves the old state, and readers need no lock. Writers exclude each other with the lock of
+`.lock`.
 """
 
-import fcntl
 import getpass
 import hashlib
 import json
@@ -21,60 +20,69 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from processes import FileLock, flock, is_locked, replace_file, sync_directory
+
 from ..formats import ModelLoadError
 
+ROUTING = "routing.json"
+MAX_PREVIOUS = 10  # earlier stable versions that the routing remembers
+MAX_SAMPLE_ROWS = 1000
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class StoreError(Exception):
-    """What the store was asked for cannot be done. The message is for the operator."""
+    """The store cannot do what it was asked to do. The message is for the operator."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a version before its artifact is read: `manifest.json`, or a bare file's path.
+    """What is known of a version before it is loaded: its `manifest.json`.
 
     Format: a JSON object with `version`, `artifact` (a file name), `format`, `size` (bytes), `sha256`, `signature` and
     `methods` and `classes` (as `GET /model` shows them), `sample` (rows, as in the "data" of a request), `sample_from`
-    ("operator", or "synthetic" where none was given), `predictions` (what the model answered to the sample),
-    `libraries` and `machine` (that it was published with), `memory` (bytes that loading it took, its libraries
-    included), `published`, `by`, and what the publisher wants remembered: `metrics` and `note`.
+    ("operator", or "synthetic" if none was given), `predictions` (the model's for the sample), `libraries` and
+    `machine` (that it was published with), `memory` (bytes that loading it took, libraries included), `published`,
+    `by`, and the publisher's `metrics` and `note`.
     """
 
     artifact: Path
-    version: str = ""  # empty: named by the artifact's hash
-    about: dict[str, Any] = field(default_factory=dict)  # the whole of manifest.json
+    version: str
+    about: dict[str, Any]  # the whole of manifest.json
 
-    @classmethod
-    def read(cls, directory: Path, version: str) -> "Manifest":
-        """Read the manifest of a version of the store.
 
-        Raises:
-            ModelLoadError: there is no such version, or its manifest does not make sense.
-        """
-        if not _VERSION.fullmatch(version):
-            raise ModelLoadError(f"{version!r} is not the name of a version")
-        path = directory / version / "manifest.json"
-        try:
-            about = orjson.loads(path.read_bytes())
-            name, sha256 = about["artifact"], about["sha256"]
-            if not _VERSION.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", sha256):
-                raise ValueError("artifact is not the name of a file here, or sha256 is not one")
-            if about["version"] != version:
-                raise ValueError(f"it is that of version {about['version']!r}")
-            if not isinstance(about["sample"], list) or about["predictions"] is None:
-                raise ValueError("it has no sample, or no predictions")
-            return cls(directory / version / name, version, about)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelLoadError(
-                f"version {version}: {path} cannot be used: {type(error).__name__}: {error}"
-            ) from error
+def read_manifest(directory: Path, version: str) -> Manifest:
+    """Read the manifest of a version.
+
+    Format: a JSON object with `version`, `artifact` (a file name), `format`, `size` (bytes), `sha256`, `signature` and
+    `methods` and `classes` (as `GET /model` shows them), `sample` (rows, as in the "data" of a request), `sample_from`
+    ("operator", or "synthetic" if none was given), `predictions` (what the model returned for the sample),
+    `libraries` and `machine` (that it was published with), `memory` (bytes that loading it took, the libraries of its
+    format included), `published`, `by`, and what the publisher wants to remember: `metrics` and `note`.
+
+    Raises:
+        ModelLoadError: there is no such version, or its manifest is not valid.
+    """
+    if not _VERSION.fullmatch(version):
+        raise ModelLoadError(f"{version!r} is not a valid version name")
+    path = directory / version / "manifest.json"
+    try:
+        about = orjson.loads(path.read_bytes())
+        name, sha256 = about["artifact"], about["sha256"]
+        if not _VERSION.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError("artifact is not the name of a file here, or sha256 is not a SHA-256 sum")
+        if about["version"] != version:
+            raise ValueError(f"it belongs to version {about['version']!r}")
+        if not isinstance(about["sample"], list) or about["predictions"] is None:
+            raise ValueError("it has no sample, or no predictions")
+        return Manifest(directory / version / name, version, about)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"version {version}: {path} cannot be used: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,8 @@ class Routing:
     """Which versions are served: `routing.json`.
 
     Format: a JSON object with `stable` (a version); `previous`, the stable versions before it, the latest first:
-    rollback goes back to them, and a server falls back on them where the stable version does not load; `canary`, null
-    or `{"version", "weight", "guard"}`, the weight in requests of a hundred; `generation`, which grows with each
+    rollback goes back to them, and a server falls back on them if the stable version does not load; `canary`, null or
+    `{"version", "weight", "guard"}`, the weight in percent of the requests; `generation`, which grows with each
     change; `changed` (UTC), `by`, and `why`, the change in words.
     """
 
@@ -98,46 +106,45 @@ class Routing:
     why: str = ""
 
     @classmethod
-    def read(cls, directory: Path, name: str = "routing.json") -> "Routing":
-        """Read the routing of a store; one that has none yet routes nothing.
+    def read(cls, directory: Path) -> "Routing":
+        """Read the routing of a store; a store that has no routing yet has the empty one.
 
         Raises:
-            ModelLoadError: it does not make sense.
+            ModelLoadError: it is not valid.
         """
-        path = directory / name
+        path = directory / ROUTING
         try:
-            given = orjson.loads(path.read_bytes())
-            previous = given.get("previous", [])
-            if not isinstance(previous, list):
-                raise ValueError("previous is not a list")
-            canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
-            routing = cls(
-                given["stable"],
-                tuple(previous),
-                canary["version"],
-                float(canary["weight"]),
-                canary["guard"] is True,
-                int(given.get("generation", 0)),
-                *(str(given.get(name, "")) for name in ("changed", "by", "why")),
-            )
-            names = [routing.stable, *routing.previous, *([routing.canary] if routing.canary else [])]
-            if not all(isinstance(name, str) and _VERSION.fullmatch(name) for name in names):
-                raise ValueError("it names what is no version")
-            if not 0 <= routing.weight <= 100:
-                raise ValueError("the canary's weight is not from 0 to 100")
-            return routing
+            return cls.from_json(orjson.loads(path.read_bytes()))
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
 
-    @property
-    def mark(self) -> str:
-        """Tell this routing from every other. The generation alone does not: one written by hand may repeat it."""
-        return f"{self.generation} of {self.changed}: {self.canary} {self.weight:g}"
+    @classmethod
+    def from_json(cls, given: Any) -> "Routing":
+        """Check a decoded routing. Raises: ValueError, KeyError, TypeError or AttributeError, it is not valid."""
+        previous = given.get("previous", [])
+        if not isinstance(previous, list):
+            raise ValueError("previous is not a list")
+        canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
+        routing = cls(
+            given["stable"],
+            tuple(previous),
+            canary["version"],
+            float(canary["weight"]),
+            canary["guard"] is True,
+            int(given.get("generation", 0)),
+            *(str(given.get(name, "")) for name in ("changed", "by", "why")),
+        )
+        names = [routing.stable, *routing.previous, *([routing.canary] if routing.canary else [])]
+        if not all(isinstance(name, str) and _VERSION.fullmatch(name) for name in names):
+            raise ValueError("it contains an invalid version name")
+        if not 0 <= routing.weight <= 100:
+            raise ValueError("the canary's weight is not from 0 to 100")
+        return routing
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it as it is written."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that `read` reads."""
         canary = {"version": self.canary, "weight": self.weight, "guard": self.guard} if self.canary else None
         return {
             "generation": self.generation,
@@ -149,15 +156,24 @@ class Routing:
             "why": self.why,
         }
 
+    @property
+    def etag(self) -> str:
+        """Identify this routing. The generation alone does not: a routing written by hand may repeat it."""
+        return f"{self.generation} of {self.changed}: {self.canary} {self.weight:g}"
+
+    def __str__(self) -> str:
+        canary = f", canary {self.canary} for {self.weight:g} % of the requests" if self.canary else ""
+        return f"generation {self.generation}: stable {self.stable}{canary}"
+
 
 class Store:
-    """A version store: what its operators do. Servers only read it (`Manifest.read`, `Routing.read`)."""
+    """A version store, as its operators use it. Servers only read it (`read_manifest`, `Routing.read`)."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def versions(self) -> list[str]:
-        """List the versions, in the order of their publication."""
+        """List the versions in the order in which they were published."""
         found = []
         for path in self.directory.glob("*/manifest.json"):
             with suppress(OSError):  # removed just now
@@ -165,92 +181,88 @@ class Store:
                     found.append((path.stat().st_mtime_ns, path.parent.name))
         return [name for _, name in sorted(found)]
 
+    def in_use(self) -> dict[str, str]:
+        """Return the versions that are in use, and as what."""
+        routing = self._routing()
+        uses = dict.fromkeys(self._earlier(routing)[:1], "rollback returns to it")
+        if routing.canary:
+            uses[routing.canary] = f"canary, {routing.weight:g} % of the requests"
+        if routing.stable:
+            uses[routing.stable] = "stable"
+        return uses
+
     @contextmanager
     def prepare(self, artifact: Path, version: str = "") -> Iterator[tuple[Manifest, Path]]:
-        """Copy an artifact to where it can be tried out; `publish` makes a version of it. Else nothing stays.
+        """Copy an artifact into a staging directory; `publish` makes a version of it, otherwise it is removed.
 
         Args:
-            artifact: the model file; its suffix says the format.
+            artifact: the model file; its suffix names the format.
             version: its name; by default the next whole number.
 
         Raises:
-            StoreError: the name is taken or is none, or the file cannot be copied.
+            StoreError: the name is taken or invalid, or the file cannot be copied.
         """
-        if version and (not _VERSION.fullmatch(version) or version == "routing.json"):
+        if version and (not _VERSION.fullmatch(version) or version == ROUTING):
             raise StoreError(f"version {version!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
-        self._sweep()
-        with self._turn():
+        self._remove_leftovers()
+        with self._locked():
             version = version or self._next()
             self._check_new(version)
-            beside = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            holder = os.open(beside, os.O_RDONLY)
+            staging = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
+            holder = os.open(staging, os.O_RDONLY)
         try:
-            fcntl.flock(holder, fcntl.LOCK_EX)  # until we die: see _sweep
-            copy = beside / f"model{artifact.suffix.lower()}"
-            try:
-                shutil.copyfile(artifact, copy)
-                copy.chmod(0o444)
-                with copy.open("rb") as file:
-                    os.fsync(file.fileno())
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise StoreError(f"{artifact} cannot be copied into the store: {error}") from error
-            about = {
-                "version": version,
-                "artifact": copy.name,
-                "format": copy.suffix.lstrip("."),
-                "size": copy.stat().st_size,
-                "sha256": sha256,
-            }
-            yield Manifest(copy, version, about), beside
+            flock(holder, wait=True)  # until this process ends: see _remove_leftovers
+            yield _copy(artifact, staging, version), staging
         finally:
             os.close(holder)
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
 
-    def publish(self, manifest: Manifest, beside: Path) -> None:
-        """Make a version of what `prepare` gave and the caller has proved. Raises: StoreError, the name was taken."""
-        about = manifest.about | {"published": _now(), "by": _me()}
-        write_json(beside / "manifest.json", about)
-        beside.chmod(0o755)
-        with self._turn():
+    def publish(self, manifest: Manifest, staging: Path) -> None:
+        """Make a version of what `prepare` yielded, once it is validated. Raises: StoreError, the name is taken."""
+        write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
+        staging.chmod(0o755)
+        with self._locked():
             self._check_new(manifest.version)
-            beside.rename(self.directory / manifest.version)
-            _sync(self.directory)
+            staging.rename(self.directory / manifest.version)
+            sync_directory(self.directory)
 
     def promote(self, version: str) -> Routing:
-        """Make a version the stable one; a canary of it has then done its work."""
-        with self._turn():
+        """Make a version the stable one. If it was the canary, there is no canary any more. Raises: StoreError."""
+        with self._locked():
             old = self._routing()
-            self._check_known(version)
+            self.manifest(version)
             if version == old.stable:
-                raise StoreError(f"version {version} is the stable one already")
+                raise StoreError(f"version {version} is already the stable one")
             previous = [name for name in (old.stable, *old.previous) if name and name != version]
-            new = replace(old, stable=version, previous=tuple(previous[:10]))
+            new = replace(old, stable=version, previous=tuple(previous[:MAX_PREVIOUS]))
             if old.canary == version:
                 new = replace(new, canary="", weight=0.0, guard=False)
             return self._route(old, new, f"promote {version}")
 
     def canary(self, version: str, weight: float, guard: bool = False) -> Routing:
-        """Give a version a share of the requests, `weight` of a hundred, beside the stable one."""
+        """Give a version `weight` percent of the requests. Raises: StoreError."""
         check_weight(weight)
-        with self._turn():
+        with self._locked():
             old = self._routing()
-            self._check_known(version)
+            self.manifest(version)
             if not old.stable:
-                raise StoreError("there is no stable version to stand beside; promote one first")
+                raise StoreError("there is no stable version to compare a canary with; promote one first")
             if version == old.stable:
-                raise StoreError(f"version {version} is the stable one; a canary is another version")
+                raise StoreError(f"version {version} is the stable one; the canary must be another version")
             why = f"canary {version} --weight {weight:g}" + (" --guard" if guard else "")
             return self._route(old, replace(old, canary=version, weight=weight, guard=guard), why)
 
     def rollback(self, why: str = "rollback", only: int | None = None) -> Routing:
-        """Take the canary back; where there is none, go back to the stable version before this one.
+        """Withdraw the canary; if there is none, return to the previous stable version.
 
         Args:
             why: the reason, for those who read the routing.
-            only: the generation that is meant; where the routing has moved on meanwhile, nothing is done.
+            only: do nothing if the routing has another generation than this by now.
+
+        Raises:
+            StoreError: there is nothing to roll back.
         """
-        with self._turn():
+        with self._locked():
             old = self._routing()
             if only is not None and old.generation != only:
                 return old
@@ -258,32 +270,29 @@ class Store:
                 return self._route(old, replace(old, canary="", weight=0.0, guard=False), f"{why}: canary {old.canary}")
             earlier = self._earlier(old)
             if not earlier:
-                raise StoreError("there is no canary, and no earlier stable version to go back to")
-            self._check_known(earlier[0])
+                raise StoreError("there is no canary, and no earlier stable version to return to")
+            self.manifest(earlier[0])
             new = replace(old, stable=earlier[0], previous=earlier[1:])
             return self._route(old, new, f"{why}: from {old.stable} to {new.stable}")
 
     def remove(self, version: str) -> None:
-        """Remove a version that is not in use."""
-        with self._turn():
+        """Remove a version that is not in use. Raises: StoreError."""
+        with self._locked():
             if version in self.in_use():
                 raise StoreError(f"version {version} is in use: {self.in_use()[version]}")
             if not _VERSION.fullmatch(version) or not (self.directory / version).is_dir():
                 raise StoreError(f"there is no version {version!r}; there are {', '.join(self.versions()) or 'none'}")
-            gone = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            (self.directory / version).rename(gone / "removed")
-            _sync(self.directory)
-        shutil.rmtree(gone, ignore_errors=True)  # what stays of it is for _sweep
+            removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
+            (self.directory / version).rename(removed / "removed")
+            sync_directory(self.directory)
+        shutil.rmtree(removed, ignore_errors=True)  # _remove_leftovers removes the rest
 
-    def in_use(self) -> dict[str, str]:
-        """Return the versions that are in use, and as what."""
-        routing = self._routing()
-        uses = dict.fromkeys(self._earlier(routing)[:1], "rollback goes back to it")
-        if routing.canary:
-            uses[routing.canary] = f"canary, {routing.weight:g} of a hundred requests"
-        if routing.stable:
-            uses[routing.stable] = "stable"
-        return uses
+    def manifest(self, version: str) -> Manifest:
+        """Read the manifest of a version. Raises: StoreError, it names the versions that exist."""
+        try:
+            return read_manifest(self.directory, version)
+        except ModelLoadError as error:
+            raise StoreError(f"{error}. There are: {', '.join(self.versions()) or 'none'}") from error
 
     def _earlier(self, routing: Routing) -> tuple[str, ...]:
         """Return the earlier stable versions that have not been removed."""
@@ -293,65 +302,68 @@ class Store:
         try:
             return Routing.read(self.directory)
         except ModelLoadError as error:
-            raise StoreError(f"{error}. Put it right, or remove it and promote a version") from error
+            raise StoreError(f"{error}. Correct it, or remove it and promote a version") from error
 
     def _route(self, old: Routing, new: Routing, why: str) -> Routing:
-        new = replace(new, generation=old.generation + 1, changed=_now(), by=_me(), why=why)
-        write_json(self.directory / "routing.json", new.as_json())
+        new = replace(new, generation=old.generation + 1, changed=_now(), by=_user(), why=why)
+        write_json(self.directory / ROUTING, new.to_json())
         return new
-
-    def _check_known(self, version: str) -> None:
-        try:
-            Manifest.read(self.directory, version)
-        except ModelLoadError as error:
-            there = ", ".join(self.versions()) or "none; publish one first"
-            raise StoreError(f"{error}. There are: {there}") from error
 
     def _check_new(self, version: str) -> None:
         if (self.directory / version).exists():
-            raise StoreError(f"version {version} is there already, and versions do not change; name another")
+            raise StoreError(f"version {version} already exists, and versions do not change; choose another name")
 
     def _next(self) -> str:
-        """Return the whole number after those of all versions, also of those that somebody is about to publish."""
+        """Return the whole number after those of all versions, including those that are being published."""
         found = (re.fullmatch(r"\.?([0-9]{1,20})(-.{8})?", path.name) for path in self.directory.iterdir())
         return str(1 + max((int(each[1]) for each in found if each), default=0))
 
-    def _sweep(self) -> None:
-        """Remove what somebody who was killed has left half done. Who is at work on a directory holds it."""
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes have left. A process that is using a directory holds its lock."""
         for path in self.directory.glob(".*-????????"):  # as tempfile names them
             with suppress(OSError):
-                holder = os.open(path, os.O_RDONLY)
-                try:
-                    fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if time.time() - path.stat().st_mtime > 60.0:  # one that was made just now is not held yet
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    os.close(holder)
+                # A directory that was made just now is not locked yet.
+                if not is_locked(path) and time.time() - path.stat().st_mtime > 60.0:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Keep others from changing the store meanwhile. Raises: StoreError, it cannot be written."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.directory / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)
+            with FileLock(self.directory / ".lock", any_reader=True):
+                yield
         except OSError as error:
             raise StoreError(f"the store cannot be written: {error}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        except OSError as error:
-            raise StoreError(f"the store cannot be written: {error}") from error
-        finally:
-            os.close(lock)
+
+
+def _copy(artifact: Path, staging: Path, version: str) -> Manifest:
+    """Copy an artifact into a directory, and describe the copy. Raises: StoreError."""
+    copy = staging / f"model{artifact.suffix.lower()}"
+    try:
+        shutil.copyfile(artifact, copy)
+        copy.chmod(0o444)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{artifact} cannot be copied into the store: {error}") from error
+    about = {
+        "version": version,
+        "artifact": copy.name,
+        "format": copy.suffix.lstrip("."),
+        "size": copy.stat().st_size,
+        "sha256": sha256,
+    }
+    return Manifest(copy, version, about)
 
 
 def check_weight(weight: float) -> None:
-    """Refuse what is no weight. Raises: StoreError."""
+    """Check a canary's weight. Raises: StoreError."""
     if not 0 < weight <= 100:
-        raise StoreError(f"weight {weight:g}: expected more than 0, and 100 at most: requests of a hundred")
+        raise StoreError(f"weight {weight:g}: expected a percentage of the requests, more than 0 and at most 100")
 
 
-def rows_from(path: Path) -> list[Any]:
+def read_rows(path: Path) -> list[Any]:
     """Read the rows of a sample: a JSON list of 1 to 1000 rows, as in a request's "data". Raises: StoreError."""
     try:
         rows = orjson.loads(path.read_bytes())  # as strict as with a request
@@ -359,46 +371,22 @@ def rows_from(path: Path) -> list[Any]:
         raise StoreError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(rows, dict) and "data" in rows:
         rows = rows["data"]  # a whole request body
-    if not isinstance(rows, list) or not 1 <= len(rows) <= 1000:
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_SAMPLE_ROWS:
         raise StoreError(f"{path}: expected a JSON list of 1 to 1000 rows, such as [[5.1, 3.5, 1.4, 0.2]]")
     return rows
 
 
-def write_json(path: Path, value: Any, lasting: bool = True) -> None:
-    """Write a JSON file that is there whole or not at all; `lasting` through a power cut as well."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        try:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            if lasting:
-                os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-            os.rename(file.name, path)
-            if lasting:
-                _sync(path.parent)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise
-
-
-def _sync(directory: Path) -> None:
-    """Make what was renamed in a directory last through a power cut."""
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
+    """Write a JSON file that anyone who may write to its directory can replace."""
+    content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    replace_file(path, content.encode(), durable=durable, keep_owner=False)
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _me() -> str:
+def _user() -> str:
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name

@@ -38,7 +38,7 @@ http {{
 
 
 def certificate(place: Path, name: str = "localhost") -> tuple[Path, Path]:
-    """Make a self-signed certificate as the README does, and its key."""
+    """Make a self-signed certificate as docs/operations.md does, and its key."""
     place.mkdir(parents=True, exist_ok=True)
     made, key = place / "prediction-server.pem", place / "prediction-server.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", f"/CN={name}"]

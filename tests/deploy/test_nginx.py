@@ -49,7 +49,6 @@ from test_bad_requests import (
 )
 
 from settings import Settings
-from telemetry import shared_counters as slots
 
 pytestmark = needs_nginx
 
@@ -285,7 +284,6 @@ def test_limits_and_times_in_the_files_agree_with_the_apps(monkeypatch: pytest.M
 
     for name in ("WORKER_CLASS", "GRACEFUL_TIMEOUT", "PORT", "HOST", "PRELOAD", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(slots, "directory", None)  # which it sets, for applications that are made after it
     configured = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which it sets
     assert numbers("client_max_body_size", "m") == [Settings().max_body_bytes / 2**20]

@@ -1,4 +1,4 @@
-"""The README's "Run it for real", typed word for word on a host of its own: a copy of this one that is thrown away."""
+"""docs/operations.md, "Production deployment", typed word for word on a host of its own, which is thrown away."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ from conftest import PASSWORD, ROOT, basic, records
 from nginx_tools import needs_nginx
 from test_hosts import Namespace, can_make_namespaces
 
-README = (ROOT / "README.md").read_text("utf-8")
+OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 PROMPTS = ("Password: ", "Again: ", "Enter host password for user 'alice':")
 
 # The host: what is here, with a layer over it that takes all that is written, and /run empty.
@@ -51,7 +51,8 @@ STAND_INS = {
 
 def block() -> str:
     """Return the section's commands."""
-    return re.search(r"^## Run it for real\n.*?^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+    section = r"^## Production deployment\n.*?^```sh\n(.*?)^```$"
+    return re.search(section, OPERATIONS, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
 
 
 def pids(namespace: Namespace) -> list[int]:

@@ -1,4 +1,4 @@
-"""What watches the server: rules, alerts and dashboard, held to the metrics by promtool and by a real Prometheus."""
+"""Rules, alerts and dashboard agree with the metrics, by promtool and by a real Prometheus."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from conftest import PASSWORD, ROOT, Server, free_port, gunicorn, write_users
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitor import LOSSES, Journal
+from processes import WorkerSlot
 from telemetry.metrics import OUTCOMES, Metrics
 
 HERE = ROOT / "deploy/prometheus"
@@ -37,7 +38,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 def promtool(*arguments: Any) -> None:
-    """Run promtool, which must agree."""
+    """Run promtool, which must find nothing wrong."""
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -46,7 +47,7 @@ def promtool(*arguments: Any) -> None:
 
 
 @needs_prometheus
-def test_configuration_and_rules_are_what_prometheus_takes(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_configuration_and_rules(tmp_path: Path) -> None:
     for file in HERE.glob("*.yml"):
         shutil.copy(file, tmp_path)
     (tmp_path / "password").write_text("not-a-real-one")
@@ -59,7 +60,7 @@ def test_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", HERE / "rules_test.yml")
 
 
-def test_each_alert_is_seen_to_fire_and_to_be_silent() -> None:
+def test_each_alert_is_tested_firing_and_silent() -> None:
     cases = yaml.safe_load((HERE / "rules_test.yml").read_text())["tests"]
     asked = [each for case in cases for each in case["alert_rule_test"]]
     names = {alert["alert"] for alert in ALERTS}
@@ -86,8 +87,8 @@ def test_pages_say_which_alerts_only_prometheus_has() -> None:
 
 
 @needs_prometheus
-def test_each_expression_of_the_dashboard_is_one(tmp_path: Path) -> None:
-    # In a file of rules, since this promtool checks no single expressions.
+def test_each_expression_of_the_dashboard_is_valid(tmp_path: Path) -> None:
+    # In a file of rules, since this promtool does not check single expressions.
     rules = [
         {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "5m").replace("$job", "a-job")}
         for number, expression in enumerate(IN_DASHBOARD)
@@ -97,7 +98,7 @@ def test_each_expression_of_the_dashboard_is_one(tmp_path: Path) -> None:
     promtool("check", "rules", tmp_path / "rules.yml")
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     taken: set[tuple[int, int]] = set()
@@ -114,11 +115,13 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Return the names of all that a server that ships shows."""
+    """Return the names of all samples of a server that ships."""
     place = tmp_path_factory.mktemp("exposed")
     Journal(place, 2**20).append({"n": 1})
-    metrics = Metrics(place, ships=True, workers=lambda: [{"stable": "1", "canary": None, "error": None}])
-    metrics.answered(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
+    slot = WorkerSlot(place / "workers")
+    slot.publish({"stable": "1", "canary": None, "error": None})
+    metrics = Metrics(place, ships=True)
+    metrics.count_request(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
     text = metrics.expose("", {"ready": True, "stable": {"version": "1", "load_seconds": 1.0}, "canary": None})[0]
     families = text_string_to_metric_families(text.decode())
     return {sample.name for family in families for sample in family.samples}
@@ -165,7 +168,7 @@ class Prometheus(Server):
         return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"] if alert["state"] == "firing"}
 
     def is_up(self) -> bool:
-        """Tell whether it answers."""
+        """Return whether it answers."""
         try:
             return self.ask("GET", "/-/ready")[0] == 200
         except OSError:
@@ -174,7 +177,7 @@ class Prometheus(Server):
 
 @contextmanager
 def prometheus(place: Path, target: int) -> Iterator[Prometheus]:
-    """Run Prometheus with what is in deploy/prometheus; a minute of the rules lasts a tenth of a second."""
+    """Run Prometheus with the files of deploy/prometheus; a minute of the rules takes a tenth of a second."""
     place.mkdir()
     configuration = json.loads(json.dumps(CONFIGURATION))
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
@@ -223,13 +226,16 @@ def test_real_prometheus_sees_right_sums_and_alerts(tmp_path: Path, monkeypatch:
         gunicorn(tmp_path, model_path=tmp_path / "picky.joblib", web_concurrency=2) as server,
         prometheus(tmp_path / "prometheus", server.port) as watching,
     ):
-        for asked, total in (1, 1), (30, 31):  # one first, since an increase begins with what was seen before
+        for asked, total in (
+            (1, 1),
+            (30, 31),
+        ):  # one first: an increase needs a value before it
             for _ in range(asked):
                 assert server.predict([[1.0]])[0] == 200
             watching.wait_until(lambda n=total: watching.value('prediction_requests_total{outcome="success"}') == n)
-        watching.wait_until(lambda: watching.value("up") == 1)  # a scrape that came late has no values
+        watching.wait_until(lambda: watching.value("up") == 1)  # a late scrape has no values
         watching.wait_until(lambda: watching.value("prediction_model_workers") == 2)
-        watching.wait_until(lambda: watching.firing() == set())  # at first it has not seen that anybody is there
+        watching.wait_until(lambda: watching.firing() == set())  # at first it has not yet seen that the server is up
         for _ in range(30):
             assert server.predict([[-1.0]])[0] == 500
         watching.wait_until(lambda: {"ErrorRate", "ErrorBudget"} <= watching.firing())
@@ -243,6 +249,6 @@ def test_real_prometheus_sees_right_sums_and_alerts(tmp_path: Path, monkeypatch:
 
 
 def write_user(path: Path, name: str) -> None:
-    """Write the tests' users, of whom the one with the role metrics is called so."""
+    """Write the users of the tests, and one more of this name with the role metrics."""
     entries = json.loads(write_users(path).read_text())
     path.write_text(json.dumps(entries | {name: entries["metrics"]}))

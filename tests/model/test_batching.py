@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batching import MOST_ROWS, SLOW, Batcher, Overloaded, Timings
+from model.batching import MAX_BATCH_ROWS, Batcher, Overloaded
+from model.timings import SLOW, Timings
 
 
 class Model:
@@ -83,15 +84,15 @@ def hold(model: Model, batcher: Batcher, callers: int) -> None:
 
 def test_lone_caller_is_answered_at_once() -> None:
     model, batcher = Model(), Batcher()
-    assert batcher.call(model, [2, 3], "square") == [4, 9]
+    assert batcher.submit(model, [2, 3], "square") == [4, 9]
     assert model.sizes == [2]
 
 
 def test_what_waits_while_the_model_is_busy_goes_in_as_one_call() -> None:
     model, batcher = Model(), Batcher()
     hold(model, batcher, 20)
-    calls = [lambda: batcher.call(model, [0], "square")]
-    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n] * 2, "square")) for n in range(20)]  # type: ignore[misc]
+    calls = [lambda: batcher.submit(model, [0], "square")]
+    calls += [meanwhile(model, lambda n=n: batcher.submit(model, [n] * 2, "square")) for n in range(20)]  # type: ignore[misc]
     assert at_once(*calls) == [[0]] + [[n * n] * 2 for n in range(20)]
     assert model.sizes == [1, 40]
 
@@ -113,7 +114,7 @@ def test_each_of_many_callers_gets_the_answers_to_its_rows(seed: int) -> None:
             if chance.random() < 0.2:
                 rows, shape = np.array(rows), "array"
             try:
-                found = batcher.call(model, rows, method, shape)
+                found = batcher.submit(model, rows, method, shape)
                 if refused or list(found) != [row ** (2 if method == "square" else 3) for row in rows]:
                     wrong.append((rows, method, found))
             except ValueError:
@@ -122,7 +123,7 @@ def test_each_of_many_callers_gets_the_answers_to_its_rows(seed: int) -> None:
 
     assert at_once(*(lambda n=n: caller(n) for n in range(32))) == [None] * 32  # type: ignore[misc]
     assert wrong == []
-    assert max(model.sizes) <= MOST_ROWS
+    assert max(model.sizes) <= MAX_BATCH_ROWS
     assert batcher._waiting == 0
     assert batcher._leader is None
     assert not batcher._queue
@@ -132,11 +133,11 @@ def test_only_rows_of_one_method_and_shape_are_merged() -> None:
     model, batcher = Model(), Batcher()
     hold(model, batcher, 4)
     calls = [
-        lambda: batcher.call(model, [1], "square"),
-        meanwhile(model, lambda: batcher.call(model, [2], "square")),
-        meanwhile(model, lambda: batcher.call(model, [3], "cube")),
-        meanwhile(model, lambda: batcher.call(model, [4], "square", shape=(1,))),
-        meanwhile(model, lambda: batcher.call(model, [5], "square")),
+        lambda: batcher.submit(model, [1], "square"),
+        meanwhile(model, lambda: batcher.submit(model, [2], "square")),
+        meanwhile(model, lambda: batcher.submit(model, [3], "cube")),
+        meanwhile(model, lambda: batcher.submit(model, [4], "square", shape=(1,))),
+        meanwhile(model, lambda: batcher.submit(model, [5], "square")),
     ]
     assert at_once(*calls) == [[1], [4], [27], [16], [25]]
     assert sorted(model.sizes) == [1, 1, 1, 2]
@@ -145,29 +146,29 @@ def test_only_rows_of_one_method_and_shape_are_merged() -> None:
 def test_a_refused_row_harms_only_its_caller() -> None:
     model, batcher = Model(), Batcher()
     hold(model, batcher, 3)
-    calls = [lambda: batcher.call(model, [1], "square")]
-    calls += [meanwhile(model, lambda n=n: batcher.call(model, [n], "square")) for n in (2, -3, 4)]  # type: ignore[misc]
+    calls = [lambda: batcher.submit(model, [1], "square")]
+    calls += [meanwhile(model, lambda n=n: batcher.submit(model, [n], "square")) for n in (2, -3, 4)]  # type: ignore[misc]
     first, second, bad, fourth = at_once(*calls)
     assert (first, second, fourth) == ([1], [4], [16])
     assert isinstance(bad, ValueError)
 
 
 def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:
-    model, batcher = Model(), Batcher(most_waiting=10)
+    model, batcher = Model(), Batcher(max_waiting=10)
     refused: list[Overloaded] = []
     model.gate = lambda: len(refused) == 3
 
     def call() -> Any:
         try:
-            return batcher.call(model, [2] * 4, "square")
+            return batcher.submit(model, [2] * 4, "square")
         except Overloaded as error:
             refused.append(error)
             raise
 
-    results = at_once(lambda: batcher.call(model, [1], "square"), *[meanwhile(model, call)] * 5)
+    results = at_once(lambda: batcher.submit(model, [1], "square"), *[meanwhile(model, call)] * 5)
     assert [type(result) for result in results].count(Overloaded) == 3
     assert results.count([4] * 4) == 2
-    assert batcher.call(model, [3] * 100, "square") == [9] * 100  # more than may wait, but nobody waits
+    assert batcher.submit(model, [3] * 100, "square") == [9] * 100  # more than may wait, but nobody waits
 
 
 def test_large_callers_neither_starve_others_nor_are_starved() -> None:
@@ -177,14 +178,14 @@ def test_large_callers_neither_starve_others_nor_are_starved() -> None:
 
     def large() -> None:
         for piece in range(2000):  # the pieces of one request
-            batcher.call(model, [1] * MOST_ROWS, "square")
+            batcher.submit(model, [1] * MAX_BATCH_ROWS, "square")
             if piece >= 4 and min(counts) > 0:
                 break
         stop.set()
 
     def small(number: int) -> None:
         while not stop.is_set():
-            batcher.call(model, [1], "square")
+            batcher.submit(model, [1], "square")
             counts[number] += 1
 
     assert at_once(large, *(lambda n=n: small(n) for n in range(8))) == [None] * 9  # type: ignore[misc]
@@ -199,18 +200,18 @@ def test_slow_calls_are_handed_to_a_native_thread_and_fast_ones_are_not() -> Non
         return function(run, parts, method)
 
     model, batcher = Model(3 * SLOW), Batcher(native)
-    batcher.call(model, [1], "square")
+    batcher.submit(model, [1], "square")
     assert handed == [1]  # nothing is known of it yet
-    batcher.call(model, [1], "square")
+    batcher.submit(model, [1], "square")
     assert handed == [1, 1]
     model.seconds = 0
     for _ in range(30):
-        batcher.call(model, [1], "square")
+        batcher.submit(model, [1], "square")
     assert len(handed) < 30  # it has become fast
     count = len(handed)
-    batcher.call(model, [1], "square")
+    batcher.submit(model, [1], "square")
     assert len(handed) == count
-    batcher.call(model, [1], "cube")
+    batcher.submit(model, [1], "cube")
     assert len(handed) == count + 1
 
 
@@ -251,8 +252,8 @@ def test_it_is_told_of_each_call() -> None:
 
     batcher = Batcher(observe=observe)
     hold(model, batcher, 1)
-    second = meanwhile(model, lambda: batcher.call(model, [2] * 5, "square"))
-    at_once(lambda: batcher.call(model, [1] * 3, "square"), second)
+    second = meanwhile(model, lambda: batcher.submit(model, [2] * 5, "square"))
+    at_once(lambda: batcher.submit(model, [1] * 3, "square"), second)
     assert [rows for rows, _ in told] == [3, 5]
     assert told[0][1] < told[1][1] > 0.02
 
@@ -267,7 +268,7 @@ def test_caller_that_is_killed_hurts_nobody() -> None:
     model.may_overlap = True
     for victims in ((0,), (1,), (2,), (0, 1), (1, 3), (0, 1, 2, 3)):
         for delay in (0.0, 0.02, 0.12):
-            callers = [gevent.spawn(batcher.call, model, [n], "square") for n in range(5)]
+            callers = [gevent.spawn(batcher.submit, model, [n], "square") for n in range(5)]
             gevent.sleep(delay)
             for at in victims:
                 callers[at].kill()

@@ -202,13 +202,13 @@ def get_logs(sls: "LoopbackSLS", request: Request, logstore: str) -> dict[str, A
     asked = request.json()
     require(asked["from"] < asked["to"], 400, "InvalidTimeRange", "request time range is invalid")
     require(1 <= asked.get("line", 100) <= 100, 400, "InvalidLine", "line is invalid")
-    wanted = terms(asked.get("query", "*"))
-    for key in wanted:
+    expected = terms(asked.get("query", "*"))
+    for key in expected:
         require(key in indexed, 400, "ParameterInvalid", f"key ({key}) is not config as key value config")
     found = [
         {key: str(value) for key, value in log.items()}
         for log in sorted(sls.logs, key=lambda log: log["__time__"], reverse=asked.get("reverse", False))
-        if asked["from"] <= log["__time__"] < asked["to"] and wanted.items() <= log.items()
+        if asked["from"] <= log["__time__"] < asked["to"] and expected.items() <= log.items()
     ]
     page = found[asked.get("offset", 0) :][: asked.get("line", 100)]
     return {"meta": {"progress": "Complete", "count": len(page)}, "data": page}
@@ -218,13 +218,13 @@ def terms(query: str) -> dict[str, str]:
     """Return the keys and values that a query asks for. Raises: Refused."""
     if query.strip() in ("", "*"):
         return {}
-    wanted = {}
+    expected = {}
     for term in re.split(r"\s+and\s+", query.strip(), flags=re.IGNORECASE):
         match = re.fullmatch(r'([\w.]+)\s*:\s*(?:"([^"|]*)"|([^\s":|]+))', term)
         require(match, 400, "NotOnLoopback", f"the stand-in does not understand the query {query}")
         assert match is not None
-        wanted[match[1]] = match[2] or match[3] or ""
-    return wanted
+        expected[match[1]] = match[2] or match[3] or ""
+    return expected
 
 
 def create_record(sls: "LoopbackSLS", request: Request, resource: str) -> dict[str, str]:

@@ -58,7 +58,7 @@ REFUSALS = {  # mode: status, code, message
 
 
 class Service:
-    """A server on loopback that behaves as its `mode`, one of `modes`, says; comes up on the port it had when down."""
+    """A server on loopback that behaves by its `mode`, one of `modes`; it comes up on the port that it had before."""
 
     modes = frozenset({"ok"})
 
@@ -399,7 +399,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def respond(self) -> None:
-        """Read a request whole, and answer it or not as the mode says."""
+        """Read a whole request, and answer it or not, depending on the mode."""
         length = int(self.headers.get("Content-Length", 0))
         received = self.rfile.read(length)
         if len(received) < length:  # the client has left

@@ -33,7 +33,7 @@ def shipping(place: Path, model: Path, sls: LoopbackSLS, *arguments: str, **sett
 
 @contextmanager
 def shipper(place: Path, sls: LoopbackSLS, *arguments: str, **settings: str) -> Iterator[Any]:
-    """Run `python -m sls ship` by hand; what it says goes to `ship.log`."""
+    """Run `python -m sls ship` directly; its log goes to `ship.log`."""
     environ = {"JOURNAL_DIR": str(place / "journal"), "GRACEFUL_TIMEOUT": "10"} | sls.environ()
     environ |= {name.upper() if name.islower() else name: value for name, value in settings.items()}
     with (place / "ship.log").open("ab") as log:
@@ -92,7 +92,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def state(place: Path) -> dict[str, Any]:
-    """Read what the shipper keeps of its progress."""
+    """Read the shipper's progress file."""
     path = place / "journal/ship.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found

@@ -21,7 +21,7 @@ from settings import Settings, SettingsError
 from sls import console
 from sls.check import check, fire_test_alert
 from sls.client import Client, connect
-from sls.console import KEEP_DAYS, Recipients, for_account, region, setup, wanted
+from sls.console import KEEP_DAYS, Recipients, desired, for_account, region, setup
 
 TOKEN = "0123456789abcdef"
 ROBOT = f"https://oapi.dingtalk.com/robot/send?access_token={TOKEN}"
@@ -29,7 +29,7 @@ BOTH = Recipients("oncall@example.com", ROBOT, "SECfedcba")
 
 
 class Operator:
-    """Somebody who runs `python -m sls`, and what they were told."""
+    """Someone who runs `python -m sls`, and the output."""
 
     def __init__(self, sls: LoopbackSLS) -> None:
         self.settings = Settings.from_environ(sls.environ())
@@ -37,7 +37,7 @@ class Operator:
         self.lines: list[str] = []
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         return "\n".join(self.lines)
 
     @property
@@ -46,7 +46,7 @@ class Operator:
 
     def setup(self, recipients: Recipients = BOTH, **options: Any) -> int:
         self.lines = []
-        return setup(self.connect, self.settings, recipients, say=self.lines.append, **options)
+        return setup(self.connect, self.settings, recipients, echo=self.lines.append, **options)
 
     def check(self, wait: float = 90.0) -> int:
         self.lines = []
@@ -62,12 +62,12 @@ def operator(sls: LoopbackSLS, monkeypatch: pytest.MonkeyPatch) -> Operator:
     return Operator(sls)
 
 
-def test_setup_makes_everything(sls: LoopbackSLS, operator: Operator) -> None:
+def test_setup_creates_everything(sls: LoopbackSLS, operator: Operator) -> None:
     sls.bare()
-    assert operator.setup(make_project=True) == 0, operator.told
-    things = list(wanted(operator.settings, BOTH, True, None))
+    assert operator.setup(make_project=True) == 0, operator.output
+    resources = list(desired(operator.settings, BOTH, True, None))
     held = {"sls": "record", "alert": "job"}
-    for kind, name, body in things:
+    for kind, name, body in resources:
         where = (held.get(kind.split(".")[0], kind), f"{kind}/{name}" if "." in kind else name)
         there = sls.console[where]
         if kind in ("dashboard", "savedsearch", "alert"):
@@ -78,8 +78,8 @@ def test_setup_makes_everything(sls: LoopbackSLS, operator: Operator) -> None:
             assert there["ttl"] == KEEP_DAYS
         elif "." in kind:
             assert (there["id"], json.loads(there["value"])) == (name, body["value"])
-    assert len(sls.console) == len(things) == len(operator.lines) == 19
-    assert all(line.endswith((": made", ": written")) for line in operator.lines)
+    assert len(sls.console) == len(resources) == len(operator.lines) == 19
+    assert all(line.endswith((": created", ": written")) for line in operator.lines)
 
 
 def test_second_setup_updates(sls: LoopbackSLS, operator: Operator) -> None:
@@ -87,8 +87,8 @@ def test_second_setup_updates(sls: LoopbackSLS, operator: Operator) -> None:
     sls.console["index", sls.logstore]["keys"]["theirs"] = {"type": "long", "doc_value": True}
     sls.console["dashboard", "ls-overview"]["charts"] = []
     before = json.loads(json.dumps({" ".join(name): body for name, body in sls.console.items()}))
-    assert operator.setup(make_project=True) == 0, operator.told
-    assert {line.rpartition(": ")[2] for line in operator.lines} == {"is there", "updated", "written"}
+    assert operator.setup(make_project=True) == 0, operator.output
+    assert {line.rpartition(": ")[2] for line in operator.lines} == {"exists", "updated", "written"}
     after = {" ".join(name): body for name, body in sls.console.items()}
     assert after.keys() == before.keys()
     assert "theirs" in after["index ls"]["keys"]
@@ -102,7 +102,7 @@ def test_records_are_kept_as_long_as_before_unless_it_is_asked_for(sls: Loopback
     sls.console["logstore", sls.logstore]["ttl"] = 180
     assert operator.setup() == 0
     assert sls.console["logstore", sls.logstore]["ttl"] == 180
-    assert "logstore ls: is there" in operator.lines
+    assert "logstore ls: exists" in operator.lines
     assert operator.setup(keep_days=90) == 0
     assert sls.console["logstore", sls.logstore]["ttl"] == 90
 
@@ -115,11 +115,11 @@ def test_without_recipients_new_alerts_are_the_built_in_policys_and_others_keep_
         return {job["configuration"]["policyConfiguration"]["actionPolicyId"] for job in jobs}
 
     assert operator.setup(Recipients()) == 0
-    assert "nobody" in operator.lines[-1]
+    assert "no alert recipients" in operator.lines[-1]
     assert "SLS_ALERT_MAIL" in operator.lines[-1]
     assert policies() == {"sls.builtin"}
     assert operator.setup(Recipients(mail="oncall@example.com")) == 0
-    assert "nobody" not in operator.told
+    assert "no alert recipients" not in operator.output
     assert policies() == {"alerts-proj"}
     assert operator.setup(Recipients()) == 0
     assert policies() == {"alerts-proj"}
@@ -133,10 +133,10 @@ def test_without_recipients_new_alerts_are_the_built_in_policys_and_others_keep_
         (BOTH, ["sls.common.user", "sls.alert.action_webhook"], ["email", "webhook_integration"]),
     ],
 )
-def test_action_policy_names_those_who_are_told(
+def test_action_policy_names_the_recipients(
     operator: Operator, recipients: Recipients, resources: list[str], fires: list[str]
 ) -> None:
-    records = [thing for thing in wanted(operator.settings, recipients, False, None) if "." in thing.kind]
+    records = [resource for resource in desired(operator.settings, recipients, False, None) if "." in resource.kind]
     assert [record.kind for record in records] == [*resources, "sls.alert.action_policy"]
     script = records[-1].body["value"]["primary_policy_script"]
     assert re.findall('fire\\(type="(.*?)"', script) == fires
@@ -150,22 +150,21 @@ def test_dry_run_prints_everything_and_sends_nothing(sls: LoopbackSLS, operator:
     assert operator.setup(make_project=True, dry_run=True) == 0
     assert sls.outcomes.total() == 0
     kinds = [line.split()[0] for line in operator.lines]
-    assert kinds == [thing.kind for thing in wanted(operator.settings, BOTH, True, None)]
+    assert kinds == [resource.kind for resource in desired(operator.settings, BOTH, True, None)]
     assert all(json.loads(line[line.index("{") :]) for line in operator.lines)
-    assert "https://oapi.dingtalk.com" not in operator.told.replace("***", "")
 
 
 def test_robots_url_and_secret_are_never_printed(sls: LoopbackSLS, operator: Operator) -> None:
     operator.setup(dry_run=True)
-    assert "***" in operator.told
+    assert "***" in operator.output
     for secret in (TOKEN, BOTH.secret):
-        assert secret not in operator.told
-    for said in (f"webhook {ROBOT} with {BOTH.secret}", f"is no URL: {ROBOT[:-5]}"):
-        sls.fail("PUT", "/resources/sls.alert.action_webhook/records", "PostBodyInvalid", 400, said)
+        assert secret not in operator.output
+    for message in (f"webhook {ROBOT} with {BOTH.secret}", f"is no URL: {ROBOT[:-5]}"):
+        sls.fail("PUT", "/resources/sls.alert.action_webhook/records", "PostBodyInvalid", 400, message)
         assert operator.setup() == 1
-        assert "PostBodyInvalid" in operator.told
-        assert TOKEN[:8] not in operator.told
-        assert BOTH.secret not in operator.told
+        assert "PostBodyInvalid" in operator.output
+        assert TOKEN[:8] not in operator.output
+        assert BOTH.secret not in operator.output
         sls.heal()
 
 
@@ -180,7 +179,7 @@ def test_robots_url_and_secret_are_never_printed(sls: LoopbackSLS, operator: Ope
         ("POST", "/jobs"),
     ],
 )
-def test_setup_that_failed_half_way_goes_on_when_run_again(
+def test_setup_that_failed_half_way_continues_when_run_again(
     sls: LoopbackSLS, operator: Operator, method: str, path: str
 ) -> None:
     sls.bare()
@@ -203,15 +202,15 @@ def test_setup_waits_for_a_new_logstore_to_be_known(sls: LoopbackSLS, operator: 
 
     healer = threading.Thread(target=heal)
     healer.start()
-    assert operator.setup(make_project=True) == 0, operator.told
+    assert operator.setup(make_project=True) == 0, operator.output
     healer.join()
 
 
-def test_setup_without_a_project_says_how_to_make_one_at_once(sls: LoopbackSLS, operator: Operator) -> None:
+def test_setup_without_a_project_says_at_once_how_to_create_one(sls: LoopbackSLS, operator: Operator) -> None:
     sls.bare()
     began = time.monotonic()
     assert operator.setup() == 1
-    assert "--make-project" in operator.told
+    assert "--make-project" in operator.output
     assert time.monotonic() - began < 10
 
 
@@ -229,18 +228,18 @@ def test_region_is_the_endpoints_or_the_one_given() -> None:
     assert (there.sls_endpoint, there.sls_region) == ("http://cn-heyuan.log.aliyuncs.com", "cn-heyuan")
 
 
-def test_whom_alerts_tell_is_written_in_the_accounts_region(
+def test_recipients_are_written_in_the_accounts_region(
     sls: LoopbackSLS, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     asked = []
 
-    def made(settings: Settings) -> Any:
+    def connect(settings: Settings) -> Any:
         asked.append(settings.sls_endpoint)
         return SimpleNamespace(upsert_resource_record=lambda kind, _: asked.append(kind)) if asked[1:] else MagicMock()
 
-    assert setup(made, operator.settings, BOTH, say=operator.lines.append) == 0
-    there = [thing.kind for thing in wanted(operator.settings, BOTH, False, None) if "." in thing.kind]
+    assert setup(connect, operator.settings, BOTH, echo=operator.lines.append) == 0
+    there = [resource.kind for resource in desired(operator.settings, BOTH, False, None) if "." in resource.kind]
     assert asked == [f"http://{sls.endpoint}", "http://cn-heyuan.log.aliyuncs.com", *there]
 
 
@@ -259,44 +258,44 @@ def test_check_finds_its_record(sls: LoopbackSLS, operator: Operator) -> None:
     [
         ("wrong key", "check the access key"),
         ("no project", "setup --make-project"),
-        ("no logstore", "make it: python -m sls setup"),
+        ("no logstore", "create it: python -m sls setup"),
         ("skew", "clock"),
         ("reset", "check SLS_ENDPOINT"),
         ("error500", "InternalServerError"),
     ],
 )
-def test_check_says_why_no_record_is_taken(sls: LoopbackSLS, operator: Operator, mode: str, words: str) -> None:
+def test_check_reports_why_no_record_is_taken(sls: LoopbackSLS, operator: Operator, mode: str, words: str) -> None:
     sls.mode = mode
     assert operator.check() == 1
-    assert "does not take" in operator.told
-    assert words in operator.told
+    assert "does not take" in operator.output
+    assert words in operator.output
 
 
-def test_check_says_that_nobody_listens(sls: LoopbackSLS, operator: Operator) -> None:
+def test_check_reports_that_no_server_listens(sls: LoopbackSLS, operator: Operator) -> None:
     sls.down()
     assert operator.check() == 1
-    assert "check SLS_ENDPOINT, and this machine's DNS" in operator.told
+    assert "check SLS_ENDPOINT, and this machine's DNS" in operator.output
 
 
-def test_check_names_the_right_that_is_missing(sls: LoopbackSLS, operator: Operator) -> None:
+def test_check_names_the_missing_permission(sls: LoopbackSLS, operator: Operator) -> None:
     sls.fail("POST", "/logstores/ls/shards/lb", message="denied by sts or ram, action: log:PostLogStoreLogs")
     assert operator.check() == 1
-    assert "log:PostLogStoreLogs" in operator.told
+    assert "log:PostLogStoreLogs" in operator.output
 
 
-def test_check_with_a_key_that_may_only_write_says_what_it_did_not_see(sls: LoopbackSLS, operator: Operator) -> None:
+def test_check_with_a_key_that_may_only_write_does_not_search(sls: LoopbackSLS, operator: Operator) -> None:
     sls.fail("POST", "/logstores/ls/logs", message="denied by sts or ram, action: log:GetLogStoreLogs")
     assert operator.check() == 0
-    assert "not looked for" in operator.lines[-1]
+    assert "not searched for" in operator.lines[-1]
     assert "log:GetLogStoreLogs" in operator.lines[-1]
 
 
-def test_check_says_that_there_is_no_index(operator: Operator) -> None:
+def test_check_reports_that_there_is_no_index(operator: Operator) -> None:
     assert operator.check() == 1
-    assert "make it: python -m sls setup" in operator.told
+    assert "create it: python -m sls setup" in operator.output
 
 
-def test_check_says_that_the_record_was_not_found(
+def test_check_reports_that_the_record_was_not_found(
     sls: LoopbackSLS, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operator.setup()
@@ -316,11 +315,13 @@ def test_check_says_that_the_record_was_not_found(
 
 
 SETTINGS = Settings(sls_endpoint="cn-hangzhou.log.aliyuncs.com", sls_project="proj", sls_logstore="ls")
-THINGS = list(wanted(SETTINGS, BOTH, True, None))
-KEYS: dict[str, Any] = next(thing.body["keys"] for thing in THINGS if thing.kind == "index")
-ALERTS = {thing.name.removeprefix("ls-"): thing.body for thing in THINGS if thing.kind == "alert"}
-CHARTS = {chart["title"]: chart for thing in THINGS if thing.kind == "dashboard" for chart in thing.body["charts"]}
-SEARCHES = {t.name: t.body["searchQuery"] for t in THINGS if t.kind == "savedsearch"}
+RESOURCES = list(desired(SETTINGS, BOTH, True, None))
+KEYS: dict[str, Any] = next(resource.body["keys"] for resource in RESOURCES if resource.kind == "index")
+ALERTS = {resource.name.removeprefix("ls-"): resource.body for resource in RESOURCES if resource.kind == "alert"}
+CHARTS = {
+    chart["title"]: chart for resource in RESOURCES if resource.kind == "dashboard" for chart in resource.body["charts"]
+}
+SEARCHES = {t.name: t.body["searchQuery"] for t in RESOURCES if t.kind == "savedsearch"}
 
 
 def query_of(body: dict[str, Any]) -> str:
@@ -356,22 +357,22 @@ def test_every_field_of_a_query_is_indexed_with_its_type(name: str) -> None:
 
 
 def test_every_placeholder_is_filled() -> None:
-    for _, _, body in THINGS:
-        for text in texts(body):
+    for _, _, body in RESOURCES:
+        for string in strings(body):
             # What is left are variables of SLS itself, in the annotations of alerts.
-            assert "$" not in re.sub(r"\$\{[a-z0-9]+\}", "", text), text
+            assert "$" not in re.sub(r"\$\{[a-z0-9]+\}", "", string), string
     for alert in ALERTS.values():
         for annotation in alert["configuration"]["annotations"]:
             assert set(re.findall(r"\$\{(\w+)\}", annotation["value"])) <= aliases(query_of(alert))
 
 
-def texts(node: Any) -> Iterator[str]:
-    """Yield every text in a body."""
+def strings(node: Any) -> Iterator[str]:
+    """Yield every string in a body."""
     if isinstance(node, str):
         yield node
     elif isinstance(node, (dict, list)):
         for value in node.values() if isinstance(node, dict) else node:
-            yield from texts(value)
+            yield from strings(value)
 
 
 def test_names_and_conditions_are_as_sls_takes_them() -> None:
@@ -386,9 +387,9 @@ def test_names_and_conditions_are_as_sls_takes_them() -> None:
         assert severity["severity"] in (2, 4, 6, 8, 10)
         assert re.fullmatch("[1-9][0-9]*[mh]", alert["schedule"]["interval"])
     assert all(3 <= len(name) <= 63 for name in SEARCHES)
-    for thing in THINGS:
-        if "." in thing.kind:
-            assert re.fullmatch("[a-z][a-z0-9_.-]{4,59}", thing.name)
+    for resource in RESOURCES:
+        if "." in resource.kind:
+            assert re.fullmatch("[a-z][a-z0-9_.-]{4,59}", resource.name)
 
 
 def test_charts_stand_beside_each_other_and_show_columns_of_their_queries() -> None:
@@ -431,11 +432,11 @@ def failed(error_type: str = "model", **fields: Any) -> dict[str, Any]:
 
 
 # As server.py and monitor.py write them, and `sls check` and `sls test-alert`.
-STRANGERS = failed("auth") | {"status": 401, "response_time": 0.0, "rows": 0, "user": "", "requests": 500}
+UNAUTHENTICATED = failed("auth") | {"status": 401, "response_time": 0.0, "rows": 0, "user": "", "requests": 500}
 DROPPED = {"dropped": 7, "reason": "the journal was full", "record_id": "a-2", "pid": 1}
 CHECK = {"check": "1", "record_id": "c"}
 TEST = {"test_alert": "1", "record_id": "t"}
-OTHERS = [STRANGERS, DROPPED, CHECK, TEST]
+OTHERS = [UNAUTHENTICATED, DROPPED, CHECK, TEST]
 
 
 class Percentile:
@@ -483,7 +484,7 @@ def run(query: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fires(name: str, records: list[dict[str, Any]]) -> bool:
-    """Tell whether an alert's condition holds over records of its window."""
+    """Return whether an alert's condition holds over records of its window."""
     configuration = ALERTS[name]["configuration"]
     condition = configuration["severityConfigurations"][0]["evalCondition"]["condition"]
     condition = condition.replace("&&", "and").replace("||", "or")
@@ -504,7 +505,7 @@ STABLE = [request() for _ in range(100)]
         ("error-rate", [*STABLE, *[failed("internal")] * 10], True),
         ("error-rate", [*STABLE, *[failed("client")] * 500, *[failed("auth")] * 500], False),
         ("error-rate", [failed("model")] * 19, False),
-        ("error-rate", [*[failed("model")] * 20, *[STRANGERS] * 10_000], True),
+        ("error-rate", [*[failed("model")] * 20, *[UNAUTHENTICATED] * 10_000], True),
         ("error-rate", OTHERS * 100, False),
         ("slow", STABLE, False),
         ("slow", [], False),
@@ -519,7 +520,7 @@ STABLE = [request() for _ in range(100)]
         ("dropped", STABLE, False),
         ("dropped", [], False),
         ("dropped", [*STABLE, DROPPED], True),
-        ("dropped", [STRANGERS, CHECK, TEST], False),
+        ("dropped", [UNAUTHENTICATED, CHECK, TEST], False),
         ("canary", STABLE, False),
         ("canary", [], False),
         ("canary", [*STABLE, *CANARY], False),
@@ -530,14 +531,14 @@ STABLE = [request() for _ in range(100)]
         ("canary", [*STABLE, *CANARY, *[request(variant="canary", response_time=0.012)] * 5], False),
         ("canary", OTHERS * 100, False),
         ("test", [*STABLE, TEST], True),
-        ("test", [*STABLE, STRANGERS, DROPPED, CHECK], False),
+        ("test", [*STABLE, UNAUTHENTICATED, DROPPED, CHECK], False),
     ],
 )
 def test_alert_fires_when_it_should_and_not_otherwise(name: str, records: list[dict[str, Any]], expected: bool) -> None:
     assert fires(name, records) is expected
 
 
-def test_records_that_are_no_requests_change_no_figure() -> None:
+def test_records_that_are_not_requests_change_no_figure() -> None:
     requests = [*STABLE, *CANARY, *[failed("model")] * 3, *[failed("client")] * 5]
     for name, query in QUERIES.items():
         if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers"):
@@ -547,7 +548,7 @@ def test_records_that_are_no_requests_change_no_figure() -> None:
 
 
 def test_dashboard_shows_what_happened() -> None:
-    records = [*STABLE, *CANARY, *[failed("model", user="bob", response_time=2)] * 50, STRANGERS, DROPPED]
+    records = [*STABLE, *CANARY, *[failed("model", user="bob", response_time=2)] * 50, UNAUTHENTICATED, DROPPED]
     rows = {name: run(query, records) for name, query in QUERIES.items()}
     assert rows["requests"] == [{"total": 250}]
     assert rows["success-rate"] == [{"percent": 80.0}]
@@ -563,7 +564,7 @@ def test_dashboard_shows_what_happened() -> None:
     ]
     assert [(row["error_type"], row["total"]) for row in rows["error-words"]] == [("model", 50)]
     assert {row["response_time"] for row in rows["slowest"]} == {2}
-    assert [(sum(row[key] for row in rows["outside"])) for key in ("strangers", "lost")] == [500, 7]
+    assert [(sum(row[key] for row in rows["outside"])) for key in ("unauthenticated", "lost")] == [500, 7]
     assert len(rows["ls-failures"]) == len(rows["ls-slow"]) == 50
 
 

@@ -251,7 +251,7 @@ def test_journal_that_is_removed_stops_nothing(tmp_path: Path, iris_file: Path, 
 
 
 @pytest.mark.long
-def test_journal_that_is_full_drops_the_oldest_and_says_how_many(
+def test_journal_that_is_full_drops_the_oldest_and_reports_how_many(
     tmp_path: Path, iris_file: Path, sls: LoopbackSLS
 ) -> None:
     sls.down()
@@ -291,11 +291,11 @@ def test_keys_appear_nowhere(tmp_path: Path, iris_file: Path, sls: LoopbackSLS) 
         assert "Unauthorized" in report.stdout
         answers: list[Any] = [server.ask("GET", "/model"), server.predict([[1, 2, 3]])]
     assert load.answered
-    said = report.stdout + report.stderr + repr(answers)
+    shown = report.stdout + report.stderr + repr(answers)
     for path in tmp_path.rglob("*"):
         if path.is_file():
             with suppress(FileNotFoundError):  # a shipper that is being killed may still remove or rename it
-                said += path.read_text(errors="replace")
+                shown += path.read_text(errors="replace")
     for key in keys.values():
-        assert key not in said
-        assert key[::-1] not in said
+        assert key not in shown
+        assert key[::-1] not in shown

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -21,10 +22,10 @@ from sls_tools import clock, shipper, shippers, state, stored
 
 from monitor import Journal, segments
 from settings import Settings
-from sls import Progress
+from sls.__main__ import main
 from sls.client import connect, sender
 from sls.console import Recipients
-from sls.shipper import Shipper, SLSError
+from sls.shipper import Progress, Shipper, SLSError
 
 
 def journal_of(place: Path, count: int) -> Path:
@@ -37,7 +38,7 @@ def journal_of(place: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["throttled", "quota", "error500", "busy", "reset"])
-def test_what_passes_is_tried_again_soon(tmp_path: Path, sls: LoopbackSLS, mode: str) -> None:
+def test_transient_errors_are_retried_soon(tmp_path: Path, sls: LoopbackSLS, mode: str) -> None:
     sls.mode = mode
     journal_of(tmp_path, 50)
     with shipper(tmp_path, sls, "--forever"):
@@ -60,7 +61,7 @@ def test_what_passes_is_tried_again_soon(tmp_path: Path, sls: LoopbackSLS, mode:
         ("skew", "set this machine's clock"),
     ],
 )
-def test_what_an_operator_must_mend_is_tried_slowly_and_said_once(
+def test_what_an_operator_must_fix_is_retried_slowly_and_logged_once(
     tmp_path: Path, sls: LoopbackSLS, mode: str, advice: str, monkeypatch: Any, caplog: Any
 ) -> None:
     sls.mode = mode
@@ -88,7 +89,7 @@ def test_batches_are_bounded_and_wait_for_more_only_when_they_are_not_full(tmp_p
         assert max(sls.batch_bytes) < 3 * 10**6
 
 
-def test_record_that_sls_refuses_for_what_is_in_it_is_set_aside_and_the_others_arrive(
+def test_record_that_sls_rejects_for_its_content_is_a_dead_letter_and_the_others_arrive(
     tmp_path: Path, sls: LoopbackSLS
 ) -> None:
     sls.refuse(lambda entry: entry["request_id"] == "13")
@@ -113,10 +114,9 @@ def test_second_shipper_of_a_journal_ends_at_once(tmp_path: Path, sls: LoopbackS
         assert first.poll() is None
 
 
-def test_torn_line_and_broken_state_stop_nothing(tmp_path: Path) -> None:
+def test_torn_lines_stop_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "journal"
     directory.mkdir()
-    (directory / "ship.json").write_text("{")
     (directory / "00000000000000000001-1.jsonl").write_bytes(
         b'{"time":1.5,"n":1}\n{"ti\n\n[1]\n{"time":2.5,"n":2}\n{"time":3'
     )
@@ -126,15 +126,42 @@ def test_torn_line_and_broken_state_stop_nothing(tmp_path: Path) -> None:
     assert segments(directory) == []
 
 
-def test_ship_without_settings_says_which(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"),
+    [
+        (["ship"], 2, "sls: set SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE\n"),
+        ([], 2, "Usage: python -m sls [OPTIONS]"),
+        (["setup", "--keep-days", "0"], 2, "Usage: python -m sls setup [OPTIONS]"),
+        (["-h"], 0, "Usage: python -m sls [OPTIONS]"),
+        *(
+            ([command, "--help"], 0, f"Usage: python -m sls {command}")
+            for command in ("ship", "setup", "check", "test-alert")
+        ),
+    ],
+)
+def test_command_line_reports_usage_and_missing_settings(
+    arguments: list[str], status: int, output: str, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("os.environ", {})
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert (printed.err if status else printed.out).startswith(output)
+
+
+@pytest.mark.parametrize("arguments", [["setup", "--dry-run"], ["--help"]])
+def test_output_that_is_not_read_ends_the_command_line_quietly(arguments: list[str], sls: LoopbackSLS) -> None:
+    unread, output = os.pipe()
+    os.close(unread)
     done = subprocess.run(
-        [sys.executable, "-m", "sls", "ship"], cwd=ROOT, env={}, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, "SLS_ENDPOINT" in done.stderr) == (2, True)
+        [sys.executable, "-m", "sls", *arguments],
+        cwd=ROOT, env=sls.environ(), stdout=output, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    os.close(output)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
-    """It may be a wrong setting, and then every record would be."""
+def test_unknown_error_makes_no_dead_letters(tmp_path: Path) -> None:
+    """It may be a wrong setting, and then every record would become one."""
     tries = []
 
     def refuse(records: list[Any]) -> None:
@@ -150,7 +177,7 @@ def test_refusal_that_is_not_known_sets_nothing_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["ship.json.new", "refused.json"])
+@pytest.mark.parametrize("file", ["ship.json", "refused.json"])
 def test_progress_that_cannot_be_written_stops_no_shipping(
     tmp_path: Path, file: str, monkeypatch: Any, caplog: Any
 ) -> None:
@@ -168,7 +195,7 @@ def test_progress_that_cannot_be_written_stops_no_shipping(
         wait_for(lambda: len(sent) >= 3)
         if file == "refused.json":
             time.sleep(0.5)
-            assert sent == ["0", "1", "2"]  # what cannot be set aside is not lost
+            assert sent == ["0", "1", "2"]  # what cannot be kept in refused.json is not lost
             assert len(records(directory)) == 5
             (directory / file).rmdir()
             wait_for(lambda: sent == ["0", "1", "2", "4"], 60)
@@ -195,7 +222,7 @@ def test_broken_progress_means_from_the_beginning(tmp_path: Path, text: str) -> 
     assert len(sent) == 3
 
 
-def test_progress_says_what_waits_for_how_long_and_why(tmp_path: Path, sls: LoopbackSLS) -> None:
+def test_progress_shows_what_waits_for_how_long_and_why(tmp_path: Path, sls: LoopbackSLS) -> None:
     directory = journal_of(tmp_path, 5)
     assert Progress.read(directory) is None
     written = records(directory)[0]["time"]
@@ -221,8 +248,8 @@ def test_progress_says_what_waits_for_how_long_and_why(tmp_path: Path, sls: Loop
 
 
 def test_shipper_needs_neither_flask_nor_a_model() -> None:
-    wanted = "import sls.__main__, sls.client, sys; print({'flask', 'sklearn', 'numpy', 'gevent'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", wanted], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "import sls.__main__, sls.client, sys; print({'flask', 'sklearn', 'numpy', 'gevent'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
@@ -255,16 +282,16 @@ def test_keys_appear_in_no_repr() -> None:
 # --- the network
 
 
-def test_name_that_is_not_found_is_tried_again_soon() -> None:
+def test_host_that_is_not_found_is_a_transient_error() -> None:
     settings = Settings(sls_endpoint="nowhere.invalid", sls_project="proj", sls_logstore="ls")
     environ = {"ALIBABA_CLOUD_ACCESS_KEY_ID": "fake", "ALIBABA_CLOUD_ACCESS_KEY_SECRET": "fake"}
     with pytest.raises(SLSError) as caught:
         sender(settings, connect(settings, environ))([{"time": 1.5}])
-    assert caught.value.is_passing
+    assert caught.value.is_transient
     assert "resolve" in str(caught.value)
 
 
-def test_connection_that_speaks_no_tls_is_tried_again_soon(monkeypatch: Any) -> None:
+def test_connection_without_tls_is_a_transient_error(monkeypatch: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def speak() -> None:
@@ -284,7 +311,7 @@ def test_connection_that_speaks_no_tls_is_tried_again_soon(monkeypatch: Any) -> 
         with pytest.raises(SLSError) as caught:
             sender(settings, connect(settings, environ))([{"time": 1.5}])
         thread.join(10)
-    assert caught.value.is_passing
+    assert caught.value.is_transient
     assert "SSL" in str(caught.value)
 
 
@@ -373,34 +400,36 @@ def test_shipper_renews_credentials_from_a_uri_and_outlives_its_failure(tmp_path
                     metadata.mode = "garbage" if n == 10 else "ok"
             sls.wait_until(lambda: len(stored(sls)) == 40, 60)
             assert metadata.calls["credentials"] >= 3
-    said = (tmp_path / "ship.log").read_text() + (tmp_path / "journal/ship.json").read_text()
-    assert not any(key in said for key in (*sls.credentials, *(secret for secret, _, _ in sls.credentials.values())))
+    written = (tmp_path / "ship.log").read_text() + (tmp_path / "journal/ship.json").read_text()
+    assert not any(key in written for key in (*sls.credentials, *(secret for secret, _, _ in sls.credentials.values())))
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "message"),
     [
-        ({"ALIBABA_CLOUD_ACCESS_KEY_ID": "alone"}, "ALIBABA_CLOUD_ACCESS_KEY_SECRET are not both there"),
+        ({"ALIBABA_CLOUD_ACCESS_KEY_ID": "alone"}, "ALIBABA_CLOUD_ACCESS_KEY_SECRET are not both set"),
         ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "/nowhere"}, "No such file"),
         ({"ALIBABA_CLOUD_CREDENTIALS_FILE": "requirements.txt"}, "MissingSectionHeaderError"),
         ({"ALIBABA_CLOUD_CREDENTIALS_URI": "http://127.0.0.1:1/secret-path"}, "ConnectionError"),
         ({}, "ConnectionError"),
     ],
 )
-def test_no_credentials_is_said_plainly(sls: LoopbackSLS, environ: dict[str, str], said: str, monkeypatch: Any) -> None:
+def test_missing_credentials_are_reported(
+    sls: LoopbackSLS, environ: dict[str, str], message: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("sls.client.METADATA", "http://127.0.0.1:1/latest")
     monkeypatch.chdir(ROOT)
     with pytest.raises(SLSError) as caught:
         send_one(client_of(sls, **environ), sls, "never")
     assert caught.value.code == "NoCredentials"
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "secret-path" not in str(caught.value)
-    assert not caught.value.is_passing
+    assert not caught.value.is_transient
     assert not caught.value.is_content
 
 
 @pytest.mark.parametrize("mode", ["no role", "garbage"])
-def test_metadata_without_a_role_is_said_plainly(sls: LoopbackSLS, monkeypatch: Any, mode: str) -> None:
+def test_metadata_without_a_role_is_reported(sls: LoopbackSLS, monkeypatch: Any, mode: str) -> None:
     with EcsMetadata(sls.accept) as metadata:
         metadata.mode = mode
         monkeypatch.setattr("sls.client.METADATA", metadata.base)

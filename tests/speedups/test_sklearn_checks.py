@@ -1,6 +1,5 @@
-"""Models that are spared scikit-learn's checks answer, and refuse, as they would with them."""
+"""Models whose rows skip scikit-learn's checks answer, and refuse, as they would with them."""
 
-import inspect
 import subprocess
 import sys
 import warnings
@@ -31,7 +30,7 @@ from sklearn.ensemble import (
 from sklearn.exceptions import NotFittedError
 from sklearn.gaussian_process import GaussianProcessClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier
+from sklearn.linear_model import LogisticRegression, Ridge, SGDClassifier, _base
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor
 from sklearn.neural_network import MLPClassifier
@@ -41,8 +40,10 @@ from sklearn.svm import SVC, SVR
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils import parallel, validation
 
+import speedups
 from model import formats
-from speedups import sklearn_checks as sparing
+from model.formats import sklearn as sklearn_format
+from speedups import sklearn_checks
 
 X, Y = load_breast_cancer(return_X_y=True)
 X = X[:, :6]
@@ -78,18 +79,18 @@ MODELS = {
 }
 
 
-def asked(path: Path, spared: bool) -> dict[str, dict[tuple[str, str], Any]]:
+def asked(path: Path, skipped: bool) -> dict[str, dict[tuple[str, str], Any]]:
     """Ask all models in a fresh process, with the checks or without, for all their methods and kinds of rows."""
     script = f"""
 import warnings, joblib
 from model.loaded import METHODS
-from speedups.sklearn_checks import spare_checks
+from speedups.sklearn_checks import skip_validation
 warnings.simplefilter("ignore")
 models, rows = joblib.load({str(path)!r})
 answers = {{}}
 for model_name, model in models.items():
-    if {spared}:
-        spare_checks(model)
+    if {skipped}:
+        skip_validation(model)
     found = answers[model_name] = {{}}
     for method in METHODS:
         for name, x in rows.items():
@@ -119,7 +120,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         "float32": X[:5].astype("float32"),
         "columns first": np.asfortranarray(X[:5]),
         "as lists": X[:5].tolist(),
-        "texts": X[:5].astype(str),
+        "strings": X[:5].astype(str),
         "NaN": holed,
         "infinity": infinite,
         "huge": huge,
@@ -128,7 +129,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
         "flat": X[0],
         "read only": np.frombuffer(X[:5].tobytes()).reshape(5, -1),
     }
-    path = tmp_path_factory.mktemp("sparing") / "models"
+    path = tmp_path_factory.mktemp("checks") / "models"
     joblib.dump((models, rows), path)
     return asked(path, False), asked(path, True)
 
@@ -138,16 +139,16 @@ def test_answers_and_refusals_are_those_with_all_checks(name: str, answers: tupl
     expected, found = (each[name] for each in answers)
     assert expected.keys() == found.keys()
     assert len(expected) >= 14
-    for key, wanted in expected.items():
-        if isinstance(wanted, str):
-            assert found[key] == wanted, key
+    for key, answer in expected.items():
+        if isinstance(answer, str):
+            assert found[key] == answer, key
         else:
-            assert np.array_equal(wanted, found[key], equal_nan=True), key
-            assert wanted.dtype == found[key].dtype
+            assert np.array_equal(answer, found[key], equal_nan=True), key
+            assert answer.dtype == found[key].dtype
 
 
-def test_what_is_not_fitted_is_still_refused() -> None:
-    sparing.spare_checks(fitted := make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y))
+def test_estimator_that_is_not_fitted_is_still_refused() -> None:
+    sklearn_checks.skip_validation(fitted := make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y))
     fitted.predict(X[:1])
     for unfitted in (LogisticRegression(), make_pipeline(StandardScaler(), LogisticRegression())):
         with pytest.raises(NotFittedError):
@@ -156,7 +157,7 @@ def test_what_is_not_fitted_is_still_refused() -> None:
 
 def test_array_of_the_caller_is_not_changed() -> None:
     model = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y)
-    sparing.spare_checks(model)
+    sklearn_checks.skip_validation(model)
     before = X.copy()
     model.predict(X)
     assert np.array_equal(before, X)
@@ -165,21 +166,48 @@ def test_array_of_the_caller_is_not_changed() -> None:
 def test_several_jobs_still_run_in_a_pool() -> None:
     forest = RandomForestClassifier(10, n_jobs=2, random_state=0).fit(X, Y)
     expected = forest.predict_proba(X)
-    sparing.spare_checks(forest)
+    sklearn_checks.skip_validation(forest)
     assert np.array_equal(forest.predict_proba(X), expected)
 
 
-def test_loading_spares_what_is_loaded(tmp_path: Path) -> None:
-    from sklearn.linear_model import _base
+@pytest.fixture
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models be loaded as in a server, whatever was switched on before."""
+    monkeypatch.setattr(sklearn_format, "after_load", [speedups._skip_validation])
+    monkeypatch.setattr(_base, "validate_data", validation.validate_data)
 
-    joblib.dump(LogisticRegression(max_iter=500).fit(X, Y), tmp_path / "model.joblib")
+
+@pytest.mark.usefixtures("switched_on")
+def test_loaded_model_skips_the_checks(tmp_path: Path) -> None:
+    joblib.dump(LINEAR.fit(X[FEW], Y[FEW]), tmp_path / "model.joblib")
     formats.load(tmp_path / "model.joblib")
-    assert _base.validate_data is sparing.validate_data
-    assert validation.validate_data is not sparing.validate_data  # in its own place it stays what it was
+    assert _base.validate_data is sklearn_checks.validate_data
+    assert validation.validate_data is not sklearn_checks.validate_data  # in its own place it stays what it was
 
 
-def test_the_originals_take_what_the_stand_ins_do() -> None:
-    """A new scikit-learn that asks for more must show here, not in production."""
-    assert list(inspect.signature(validation.check_is_fitted).parameters)[:2] == ["estimator", "attributes"]
-    assert list(inspect.signature(validation.validate_data).parameters)[:4] == ["_estimator", "X", "y", "reset"]
-    assert hasattr(parallel.delayed(len)()[0], "function")
+@pytest.mark.usefixtures("switched_on")
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (validation, "validate_data", lambda X, y, reset, estimator: X),  # noqa: N803
+        (validation, "check_is_fitted", lambda model: None),
+        (validation, "check_is_fitted", None),
+        (parallel, "Parallel", len),
+    ],
+)
+def test_scikit_learn_that_has_changed_keeps_its_checks(
+    owner: Any, name: str, other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    joblib.dump(LINEAR.fit(X[FEW], Y[FEW]), tmp_path / "model.joblib")
+    original = _base.validate_data
+    monkeypatch.delitem(sys.modules, "speedups.sklearn_checks")  # so that it is imported again
+    monkeypatch.delattr(speedups, "sklearn_checks")
+    with monkeypatch.context() as patch:
+        if other is None:
+            patch.delattr(owner, name)
+        else:
+            patch.setattr(owner, name, other)
+        model = formats.load(tmp_path / "model.joblib")
+    assert _base.validate_data is original
+    assert np.array_equal(model.predict(X[FEW]), LINEAR.predict(X[FEW]))
+    assert [record.message for record in caplog.records if "sklearn_checks stands aside" in record.message]

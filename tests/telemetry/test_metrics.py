@@ -1,10 +1,12 @@
-"""Metrics: right sums over workers that come, go and are killed; bounded labels; nothing that a caller wrote."""
+"""Metrics: right sums over workers that come, go and are killed, bounded labels, and nothing that a caller sent."""
 
+import _thread
 import http.client
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,22 +21,27 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, Client, Gunicorn, Load, basic, free_port, gunicorn, records, write_users
+from prometheus_client import Counter, Summary, registry, values
+from prometheus_client import metrics as prometheus_metrics
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitor import LOSSES, UNWRITABLE, Journal, is_finished
+from monitor import LOSSES, UNWRITABLE, Journal
+from processes import WorkerSlot
 from settings import Settings
-from telemetry import shared_counters as slots
+from telemetry import before_fork, report
 from telemetry.metrics import AUTH_STATUSES, OUTCOMES, Metrics
+from telemetry.shared_counters import FILES, SharedCounters
 
 ROW = [5.1, 3.5, 1.4, 0.2]
 SERVED: dict[str, Any] = {"ready": True, "stable": None, "canary": None}
+SUCCESS = {"error_type": "", "model_version": "1", "variant": "stable"}
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(text: str) -> Samples:
-    """Parse an exposition: (name, labels) → value. None stands twice."""
+    """Parse an exposition: (name, labels) → value. No pair may appear twice."""
     found: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -45,7 +52,7 @@ def samples(text: str) -> Samples:
 
 
 def total(found: Samples, name: str, **labels: str) -> float:
-    """Sum the samples of a name that have these labels."""
+    """Return the sum of the samples that have a name and these labels."""
     return sum(value for (each, have), value in found.items() if each == name and labels.items() <= set(have))
 
 
@@ -81,7 +88,8 @@ def test_requests_are_counted_by_outcome_version_and_variant(iris: Client, serve
     found = scraped(iris)
     served = {"model_version": version, "variant": "stable"}
     assert total(found, "prediction_requests_total", outcome="success", **served) == 4
-    assert total(found, "prediction_requests_total", outcome="client", **served) == 2
+    assert total(found, "prediction_requests_total", outcome="client", **served) == 1
+    assert total(found, "prediction_requests_total", outcome="client", model_version="") == 1
     assert total(found, "prediction_requests_total", outcome="auth", model_version="", variant="") == 2
     assert total(found, "prediction_requests_total") == 8
     assert total(found, "prediction_response_time_seconds_count", **served) == 4
@@ -100,10 +108,13 @@ def test_requests_are_counted_by_outcome_version_and_variant(iris: Client, serve
     assert total(found, "prediction_workers_with_error") == 1
 
 
-def test_versions_are_told_with_the_workers_that_serve_them(tmp_path: Path) -> None:
-    workers = [{"stable": "7", "canary": "8", "error": None}] * 2 + [{"stable": "7", "canary": None, "error": "no"}]
-    workers.append({"stable": None, "canary": None, "error": None})  # it still loads
-    metrics = Metrics(tmp_path, workers=lambda: workers)
+def test_versions_are_exposed_with_the_workers_that_serve_them(tmp_path: Path) -> None:
+    published = [{"stable": "7", "canary": "8", "error": None}] * 2 + [{"stable": "7", "canary": None, "error": "no"}]
+    published += [{"stable": None, "canary": None, "error": None}, {}]  # one still loads, one has published nothing
+    slots = [WorkerSlot(tmp_path / "workers") for _ in published]
+    for slot, state in zip(slots, published, strict=True):
+        slot.publish(state)
+    metrics = Metrics(tmp_path)
     stable, canary = ({"version": version, "load_seconds": seconds} for version, seconds in (("7", 0.5), ("8", 2.5)))
     found = samples(metrics.expose("", {"ready": True, "stable": stable, "canary": canary})[0].decode())
     served = {"model_version": "7", "variant": "stable"}, {"model_version": "8", "variant": "canary"}
@@ -112,7 +123,7 @@ def test_versions_are_told_with_the_workers_that_serve_them(tmp_path: Path) -> N
     assert total(found, "prediction_workers_with_error") == 1
 
 
-def test_a_model_that_raises_counts_as_ours(serve: Any) -> None:
+def test_a_model_that_raises_counts_as_our_fault(serve: Any) -> None:
     client = serve(Raising())
     assert client.post({"data": [[-1.0]]}).status_code == 500
     assert total(scraped(client), "prediction_requests_total", outcome="model", variant="stable") == 1
@@ -132,7 +143,7 @@ class Raising:
 
 def test_calls_of_the_model_are_counted_with_their_rows_and_waits(iris: Client) -> None:
     iris.predict([ROW] * 3)
-    iris.predict([ROW] * 5000)  # in pieces of 4096
+    iris.predict([ROW] * 5000)  # in parts of 4096 at most
     found = scraped(iris)
     assert total(found, "prediction_batch_rows_count") == 3
     assert total(found, "prediction_batch_rows_sum") == 5003
@@ -146,7 +157,7 @@ def test_calls_of_the_model_are_counted_with_their_rows_and_waits(iris: Client) 
     assert 0 < total(found, "prediction_queue_wait_seconds_sum") < 3
 
 
-def test_what_is_served_and_the_journal_are_looked_up(iris: Client) -> None:
+def test_what_is_served_and_the_journals_size_are_looked_up(iris: Client) -> None:
     iris.predict([ROW])
     found = scraped(iris)
     version = iris.http.get("/model", headers={"Authorization": basic("admin")}).json["stable"]["version"]
@@ -160,7 +171,7 @@ def test_what_is_served_and_the_journal_are_looked_up(iris: Client) -> None:
     assert not any("waiting" in name or "shipped" in name for name, _ in found)  # nobody ships
 
 
-def test_what_waits_is_told_also_while_no_shipper_could_start(tmp_path: Path) -> None:
+def test_waiting_records_are_exposed_even_if_no_shipper_could_start(tmp_path: Path) -> None:
     Journal(tmp_path, 2**24).append({"n": 1})
     (record,) = records(tmp_path)
     metrics = Metrics(tmp_path, ships=True)
@@ -175,6 +186,20 @@ def test_what_waits_is_told_also_while_no_shipper_could_start(tmp_path: Path) ->
     assert total(found, "prediction_records_refused_total") == 2
 
 
+def test_nothing_is_missed_if_sls_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sls.shipper", None)
+    Journal(tmp_path, 2**24).append({"n": 1})
+    found = samples(Metrics(tmp_path, ships=True).expose("", SERVED)[0].decode())
+    assert total(found, "prediction_journal_bytes") > 0
+    assert not any("waiting" in name or "shipped" in name for name, _ in found)
+    assert report.main(["--dir", str(tmp_path)]) == 0
+
+
+def test_extension_is_cheap_to_import() -> None:
+    code = "import sys, telemetry; sys.exit(bool({'prometheus_client', 'flask'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_lost_records_are_counted_with_their_reason(serve: Any, iris_file: Path, tmp_path: Path) -> None:
     client = serve(iris_file)
     client.service.journal._directory = tmp_path / "a file"
@@ -185,7 +210,7 @@ def test_lost_records_are_counted_with_their_reason(serve: Any, iris_file: Path,
     assert total(scraped(client), "prediction_records_dropped_total") == 2
 
 
-def test_requests_in_flight_are_counted_while_they_are(iris: Client) -> None:
+def test_requests_in_flight_are_counted_while_they_are_handled(iris: Client) -> None:
     entered, leave = threading.Event(), threading.Event()
     ask = iris.service.serving.choose
 
@@ -204,7 +229,7 @@ def test_requests_in_flight_are_counted_while_they_are(iris: Client) -> None:
     assert total(scraped(iris), "prediction_requests_in_flight") == 0
 
 
-# --- who may see them, and what is never in them
+# --- who may see them, and what they never contain
 
 
 def test_metrics_need_their_role(iris: Client) -> None:
@@ -215,11 +240,11 @@ def test_metrics_need_their_role(iris: Client) -> None:
     found = scraped(iris)
     assert total(found, "prediction_auth_failures_total", status="401") == 2
     assert total(found, "prediction_auth_failures_total", status="403") == 4
-    assert total(found, "prediction_requests_total") == 0  # which are those to /predict
+    assert total(found, "prediction_requests_total") == 0  # only those to /predict are counted
     assert records(iris.journal_dir) == []
 
 
-def test_metrics_are_open_where_auth_is_off(iris_file: Path, tmp_path: Path) -> None:
+def test_metrics_are_open_if_auth_is_off(iris_file: Path, tmp_path: Path) -> None:
     client = Client(Settings(model_path=iris_file, auth="off", journal_dir=tmp_path / "journal"))
     client.headers = {}
     client.predict([ROW])
@@ -228,7 +253,7 @@ def test_metrics_are_open_where_auth_is_off(iris_file: Path, tmp_path: Path) -> 
     assert total(samples(answer.text), "prediction_requests_total", outcome="success") == 1
 
 
-def test_open_metrics_are_given_to_who_asks_for_them(iris: Client) -> None:
+def test_openmetrics_format_is_used_if_the_client_accepts_it(iris: Client) -> None:
     iris.predict([ROW])
     accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"
     answer = iris.http.get("/metrics", headers={"Authorization": basic("metrics"), "Accept": accept})
@@ -238,7 +263,7 @@ def test_open_metrics_are_given_to_who_asks_for_them(iris: Client) -> None:
     assert families["prediction_response_time_seconds"].type == "histogram"
 
 
-def test_nothing_that_a_caller_wrote_is_in_a_label(iris: Client) -> None:
+def test_nothing_that_a_caller_sent_is_in_a_label(iris: Client) -> None:
     odd = {"X-Model-Version": "odd-a", "X-Routing-Key": "odd-b", "X-Request-ID": "odd-c", "User-Agent": "odd-d"}
     assert iris.post({"data": [ROW]}, **odd).status_code == 403
     assert iris.post({"data": [ROW], "method": "odd-e"}, Authorization=basic("odd-f")).status_code == 401
@@ -252,12 +277,12 @@ def test_nothing_that_a_caller_wrote_is_in_a_label(iris: Client) -> None:
     assert total(found, "prediction_requests_total") == 2
 
 
-# --- the files, in processes of their own
+# --- the files, in forked processes
 
 
 @contextmanager
 def forked(work: Callable[[], Any]) -> Iterator[int]:
-    """Run `work` in a fork of this process, which then lives until it is killed with the block; yield its pid."""
+    """Run `work` in a fork of this process, which lives until the block ends and it is killed; yield its pid."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -279,27 +304,40 @@ def forked(work: Callable[[], Any]) -> Iterator[int]:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """The directory of processes that are summed."""
+    """The directory of the files."""
     return tmp_path / "metrics"
 
 
-def counting(place: Path, count: int, version: str = "1") -> Callable[[], Metrics]:
-    """Return what counts so many requests, one of them still in flight."""
+alive: list[WorkerSlot] = []  # as the slot of a service
 
-    def work() -> Metrics:
-        metrics = Metrics(place, shared=place / "metrics")
-        metrics.join()
+
+def joined(place: Path) -> Metrics:
+    """Return the metrics of this process as one of several workers."""
+    slot = WorkerSlot(place / "workers")
+    slot.take()
+    metrics = Metrics(place)
+    metrics.join(slot)
+    alive.append(slot)
+    return metrics
+
+
+def counting(place: Path, count: int, version: str = "1") -> Callable[[], None]:
+    """Return a function that counts so many requests, and another one that stays in flight."""
+
+    def work() -> None:
+        metrics = joined(place)
         for _ in range(count):
-            metrics.answered(0.002, {"error_type": "", "model_version": version, "variant": "stable"})
+            metrics.count_request(0.002, SUCCESS | {"model_version": version})
         metrics._in_flight.inc()
-        return metrics
 
     return work
 
 
 def summed(place: Path) -> Samples:
-    """Return the sums, as a process that counts nothing itself sees them."""
-    return samples(Metrics(place, shared=place / "metrics").expose("", SERVED)[0].decode())
+    """Return the sums, as a process that counts nothing itself exposes them."""
+    metrics = Metrics(place)
+    metrics.join(WorkerSlot(place / "workers"))  # which has no number
+    return samples(metrics.expose("", SERVED)[0].decode())
 
 
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -325,17 +363,22 @@ def test_successor_counts_on_where_a_killed_process_stopped(shared: Path, tmp_pa
 
 
 @forks
-def test_start_begins_from_zero_unless_somebody_still_counts(shared: Path, tmp_path: Path) -> None:
+def test_start_begins_from_zero_unless_a_worker_still_lives(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetry._has_workers", False)  # which before_fork sets
+    settings = Settings(journal_dir=tmp_path)
     with forked(counting(tmp_path, 5)):
-        slots.clear(shared)  # another master, as at an upgrade by SIGUSR2
+        before_fork(settings)  # another master, as at an upgrade by SIGUSR2
         assert total(summed(tmp_path), "prediction_requests_total") == 5
-    slots.clear(shared)
+    (shared / ".counter_7.db-abcd").touch()  # a worker was killed while it made a file
+    before_fork(settings)
     assert total(summed(tmp_path), "prediction_requests_total") == 0
     assert list(shared.iterdir()) == []
 
 
 @forks
-def test_fork_of_a_worker_does_not_keep_its_place(shared: Path, tmp_path: Path) -> None:
+def test_fork_of_a_worker_does_not_keep_its_slot(shared: Path, tmp_path: Path) -> None:
     def work() -> None:
         counting(tmp_path, 1)()
         if os.fork() == 0:  # as a library might; it outlives the worker for a moment
@@ -350,21 +393,42 @@ def test_fork_of_a_worker_does_not_keep_its_place(shared: Path, tmp_path: Path) 
 @forks
 def test_versions_without_end_are_bounded_in_bytes_and_series_and_all_are_counted(shared: Path, tmp_path: Path) -> None:
     def work() -> None:
-        metrics = Metrics(tmp_path, shared=tmp_path / "metrics")
-        metrics.join()
-        for version in range(200):
-            metrics.answered(0.01, {"error_type": "", "model_version": f"v{version}", "variant": "stable"})
+        metrics = joined(tmp_path)
+        for variant in "stable", "canary":
+            for version in range(200):
+                metrics.count_request(0.01, {"error_type": "", "model_version": f"v{version}", "variant": variant})
 
-    for _ in range(2):  # the second finds the files of the first
+    for _ in range(2):  # the second one finds the files of the first
         with forked(work):
             pass
     found = summed(tmp_path)
     versions = {dict(labels)["model_version"] for name, labels in found if name == "prediction_requests_total"} - {""}
     assert 30 < len(versions) < 60
-    assert total(found, "prediction_requests_total") == 400
-    assert total(found, "prediction_requests_total", model_version="other") == 2 * (201 - len(versions))
+    assert total(found, "prediction_requests_total") == 800
+    other = [total(found, "prediction_requests_total", model_version="other", variant=v) for v in ("stable", "canary")]
+    assert other == [2 * (201 - len(versions)), 400]
     assert {path.name: path.stat().st_size for path in shared.glob("*.db")} == {
-        f"{kind}_0.db": size for kind, size in slots.FILES.items()
+        f"{kind}_0.db": size for kind, size in FILES.items()
+    }
+
+
+@forks
+def test_files_do_not_grow_whatever_else_is_counted_in_a_worker(shared: Path, tmp_path: Path) -> None:
+    def work() -> None:
+        joined(tmp_path)
+        counter = Counter("mine", "Of an extension, say", ("label",), registry=None)
+        for number in range(1000):
+            counter.labels(f"value-{number}").inc()
+        Summary("mine_too", "Of a kind that has no file", registry=None).observe(1)
+
+    for _ in range(2):
+        with forked(work):
+            pass
+    found = summed(tmp_path)
+    assert 200 < len([name for name, _ in found if name == "mine_total"]) < 1000
+    assert total(found, "mine_total", label="value-0") == total(found, "mine_total", label="value-100") == 2
+    assert {path.name: path.stat().st_size for path in shared.glob("*.db")} == {
+        f"{kind}_0.db": size for kind, size in FILES.items()
     }
 
 
@@ -372,29 +436,67 @@ def test_versions_without_end_are_bounded_in_bytes_and_series_and_all_are_counte
 def test_process_without_room_for_its_files_lives_and_counts_once_there_is(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = Metrics(tmp_path, shared=tmp_path / "metrics")
-    success = {"error_type": "", "model_version": "1", "variant": "stable"}
-
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))  # the same as a disk that is full
-        metrics.join()
-        metrics.answered(0.002, success)
-        metrics.join()
-        assert len([each for each in caplog.records if "no metric has" in each.message]) == 1
+        metrics = joined(tmp_path)
+        metrics.count_request(0.002, SUCCESS)
+        metrics.join(alive[0])
+        assert len([each for each in caplog.records if "lacks this worker" in each.message]) == 1
         assert total(summed(tmp_path), "prediction_requests_total") == 0
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        metrics.join()
-        metrics.answered(0.002, success)
+        metrics.join(alive[0])
+        metrics.count_request(0.002, SUCCESS)
 
     with forked(work):
         assert total(summed(tmp_path), "prediction_requests_total", outcome="success") == 1
 
 
-def test_files_take_their_room_when_they_are_made(shared: Path) -> None:
-    slot = slots.Slot(shared)
+def test_files_take_their_room_when_they_are_made(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)  # both are set by what follows
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
+    SharedCounters(shared, 0)
     for path in shared.glob("*.db"):
-        assert path.stat().st_blocks * 512 >= path.stat().st_size  # a hole would kill whoever writes into it later
-    slot._leave()
+        assert path.stat().st_blocks * 512 >= path.stat().st_size  # a write to a hole could kill the process later
+
+
+GEVENT = """
+from gevent import monkey
+
+monkey.patch_all()
+import sys, threading
+from pathlib import Path
+
+from gevent import get_hub
+
+from processes import WorkerSlot
+from telemetry.metrics import Metrics
+
+place = Path(sys.argv[1])
+slot = WorkerSlot(place / "workers")
+slot.take()
+metrics = Metrics(place)
+metrics.join(slot)
+sys.setswitchinterval(1e-6)  # seconds
+
+
+def count():
+    for number in range(5000):
+        metrics.count_batch(1, 0.001)
+        metrics.count_request(0.001, {"error_type": "", "model_version": str(number % 20), "variant": "stable"})
+
+
+tasks = [get_hub().threadpool.spawn(count) for _ in range(4)]
+count()  # on the loop
+for task in tasks:
+    task.get()
+"""
+
+
+def test_loop_and_native_threads_count_at_once(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", GEVENT, tmp_path], cwd=ROOT, check=True, timeout=120)
+    assert {type(module.Lock()) for module in (prometheus_metrics, registry, values)} == {type(_thread.RLock())}
+    found = summed(tmp_path)
+    assert total(found, "prediction_requests_total") == total(found, "prediction_batch_rows_count") == 5 * 5000
 
 
 # --- real gunicorn
@@ -420,7 +522,7 @@ def test_sums_are_right_over_several_workers_a_killed_one_and_a_reload(
             server.wait_until(lambda: len(load.statuses) > 200)
         sent = len(load.statuses)
         assert load.errors == []
-        for _ in range(4):  # whoever is asked
+        for _ in range(4):  # any worker may answer
             found = scraped(server)
             assert total(found, "prediction_requests_total", outcome="success") == sent
             assert total(found, "prediction_requests_total") == sent
@@ -447,7 +549,7 @@ def test_sums_are_right_over_several_workers_a_killed_one_and_a_reload(
             assert total(found, "prediction_requests_total") == sent >= highest
             assert total(found, "prediction_batch_rows_sum") == sent
             highest = sent
-        assert len(list((server.journal_dir / "metrics").glob("slot-*"))) <= 4  # those of the reload beside the old
+        assert len(list((server.journal_dir / "metrics").glob("counter_*"))) <= 4  # those of the reload beside the old
         assert "Traceback" not in server.log.read_text()
 
 
@@ -464,7 +566,7 @@ def test_no_sum_goes_down_while_workers_die_under_load(tmp_path: Path, iris_file
             while time.monotonic() < until:
                 try:
                     found = scraped(server)
-                except (OSError, http.client.HTTPException):  # it was asked of the worker that was killed
+                except (OSError, http.client.HTTPException):  # the worker that was asked was killed
                     continue
                 scrapes += 1
                 for (name, labels), value in highest.items():
@@ -482,16 +584,16 @@ def test_no_sum_goes_down_while_workers_die_under_load(tmp_path: Path, iris_file
         assert scrapes > 5
         assert set(load.statuses) == {200}
         counted = total(scraped(server), "prediction_requests_total")
-        # One that was counted may have died before its answer was out.
+        # A worker may have died after it counted a request and before it answered.
         assert len(load.statuses) <= counted <= len(load.statuses) + len(load.errors)
 
 
 def connected(server: Gunicorn) -> socket.socket:
-    """Open a bare connection."""
+    """Open a connection."""
     return socket.create_connection(("127.0.0.1", server.port), timeout=30)
 
 
-def test_requests_that_die_with_their_worker_are_not_in_flight_for_ever(tmp_path: Path, iris_file: Path) -> None:
+def test_requests_that_die_with_their_worker_are_no_longer_in_flight(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2) as server, connected(server) as connection:
         head = f"POST /predict HTTP/1.1\r\nHost: a\r\nAuthorization: {basic('predict')}\r\nContent-Length: 9\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())  # its body does not come
@@ -504,16 +606,12 @@ def test_requests_that_die_with_their_worker_are_not_in_flight_for_ever(tmp_path
 def test_metrics_that_were_removed_begin_again(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, model_path=iris_file) as server:
         ask_many(server, 3)
-        # The slot last: without it, the worker makes all again that is not there.
-        for path in sorted((server.journal_dir / "metrics").iterdir(), key=lambda path: path.name.startswith("slot")):
-            path.unlink()
-        server.wait_until(lambda: total(scraped(server), "prediction_requests_in_flight") == 0 and _has_slot(server))
+        directory = server.journal_dir / "metrics"
+        shutil.rmtree(directory)
+        server.wait_until(lambda: len(list(directory.glob("*.db"))) == len(FILES))
+        server.wait_until(lambda: "prediction_batch_rows_count" in {name for name, _ in scraped(server)})
         ask_many(server, 2)
         assert total(scraped(server), "prediction_requests_total") == 2
-
-
-def _has_slot(server: Gunicorn) -> bool:
-    return (server.journal_dir / "metrics/histogram_0.db").exists()
 
 
 def test_start_after_the_whole_server_was_killed_begins_from_zero(tmp_path: Path, iris_file: Path) -> None:
@@ -522,7 +620,7 @@ def test_start_after_the_whole_server_was_killed_begins_from_zero(tmp_path: Path
             ask_many(server, 4)
             assert total(scraped(server), "prediction_requests_total") == 4
         deadline = time.monotonic() + 60
-        while not all(map(is_finished, (server.journal_dir / "metrics").glob("slot-*"))):  # workers are not waited for
+        while WorkerSlot.read(server.journal_dir / "workers"):  # the block did not wait for the workers
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -532,7 +630,7 @@ def test_journal_that_cannot_be_written_stops_neither_serving_nor_metrics(tmp_pa
     with gunicorn(tmp_path, model_path=iris_file) as server:
         ask_many(server, 2)
         assert total(scraped(server), "prediction_ready") == 1
-        assert "no metric has what this worker does" in server.log.read_text()
+        assert "GET /metrics lacks this worker" in server.log.read_text()
 
 
 @pytest.fixture
@@ -566,7 +664,7 @@ def test_full_disk_neither_kills_workers_nor_stops_their_counting(
             os.kill(worker, signal.SIGKILL)
         server.wait_until(lambda: len(server.workers()) == 2 and not {*server.workers()} & {*workers})
         server.wait_until(server.is_ready)
-        ask_many(server, 10)  # on files that are there
+        ask_many(server, 10)  # counted in the files that exist
         assert total(scraped(server), "prediction_requests_total") == 70
 
 

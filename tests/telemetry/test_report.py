@@ -1,4 +1,4 @@
-"""The report: what it counts in a journal, how far back it looks, and journals that are damaged."""
+"""The report: what it counts in a journal, how far back it looks, and damaged journals."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def failed(status: int, error_type: str, error: str, **changed: Any) -> dict[str
 
 
 def lines(*entries: Any) -> bytes:
-    """Encode records as a segment's lines; bytes as they are."""
+    """Encode records as lines of a segment; bytes stay as they are."""
     return b"".join(each if isinstance(each, bytes) else json.dumps(each).encode() + b"\n" for each in entries)
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """A journal of two segments: ten good requests of 1 to 10 ms, four failed ones, and what else there may be."""
+    """A journal of two segments: ten good requests of 1 to 10 ms, four failed ones, and every other kind of line."""
     (tmp_path / f"{1:020d}-7.jsonl").write_bytes(
         lines(
             *(record(response_time=n / 1000, rows=n) for n in (3, 1, 2, 10, 9)),
@@ -56,7 +56,6 @@ def journal(tmp_path: Path) -> Path:
             failed(422, "client", "Unprocessable Entity", rows=0, response_time=0.0125),
             failed(422, "client", "Unprocessable Entity", rows=0, response_time=0.0125),
             b'{"time": 17, "record_id": "cut o\n',
-            b"\n",
         )
     )
     (tmp_path / f"{2:020d}-8.jsonl").write_bytes(
@@ -87,7 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str,
     rows = [re.fullmatch(r"(\S.*?) {2,}(\S.*)", line) for line in printed.out.splitlines()]
     assert all(rows), printed.out
     table = {row[1]: row[2] for row in rows if row}
-    assert len(table) == len(rows), "a name stands there twice"
+    assert len(table) == len(rows), "a name appears twice"
     return table
 
 
@@ -161,13 +160,13 @@ def test_since_says_how_far_back(
 
 @pytest.mark.parametrize("since", ["", "1", "h", "1w", "-1h", "1.5h", " 1h", "1h ", "1H", "1h30m", "yesterday", "1e3s"])
 def test_bad_since_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str], since: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        report.main(["--dir", str(tmp_path), f"--since={since}"])
-    assert end.value.code == 2
-    assert "15m" in capsys.readouterr().err  # an example of what is right
+    assert report.main(["--dir", str(tmp_path), f"--since={since}"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("Usage: python -m telemetry.report")
+    assert "15m" in printed  # an example of the right form
 
 
-def test_missing_journal_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_journal_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--dir", str(tmp_path / "none")]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
 
@@ -179,13 +178,13 @@ def test_empty_journal_has_no_requests(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(capsys, "--dir", tmp_path, "--since", since)["requests"] == "0"
 
 
-def test_journal_of_strangers_only_has_no_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_journal_without_authenticated_requests_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(failed(401, "auth", "", requests=5)))
     table = run(capsys, "--dir", tmp_path)
     assert (table["requests"], table["without a valid password"]) == ("0", "5")
 
 
-def test_unknown_fields_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_fields_are_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = record(trace_id="00-4bf9", nested={"torn": 1, "dropped": 5}, time=time.time() - 1.5)
     (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(later))
     table = run(capsys, "--dir", tmp_path)
@@ -194,34 +193,35 @@ def test_unknown_fields_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 ODD = {
+    "nothing": b"",
     "a list": b"[1, 2]",
     "a number": b"3",
     "null": b"null",
-    "a text": b'"time"',
+    "a string": b'"time"',
     "no field": b"{}",
     "no time": b'{"response_time": 0.1}',
-    "a time that is a text": b'{"time": "2026-11-22T10:00:00Z"}',
+    "a time that is a string": b'{"time": "2026-11-22T10:00:00Z"}',
     "nothing but a time": lines({"time": time.time()}).strip(),
     "null for each field": lines(dict.fromkeys(record()) | {"time": time.time()}).strip(),
-    "texts for numbers": lines(record(response_time="1", rows="2")).strip(),
-    "lists for texts": lines(record(model_version=["v1"], success=False, error_type=[])).strip(),
-    "a loss that is a text": lines({"dropped": "many", "time": time.time()}).strip(),
-    "strangers that are null": lines({"requests": None, "time": time.time()}).strip(),
+    "strings for numbers": lines(record(response_time="1", rows="2")).strip(),
+    "lists for strings": lines(record(model_version=["v1"], success=False, error_type=[])).strip(),
+    "a loss that is a string": lines({"dropped": "many", "time": time.time()}).strip(),
+    "a count that is null": lines({"requests": None, "time": time.time()}).strip(),
     "zeros, as a power cut leaves": b"\0" * 500,
-    "bytes that are no text": b"\xff\xfe{}",
-    "nested without end": b"[" * 100_000,
+    "bytes that are not UTF-8": b"\xff\xfe{}",
+    "nested without an end": b"[" * 100_000,
     "an integer of 100 digits": lines(record(rows=10**100)).strip(),
     "a line of 10 MB": b"x" * 10_000_000,
 }
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_line_that_no_journal_writes_spoils_no_report(
+def test_line_that_no_journal_writes_does_not_spoil_the_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: bytes
 ) -> None:
     (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(record(), odd + b"\n", record()))
     for since in ("1h", "all"):
-        # Whether the odd one counts as a request is open; the two good ones do.
+        # It does not matter whether the odd line counts as a request; the two good ones do.
         assert run(capsys, "--dir", tmp_path, "--since", since)["requests"] in ("2", "3")
 
 
@@ -230,15 +230,24 @@ def test_report_of_a_servers_own_journal(serve: Any, iris_file: Path, capsys: py
     client.predict([[5.1, 3.5, 1.4, 0.2]] * 3)
     client.post({"data": []})
     client.post({"data": []}, Authorization=basic("mallory"))
-    client.service.house.summarise_strangers()
+    client.service.request_log.summarise()
     table = run(capsys, "--dir", client.journal_dir)
     assert (table["requests"], table["rows"], table["success"]) == ("2", "3", "50.00 %")
     assert table["client: 422 Unprocessable Entity"] == table["without a valid password"] == "1"
 
 
-def test_command_reads_the_directory_of_the_variable(journal: Path) -> None:
+def test_command_reads_the_directory_that_the_environment_names(journal: Path) -> None:
     environ = {"PATH": os.environ["PATH"], "JOURNAL_DIR": str(journal)}
     command = [sys.executable, "-m", "telemetry.report"]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout.split()[:2] == ["requests", "14"]
     assert done.stderr == ""
+
+
+def test_command_is_silent_if_nobody_reads_its_output(journal: Path) -> None:
+    readable, writable = os.pipe()
+    os.close(readable)
+    command = [sys.executable, "-m", "telemetry.report", "--dir", str(journal)]
+    done = subprocess.run(command, cwd=ROOT, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=30)
+    os.close(writable)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -269,7 +269,7 @@ WRONG_FORM = [
     bad("a key of 100,000 characters", GOOD | {"k" * 100_000: 1}, 422, "unknown key 'kkk"),
     bad("data is null", {"data": None}, 422, "data is null", "[["),
     bad("data is a number", {"data": 5.1}, 422, "data is a number", "[["),
-    bad("data is a text", {"data": SECRET}, 422, "data is a text", "[["),
+    bad("data is a string", {"data": SECRET}, 422, "data is a string", "[["),
     bad("data is an object", {"data": NAMED}, 422, "data is an object", "list of rows"),
     bad("data is true", {"data": True}, 422, "data is true or false", "[["),
     bad("method unknown", GOOD | {"method": "guess"}, 422, "predict_proba"),
@@ -281,14 +281,13 @@ WRONG_FORM = [
     bad("method that others have", GOOD | {"method": "decision_function"}, 422, "'decision_function'", on="knn"),
     bad("probabilities of a regressor", GOOD | {"method": "predict_proba"}, 422, "'predict_proba'", on="line"),
     *(
-        bad(f"method {name}", GOOD | {"method": name}, 422, "method is none of predict")
+        bad(f"method {name}", GOOD | {"method": name}, 422, "this model has no method", "predict_proba")
         for name in ("__class__", "__init__", "fit", "set_params", "_check_n_features", "classes_", "predict.__call__")
     ),
     bad("100,001 rows", {"data": [[1, 2, 3, 4]] * 100_001}, 422, "100001 rows", "100000"),
     bad("100,001 empty rows", {"data": [[]] * 100_001}, 422, "100001 rows", "100000"),
 ]
 
-TWICE = "same key twice"
 NOT_OURS = "not a column of this model"
 FOUR = "1 values; expected 4"
 
@@ -305,7 +304,7 @@ WRONG_ROWS = [
     bad("an empty object", {"data": [{}]}, 422, "missing", errors=[at(0, name) for name in NAMES]),
     bad("one row flat", {"data": ROW}, 422, "[[", "two brackets"),
     bad("one row of texts flat", {"data": [SECRET] * 4}, 422, "[[", "two brackets"),
-    bad("nulls", {"data": [None, None]}, 422, "nulls", "[["),
+    bad("nulls", {"data": [None, None]}, 422, "data[0] is null", "[["),
     bad("a list too many around", {"data": [[ROW]]}, 422, FOUR),
     bad("too long", {"data": [[*ROW, 1.0]]}, 422, errors=[at(0, detail="5 values; expected 4")]),
     bad("too short", {"data": [ROW, ROW[:3]]}, 422, "row 1", errors=[at(1, detail="3 values; expected 4")]),
@@ -326,12 +325,6 @@ WRONG_ROWS = [
     bad("a name missing", {"data": [NAMED, dict.fromkeys(NAMES[:3], 1)]}, 422, "row 1", errors=[at(1, NAMES[3])]),
     bad("a name too many", {"data": [NAMED | {"c": SECRET}]}, 422, "'c'", errors=[at(0, "c", NOT_OURS)]),
     bad("a long name", {"data": [NAMED | {"c" * 10**5: 1}]}, 422, errors=[at(0, "c" * 80, NOT_OURS)]),
-    bad("data twice", b'{"data": [["SECRETVALUE"]], "data": [[5.1, 3.5, 1.4, 0.2]]}', 422, TWICE),
-    bad("method twice", b'{"method": "fit", "data": [[5.1, 3.5, 1.4, 0.2]], "method": "predict"}', 422, TWICE),
-    bad("a name twice", of_names(b"}]", b', "petal width (cm)": 9}]'), 422, TWICE),
-    bad("a name twice, once escaped", of_names(b"}]", b', "\\u0070etal width (cm)": 9}]'), 422, TWICE),
-    bad("a key twice beside colons", b'{"data": [{"age": "a:b:c", "age": 1}]}', 422, TWICE, on="people"),
-    bad("a key twice within a row", b'{"data": [[1, 2, 3, {"a": 1, "a": 2}]]}', 422, TWICE),
 ]
 
 LAST = NAMES[3]
@@ -346,10 +339,10 @@ WRONG_VALUES = [
             errors=[at(1, LAST, NO_NUMBER.format(what))],
         )
         for name, value, what in (
-            ("a text", SECRET, "a text"),
-            ('"5.1"', "5.1", "a text"),
-            ("an empty text", "", "a text"),
-            ('"NaN"', "NaN", "a text"),
+            ("a string", SECRET, "a string"),
+            ('"5.1"', "5.1", "a string"),
+            ("an empty string", "", "a string"),
+            ('"NaN"', "NaN", "a string"),
             ("true", True, "true or false"),
             ("false", False, "true or false"),
             ("a list", [SECRET], "a list"),
@@ -362,9 +355,9 @@ WRONG_VALUES = [
     bad("null in a list", with_value("null"), 422, f"row 0, column '{LAST}': null", errors=[at(0, LAST, NO_NULL)]),
     bad("null without names", with_value("null"), 422, errors=[at(0, 3, NO_NULL)], on="knn"),
     bad("null for a city", {"data": [[None, 1]]}, 422, errors=[at(0, "città", NO_NULL)], on="people"),
-    bad("a number for a city", {"data": [[5, 1]]}, 422, "a number; expected a text", on="people"),
-    bad("a text for an age", {"data": [["Rome", SECRET]]}, 422, "'age'", "expected a number", on="people"),
-    bad("rows to a model of texts", {"data": [[SECRET]]}, 422, "a list; expected a text", '["some text"]', on="texts"),
+    bad("a number for a city", {"data": [[5, 1]]}, 422, "a number; expected a string", on="people"),
+    bad("a string for an age", {"data": [["Rome", SECRET]]}, 422, "'age'", "expected a number", on="people"),
+    bad("rows to a model of texts", {"data": [[SECRET]]}, 422, "a list; expected a string", "some text", on="texts"),
     bad("a number among texts", {"data": ["good day", 5]}, 422, "row 1: a number", on="texts"),
     bad("null among texts", {"data": ["good day", None]}, 422, "row 1: null", on="texts"),
     bad("too large for a tree's 32-bit floats", with_value("1e300"), 422, "it raised ValueError", on="tree"),

@@ -1,7 +1,6 @@
 """Model files: each format loads, and what does not load says why and what to do."""
 
 import io
-import json
 import pickle
 import subprocess
 import sys
@@ -16,9 +15,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import skops.io
-from conftest import ROOT
 from sklearn import __version__ as sklearn_version
 from sklearn.base import BaseEstimator
 from sklearn.calibration import CalibratedClassifierCV
@@ -39,10 +36,6 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import (
-    FunctionTransformer,
-    OneHotEncoder,
-    PowerTransformer,
-    QuantileTransformer,
     StandardScaler,
 )
 from sklearn.svm import SVC
@@ -51,8 +44,7 @@ from sklearn.tree._tree import Tree
 
 from model import formats
 from model.formats import ModelLoadError
-from model.infer_signature import learn
-from model.serving import Serving
+from model.serving import Serving, SingleFile
 
 X, Y = load_iris(return_X_y=True)
 MODEL = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y)
@@ -86,7 +78,7 @@ def refusal(path: Path, **options: Any) -> str:
 
 def error_of_serving(path: Path) -> str:
     """Return what the server says of a file that it cannot serve."""
-    serving = Serving(path)
+    serving = Serving(SingleFile(path))
     serving.start()
     assert serving.finished.wait(60)
     assert not serving.describe()["ready"]
@@ -128,7 +120,7 @@ def test_compressed_joblib_file_loads(tmp_path: Path, compress: Any) -> None:
     assert formats.load(tmp_path / "model.joblib").predict(X[:1]) == [0]
 
 
-# --- what is no model
+# --- what is not a model
 
 
 @pytest.mark.parametrize("name", ["model", "model.npz", "model.joblib.gz", "model.", ".joblib"])
@@ -139,14 +131,14 @@ def test_unknown_suffix_is_refused_with_the_ones_that_are_known(tmp_path: Path, 
     )
 
 
-def test_empty_file_is_told_as_damaged(tmp_path: Path, suffix: str) -> None:
+def test_empty_file_is_reported_as_damaged(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.touch()
     assert "damaged, incomplete" in refusal(path)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 10, 0.1, 0.5, 0.9, 0.99, -1], ids=str)
-def test_truncated_file_is_told_as_damaged(tmp_path: Path, suffix: str, kept: float) -> None:
+def test_truncated_file_is_reported_as_damaged(tmp_path: Path, suffix: str, kept: float) -> None:
     path = saved(tmp_path, MODEL, suffix)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
@@ -154,7 +146,7 @@ def test_truncated_file_is_told_as_damaged(tmp_path: Path, suffix: str, kept: fl
 
 
 @pytest.mark.parametrize("compress", ["zlib", "gzip", "bz2", "lzma", "xz"])
-def test_truncated_compressed_file_is_told_as_damaged(tmp_path: Path, compress: str) -> None:
+def test_truncated_compressed_file_is_reported_as_damaged(tmp_path: Path, compress: str) -> None:
     path = tmp_path / "model.joblib"
     joblib.dump(MODEL, path, compress=(compress, 3))
     path.write_bytes(path.read_bytes()[:-200])
@@ -162,7 +154,7 @@ def test_truncated_compressed_file_is_told_as_damaged(tmp_path: Path, compress: 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_bytes_are_told_as_damaged(tmp_path: Path, suffix: str, seed: int) -> None:
+def test_random_bytes_are_reported_as_damaged(tmp_path: Path, suffix: str, seed: int) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(np.random.default_rng(seed).bytes(4000))
     assert "damaged, incomplete" in refusal(path)
@@ -180,7 +172,9 @@ def test_random_bytes_are_told_as_damaged(tmp_path: Path, suffix: str, seed: int
     ],
     ids=lambda text: text[:10].strip().encode("unicode_escape").decode(),
 )
-def test_file_of_something_else_is_told_as_damaged_or_of_another_format(tmp_path: Path, suffix: str, text: str) -> None:
+def test_file_of_something_else_is_reported_as_damaged_or_of_another_format(
+    tmp_path: Path, suffix: str, text: str
+) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_text(text, "latin-1")
     assert "not of the format that its suffix names" in refusal(path)
@@ -215,12 +209,12 @@ def test_value_without_predict_is_named(tmp_path: Path, value: Any, kind: str) -
     assert f"holds {kind} without predict(); save the fitted model itself" in refusal(saved(tmp_path, value))
 
 
-def test_class_is_told_from_a_model(tmp_path: Path) -> None:
+def test_class_is_not_taken_for_a_model(tmp_path: Path) -> None:
     assert "save the fitted model itself" in refusal(saved(tmp_path, LogisticRegression))
 
 
 @pytest.mark.parametrize("model", [LogisticRegression(), make_pipeline(StandardScaler(), KNeighborsClassifier())])
-def test_model_that_was_not_fitted_is_told(tmp_path: Path, model: Any) -> None:
+def test_model_that_was_not_fitted_is_named(tmp_path: Path, model: Any) -> None:
     assert "not fitted yet" in error_of_serving(saved(tmp_path, model))
 
 
@@ -367,7 +361,7 @@ class OldTrees(pickle.Pickler):
         return make, arguments, state | {"nodes": nodes}
 
 
-def test_tree_of_another_scikit_learn_is_not_told_as_damaged(monkeypatch: Any, tmp_path: Path) -> None:
+def test_tree_of_another_scikit_learn_is_not_reported_as_damaged(monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr("sklearn.base.__version__", "1.2.2")
     OldTrees(file := io.BytesIO()).dump(DecisionTreeClassifier().fit(X, Y))
     (tmp_path / "model.pkl").write_bytes(file.getvalue())
@@ -376,7 +370,7 @@ def test_tree_of_another_scikit_learn_is_not_told_as_damaged(monkeypatch: Any, t
 
 
 @pytest.mark.parametrize("gone", ["sklearn.linear_model.logistic", "sklearn._loss.loss_gone"])
-def test_module_that_scikit_learn_no_longer_has_is_not_told_as_a_missing_library(
+def test_module_that_scikit_learn_no_longer_has_is_not_reported_as_a_missing_library(
     monkeypatch: Any, tmp_path: Path, gone: str
 ) -> None:
     module = types.ModuleType(gone)
@@ -424,66 +418,3 @@ def test_every_part_runs_in_one_thread(tmp_path: Path, monkeypatch: Any, name: s
     monkeypatch.setattr(joblib.Parallel, "__init__", note)
     assert loaded.predict(X).tolist() == expected
     assert set(asked) <= {None, 1}
-
-
-def test_what_learns_the_signature_takes_what_each_format_loads(tmp_path: Path, suffix: str) -> None:
-    signature, _ = learn(formats.load(saved(tmp_path, MODEL, suffix)))
-    assert len(signature.columns or ()) == 4
-
-
-FRAME = pd.DataFrame({"colour": ["red", "blue"] * 10, "size": range(20)})
-LATE = {  # what is imported late, by a model that uses it, and for which rows
-    "pandas": (
-        "pandas",
-        make_pipeline(
-            make_column_transformer((OneHotEncoder(), ["colour"]), remainder="passthrough"), LogisticRegression()
-        ).fit(FRAME, [0, 1] * 10),
-        FRAME[:2],
-    ),
-    "an object of scipy.stats": (
-        "scipy.stats",
-        make_pipeline(QuantileTransformer(n_quantiles=50, output_distribution="normal"), LogisticRegression()).fit(
-            X, Y
-        ),
-        X[::30],
-    ),
-    "a function of scipy.stats": (
-        "scipy.stats",
-        make_pipeline(PowerTransformer(), LogisticRegression()).fit(X, Y),
-        X[::30],
-    ),
-    "scipy.stats in the pickle": (
-        "scipy.stats",
-        make_pipeline(FunctionTransformer(scipy.stats.norm.cdf), LogisticRegression()).fit(X, Y),
-        X[::30],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LATE)
-def test_what_few_models_use_is_imported_only_for_them(tmp_path: Path, name: str) -> None:
-    module, late, rows = LATE[name]
-    joblib.dump(late, tmp_path / "late.joblib")
-    joblib.dump(MODEL, tmp_path / "plain.joblib")
-    script = """
-import json
-import sys
-from pathlib import Path
-import speedups
-from model.loaded import load_version
-from model.versions.store import Manifest
-for name in "plain", "late":
-    model = load_version(Manifest(Path(sys.argv[1]) / f"{name}.joblib"))
-    print(sys.argv[2] in sys.modules)
-rows = model.signature.check(json.loads(sys.argv[3]))
-print(json.dumps([row.tolist() for row in model.ask(rows, "predict_proba")]))
-print(sys.argv[2] in sys.modules)
-"""
-    given = json.dumps(np.asarray(rows, dtype=object).tolist())
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path, module, given], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    before, _, answer, after = done.stdout.splitlines()
-    assert (before, after) == ("False", "True")
-    assert json.loads(answer) == late.predict_proba(rows).tolist()

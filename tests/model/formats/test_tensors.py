@@ -1,9 +1,10 @@
-"""Models of other libraries: each is trained here with its own library, and answers as that does."""
+"""Models of other libraries: each is trained here with its own library, and answers as that library does."""
 
 import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -25,10 +26,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from model import formats
 from model.formats import ModelLoadError
-from model.infer_signature import learn
-from model.loaded import LoadedModel, RowsRefused, load_version
+from model.loaded import LoadedModel, RowsRefused, load_model
 from model.signature import BadRows
-from model.versions.store import Manifest
 
 X, Y = load_iris(return_X_y=True)
 ROWS = X.tolist()
@@ -43,6 +42,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def onnx() -> Any:
     """skl2onnx and onnx, which make files, and onnxruntime, which runs them."""
+    pytest.importorskip("model.formats.onnx", reason="model/formats/onnx.py was removed")
     for name in ("onnxruntime", "skl2onnx", "onnx"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements/onnx.txt")
     import onnx
@@ -53,27 +53,30 @@ def onnx() -> Any:
 @pytest.fixture(scope="module")
 def torch() -> Any:
     """PyTorch, seeded."""
+    pytest.importorskip("model.formats.torch", reason="model/formats/torch.py was removed")
     library = pytest.importorskip("torch", reason="torch is not installed: pip install -r requirements/torch.txt")
     library.manual_seed(0)
     return library
 
 
 @pytest.fixture(scope="module")
-def keras(torch: Any) -> Any:
+def keras() -> Any:
     """Keras over PyTorch, seeded."""
+    pytest.importorskip("model.formats.keras", reason="model/formats/keras.py was removed")
     os.environ["KERAS_BACKEND"] = "torch"
+    pytest.importorskip("torch", reason="torch is not installed: pip install -r requirements/torch.txt")
     library = pytest.importorskip("keras", reason="keras is not installed: pip install -r requirements/keras.txt")
     library.utils.set_random_seed(0)
     return library
 
 
 def loaded(path: Path, sample: list[Any] | None = None) -> LoadedModel:
-    """Load a file as the server does, and prove it."""
-    return load_version(Manifest(path, about={"sample": sample} if sample else {}))
+    """Load and validate a file as the server does."""
+    return load_model(path, sample=sample)
 
 
 def answer(model: LoadedModel, rows: list[Any], method: str = "predict") -> Any:
-    """Ask as a request does."""
+    """Return the answer to a request's rows."""
     result = model.predict(model.signature.parse(rows), method)
     return result.tolist() if isinstance(result, np.ndarray) else result
 
@@ -81,7 +84,7 @@ def answer(model: LoadedModel, rows: list[Any], method: str = "predict") -> Any:
 def refusal(path: Path) -> str:
     """Return why a file does not load."""
     with pytest.raises(ModelLoadError) as error:
-        load_version(Manifest(path))
+        load_model(path)
     return str(error.value)
 
 
@@ -113,7 +116,7 @@ def onnxruntime_answers(path: Path, given: dict[str, Any]) -> list[Any]:
 # --- ONNX: classifiers and regressors
 
 
-@pytest.mark.parametrize("labels", [Y, NAMES[Y]], ids=["numbers", "texts"])
+@pytest.mark.parametrize("labels", [Y, NAMES[Y]], ids=["numbers", "strings"])
 @pytest.mark.parametrize("zipmap", [True, False])
 def test_onnx_classifier_has_labels_probabilities_and_classes(
     onnx: Any, tmp_path: Path, labels: Any, zipmap: bool
@@ -126,15 +129,7 @@ def test_onnx_classifier_has_labels_probabilities_and_classes(
     assert model.methods == ("predict", "predict_proba")
 
 
-def test_onnx_output_is_what_onnxruntime_itself_returns(onnx: Any, tmp_path: Path) -> None:
-    path = converted(tmp_path, LogisticRegression(max_iter=500).fit(X, Y), options={"zipmap": False})
-    labels, probabilities = onnxruntime_answers(path, {"X": X.astype(np.float32)})
-    model = loaded(path)
-    assert answer(model, ROWS) == labels.tolist()
-    assert answer(model, ROWS, "predict_proba") == probabilities.tolist()
-
-
-def test_onnx_classes_are_left_out_where_nothing_tells_them(
+def test_onnx_classes_are_left_out_if_nothing_names_them(
     onnx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = converted(tmp_path, LogisticRegression(max_iter=500).fit(X, Y), options={"zipmap": False})
@@ -145,17 +140,12 @@ def test_onnx_classes_are_left_out_where_nothing_tells_them(
     assert len(answer(model, ROWS[:1], "predict_proba")[0]) == 3
 
 
-def test_onnx_regressor_answers_one_value_a_row(onnx: Any, tmp_path: Path) -> None:
-    trained = LinearRegression().fit(X[:, :3], X[:, 3])
-    model = loaded(converted(tmp_path, trained, X[:1, :3]))
-    assert np.allclose(answer(model, X[:, :3].tolist()), trained.predict(X[:, :3]), rtol=1e-12)
-    assert model.methods == ("predict",)
-
-
-def test_onnx_of_several_targets_answers_a_list_a_row(onnx: Any, tmp_path: Path) -> None:
-    trained = LinearRegression().fit(X[:, :2], X[:, 2:])
+@pytest.mark.parametrize("targets", [3, slice(2, 4)], ids=["one", "several"])
+def test_onnx_regressor_answers_a_value_or_a_list_for_each_row(onnx: Any, tmp_path: Path, targets: Any) -> None:
+    trained = LinearRegression().fit(X[:, :2], X[:, targets])
     model = loaded(converted(tmp_path, trained, X[:1, :2]))
     assert np.allclose(answer(model, X[:, :2].tolist()), trained.predict(X[:, :2]), rtol=1e-12)
+    assert model.methods == ("predict",)
 
 
 def test_onnx_outlier_scores_are_not_taken_for_probabilities(onnx: Any, tmp_path: Path) -> None:
@@ -173,17 +163,17 @@ def test_onnx_gets_the_type_of_number_that_it_takes(onnx: Any, tmp_path: Path, d
     assert answer(model, whole.astype(dtype).tolist()) == trained.predict(whole).tolist()
     if dtype is np.int64:
         assert "row 0, column 1: a number; expected a whole number" in bad(model, [[1, 2.5, 3, 4]])
-        assert "whole number that is too large" in bad(model, [[1, 2, 3, 2**63]])
+        assert "number that is too large for int64" in bad(model, [[1, 2, 3, 2**63]])
     if dtype is np.float32:
-        assert "too large for a 32-bit float" in bad(model, [[1, 2, 3, 1e39]])
+        assert "too large for float32" in bad(model, [[1, 2, 3, 1e39]])
 
 
-def test_null_is_refused_where_nothing_says_that_the_model_takes_it(onnx: Any, tmp_path: Path) -> None:
+def test_null_is_refused_unless_the_file_says_that_the_model_takes_it(onnx: Any, tmp_path: Path) -> None:
     model = loaded(converted(tmp_path, LogisticRegression(max_iter=500).fit(X, Y)))
     assert "null; this model does not take a missing value here" in bad(model, [[1, 2, None, 4]])
 
 
-# --- ONNX: columns and texts
+# --- ONNX: columns and strings
 
 FRAME = {
     "city": np.array([["Oslo"], ["Rome"], ["Oslo"], ["Bern"]], dtype=object),
@@ -223,7 +213,7 @@ def test_onnx_of_columns_takes_rows_by_name_or_in_order(of_columns: tuple[Path, 
         ("size", "number"),
         ("age", "integer"),
     ]
-    assert "row 0, column 'size': a text; expected a number" in bad(model, [["Oslo", "1.5", 3]])
+    assert "row 0, column 'size': a string; expected a number" in bad(model, [["Oslo", "1.5", 3]])
     assert "row 0, column 'age': missing" in bad(model, [{"city": "Oslo", "size": 1.5}])
 
 
@@ -231,8 +221,8 @@ def test_onnx_of_columns_does_without_pandas(of_columns: tuple[Path, Any]) -> No
     program = """
         import sys
         from pathlib import Path
-        from model.serving import Serving
-        serving = Serving(Path(sys.argv[1]))
+        from model.serving import Serving, SingleFile
+        serving = Serving(SingleFile(Path(sys.argv[1])))
         serving.start()
         serving.finished.wait()
         assert serving.describe()["ready"], serving.describe()
@@ -244,7 +234,7 @@ def test_onnx_of_columns_does_without_pandas(of_columns: tuple[Path, Any]) -> No
 
 
 @pytest.mark.parametrize("shape", [[None], [None, 1]], ids=str)
-def test_onnx_of_texts(onnx: Any, tmp_path: Path, shape: list[Any]) -> None:
+def test_onnx_of_strings(onnx: Any, tmp_path: Path, shape: list[Any]) -> None:
     from skl2onnx.common.data_types import StringTensorType
 
     texts = ["good and cheap", "bad", "cheap", "very bad and slow"]
@@ -292,7 +282,7 @@ WRONG_IMAGES = [
     ([[[1, 2], [3, 4], 5]], "row 0: the lists in it differ in length or depth"),
     ([[[1, 2], [3, 4], [5, [6]]]], "row 0: the lists in it differ in length or depth"),
     ([[[1, 2], [3, True], [5, 6]]], "row 0: holds true or false; expected a number"),
-    ([[[1, 2], [3, "4"], [5, 6]]], "row 0: holds a text; expected a number"),
+    ([[[1, 2], [3, "4"], [5, 6]]], "row 0: holds a string; expected a number"),
     ([[[1, 2], [3, None], [5, 6]]], "row 0: holds null; expected a number"),
     ([[1, 2, 3, 4, 5, 6]], "row 0: nested lists of 6; expected"),
     ([[[[1], [2]], [[3], [4]], [[5], [6]]]], "row 0: nested lists of 3 × 2 × 1; expected"),
@@ -301,8 +291,8 @@ WRONG_IMAGES = [
     ([[]], "row 0: nested lists of 0; expected"),
     ([], "no rows"),
     (5, "expected a list of rows"),
-    ([[[1, 2], [3, 1e39], [5, 6]]], "too large for a 32-bit float"),
-    ([[[1, 2], [3, 10**400], [5, 6]]], "too large for a 32-bit float"),
+    ([[[1, 2], [3, 1e39], [5, 6]]], "too large for float32"),
+    ([[[1, 2], [3, 10**400], [5, 6]]], "too large for float32"),
 ]
 
 
@@ -312,11 +302,11 @@ def test_image_that_does_not_fit_is_named(onnx: Any, tmp_path: Path, rows: Any, 
     assert why in bad(model, rows)
 
 
-def test_open_sizes_are_alike_within_a_request_only(onnx: Any, tmp_path: Path) -> None:
+def test_open_sizes_may_differ_between_requests_only(onnx: Any, tmp_path: Path) -> None:
     model = loaded(small(onnx, tmp_path / "m.onnx", "Identity", ["rows", "length"], "INT64"))
     assert answer(model, [[1, 2, 3]]) == [[1, 2, 3]]
     assert answer(model, [[1], [2]]) == [[1], [2]]
-    assert bad(model, [[1, 2], [3]]) == "row 1: nested lists of 1; expected nested lists of any number"
+    assert bad(model, [[1, 2], [3]]) == "row 1: nested lists of 1; expected nested lists of 2"
     assert "holds a number; expected a whole number" in bad(model, [[1.5]])
 
 
@@ -343,7 +333,7 @@ def test_number_too_large_for_its_type_is_refused(onnx: Any, tmp_path: Path) -> 
     assert "too large for uint8" in bad(model, [[0, 256]])
 
 
-def test_rows_that_only_the_model_can_refuse_are_the_callers(onnx: Any, tmp_path: Path) -> None:
+def test_rows_that_only_the_model_can_refuse_are_the_callers_fault(onnx: Any, tmp_path: Path) -> None:
     path = small(onnx, tmp_path / "m.onnx", "DepthToSpace", [None, "channels", 1, 1], blocksize=2)
     model = loaded(path, [[[[1.0]], [[2.0]], [[3.0]], [[4.0]]]])
     with pytest.raises(RowsRefused):
@@ -353,7 +343,7 @@ def test_rows_that_only_the_model_can_refuse_are_the_callers(onnx: Any, tmp_path
 # --- ONNX: what is refused
 
 
-def test_onnx_of_a_fixed_number_of_rows_says_how_to_open_it(onnx: Any, tmp_path: Path) -> None:
+def test_onnx_of_a_fixed_number_of_rows_is_refused_with_a_way_out(onnx: Any, tmp_path: Path) -> None:
     why = refusal(small(onnx, tmp_path / "m.onnx", "Identity", [1, 4]))
     assert "takes exactly 1 row(s) at a time" in why
     assert "dynamic_shapes=" in why
@@ -388,29 +378,6 @@ def test_onnx_with_weights_in_another_file_says_how_to_make_one(onnx: Any, tmp_p
     assert answer(loaded(tmp_path / "whole.onnx"), [[1, 1, 1, 1]]) == [[4, 4]]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 10, 0.1, 0.5, 0.9, 0.99, -1], ids=str)
-def test_truncated_onnx_is_told_as_damaged(onnx: Any, tmp_path: Path, kept: float) -> None:
-    path = converted(tmp_path, LogisticRegression(max_iter=500).fit(X, Y))
-    cut(path, kept)
-    assert "damaged, incomplete" in refusal(path)
-
-
-def cut(path: Path, kept: float) -> None:
-    """Keep the first bytes of a file: so many, or that part of it."""
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("suffix", [".onnx", ".pt", ".pt2", ".h5", ".keras"])
-def test_random_bytes_are_told_as_damaged(
-    onnx: Any, torch: Any, keras: Any, tmp_path: Path, suffix: str, seed: int
-) -> None:
-    path = tmp_path / f"model{suffix}"
-    path.write_bytes(np.random.default_rng(seed).bytes(4000))
-    assert "damaged, incomplete" in refusal(path)
-
-
 # --- PyTorch
 
 
@@ -437,7 +404,7 @@ def own_answers(torch: Any, network: Any, rows: Any = X) -> Any:
 
 
 def exported(torch: Any, network: Any, path: Path, example: Any = None, rows: bool = True) -> Path:
-    """Write what the error messages tell to write."""
+    """Write the model as the error messages recommend."""
     given = torch.zeros(2, 4) if example is None else example
     shapes = ({0: torch.export.Dim("rows")},) if rows else None
     torch.export.save(torch.export.export(network.eval(), (given,), dynamic_shapes=shapes), path)
@@ -523,7 +490,7 @@ def test_first_of_several_outputs_is_the_prediction(torch: Any, tmp_path: Path) 
     assert answer(model, [[1, 2, 3, 4], [1, 1, 1, 1]]) == [10, 4]
 
 
-def test_export_that_fixed_the_number_of_rows_says_how_to_open_it(torch: Any, network: Any, tmp_path: Path) -> None:
+def test_export_of_a_fixed_number_of_rows_is_refused_with_a_way_out(torch: Any, network: Any, tmp_path: Path) -> None:
     why = refusal(exported(torch, network, tmp_path / "m.pt2", torch.zeros(1, 4), rows=False))
     assert "takes exactly 1 row(s) at a time" in why
     assert 'dynamic_shapes=({0: torch.export.Dim("rows")},)' in why
@@ -534,21 +501,11 @@ def test_model_of_two_inputs_is_refused(torch: Any, tmp_path: Path) -> None:
         def forward(self, x, y):  # type: ignore[no-untyped-def]
             return x + y
 
-    program = torch.export.export(Two(), (torch.zeros(2, 4), torch.zeros(2, 4)))
-    torch.export.save(program, tmp_path / "m.pt2")
-    assert "takes 2 inputs; wrap it in a module" in refusal(tmp_path / "m.pt2")
-    assert "takes 2 inputs; wrap it in a module" in refusal(scripted_call(torch, tmp_path / "m.pt"))
-
-
-def scripted_call(torch: Any, path: Path) -> Path:
-    """Write TorchScript of two inputs."""
-
-    class Two(torch.nn.Module):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return x + y
-
-    torch.jit.trace(Two(), (torch.zeros(2, 4), torch.zeros(2, 4))).save(path)
-    return path
+    given = (torch.zeros(2, 4), torch.zeros(2, 4))
+    torch.export.save(torch.export.export(Two(), given), tmp_path / "m.pt2")
+    torch.jit.trace(Two(), given).save(tmp_path / "m.pt")
+    for suffix in MAKERS:
+        assert "takes 2 inputs; wrap it in a module" in refusal(tmp_path / f"m{suffix}")
 
 
 class Marks:
@@ -585,57 +542,40 @@ def test_the_two_lines_of_the_message_make_a_file_that_is_served(torch: Any, net
 
 
 @pytest.mark.parametrize("suffix", MAKERS)
-@pytest.mark.parametrize("kept", [0, 1, 10, 0.1, 0.5, 0.9, 0.99, -1], ids=str)
-def test_truncated_torch_file_is_told_as_damaged(
-    torch: Any, network: Any, tmp_path: Path, suffix: str, kept: float
-) -> None:
-    path = MAKERS[suffix](torch, network, tmp_path / f"m{suffix}")
-    cut(path, kept)
-    assert "damaged, incomplete" in refusal(path)
-
-
-@pytest.mark.parametrize("suffix", MAKERS)
 def test_zip_of_something_else_is_refused(torch: Any, tmp_path: Path, suffix: str) -> None:
     with zipfile.ZipFile(tmp_path / f"m{suffix}", "w") as archive:
         archive.writestr("word/document.xml", "<a/>")
     assert "not one of PyTorch's" in refusal(tmp_path / f"m{suffix}")
 
 
-def edited(path: Path, change: Callable[[str, bytes], bytes | None], **added: bytes) -> Path:
-    """Rewrite a zip archive: change its entries, leave out those that become None, add others."""
+def edited(path: Path, change: Callable[[str, str], str] = lambda _, content: content, **added: bytes) -> Path:
+    """Rewrite a zip archive: change its JSON files, and add entries."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     root = next(iter(entries)).partition("/")[0]
-    entries |= {f"{root}/{name}": content for name, content in added.items()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
-            new = change(name.partition("/")[2], content)
-            if new is not None:
-                archive.writestr(name, new)
+            archive.writestr(name, change(name, content.decode()) if name.endswith(".json") else content)
+        for name, content in added.items():
+            archive.writestr(f"{root}/{name}", content)
     return path
 
 
-def test_rewritten_archive_loads_so_that_the_next_tests_prove_something(
-    torch: Any, network: Any, tmp_path: Path
+@pytest.mark.parametrize(("kind", "payload"), [("weights", "weight_9"), ("constants", "tensor_9")])
+def test_pickled_payload_of_an_export_is_not_unpickled(
+    torch: Any, network: Any, tmp_path: Path, kind: str, payload: str
 ) -> None:
-    path = edited(exported(torch, network, tmp_path / "m.pt2"), lambda _, content: content)
-    assert answer(loaded(path), ROWS) == own_answers(torch, network).tolist()
+    marker, content = tmp_path / "marker", io.BytesIO()
+    torch.save(Marks(marker), content)
+    entry = {"path_name": payload, "is_param": False, "use_pickle": True, "tensor_meta": None}
 
+    def change(name: str, content: str) -> str:
+        if not name.endswith(f"data/{kind}/model_{kind}_config.json"):
+            return content
+        return json.dumps({"config": json.loads(content)["config"] | {"mine": entry}})
 
-@pytest.mark.parametrize("kind", ["weights", "constants"])
-def test_pickled_payload_of_an_export_is_not_unpickled(torch: Any, network: Any, tmp_path: Path, kind: str) -> None:
-    marker, payload = tmp_path / "marker", io.BytesIO()
-    torch.save(Marks(marker), payload)
-
-    def change(name: str, content: bytes) -> bytes:
-        if name == f"data/{kind}/model_{kind}_config.json":
-            config = json.loads(content)
-            entry = {"path_name": "tensor_9", "is_param": False, "use_pickle": True, "tensor_meta": None}
-            config["config"] = config["config"] | {"mine": entry}
-            return json.dumps(config).encode()
-        return content
-
-    path = edited(exported(torch, network, tmp_path / "m.pt2"), change, **{f"data/{kind}/tensor_9": payload.getvalue()})
+    added = {f"data/{kind}/{payload}": content.getvalue()}
+    path = edited(exported(torch, network, tmp_path / "m.pt2"), change, **added)
     assert "holds pickled objects" in refusal(path)
     assert not marker.exists()
 
@@ -644,11 +584,12 @@ def test_pickled_payload_of_an_export_is_not_unpickled(torch: Any, network: Any,
     ("name", "why"),
     [
         ("data/constants/opaque_obj_0", "not tensors"),
+        ("DATA/constants/opaque_obj_0", "not tensors"),  # PyTorch finds entries regardless of case
         ("data/constants/custom_obj_0", "not tensors"),
         ("data/weights/model.pt", "not tensors"),
         ("data/constants/model.pt", "not tensors"),
         ("data/aotinductor/model/library.so", "holds compiled code"),
-        ("data/sample_inputs/model.pt", "sample inputs that are not plain tensors"),
+        ("data/sample_inputs/other.pt", "sample inputs that are not plain tensors"),
     ],
 )
 def test_entry_of_an_export_that_would_run_code_is_refused(
@@ -657,46 +598,66 @@ def test_entry_of_an_export_that_would_run_code_is_refused(
     marker, payload = tmp_path / "marker", io.BytesIO()
     torch.save(Marks(marker), payload)
     content = pickle.dumps(Marks(marker)) if "opaque" in name else payload.getvalue()
-    path = edited(exported(torch, network, tmp_path / "m.pt2"), lambda _, old: old, **{name: content})
+    path = edited(exported(torch, network, tmp_path / "m.pt2"), **{name: content})
     assert why in refusal(path)
     assert not marker.exists()
 
 
-def test_size_that_is_a_program_is_not_evaluated(torch: Any, network: Any, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
+NOT_AN_OPERATOR = "calls torch.serialization.os.system, which is not one of PyTorch's own operators"
+LEAF = json.dumps(json.dumps([1, {"type": None, "context": None, "children_spec": []}]))
+ENUM = json.dumps([{"__enum__": True, "fqn": "__hello__:main", "name": "x"}])
+IMPORTING = json.dumps(json.dumps([1, {"type": "builtins.list", "context": ENUM, "children_spec": []}]))
 
-    def change(name: str, content: bytes) -> bytes:
-        if name == "models/model.json":
-            mine = f"__import__('pathlib').Path({str(marker)!r}).touch()"
-            assert b'"expr_str": "Symbol(' in content
-            return content.replace(b'"expr_str": "Symbol(', b'"expr_str": "' + mine.encode() + b" or Symbol(")
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({'"expr_str": "Symbol(': '"expr_str": "CODE or Symbol('}, "holds a size that is not plain arithmetic"),
+        ({'{"name": "input"}': '{"name": "input=CODE"}', '"input": {': '"input=CODE": {'}, "as a name"),
+        ({"torch.ops.aten.relu.default": "torch.serialization.os.system"}, NOT_AN_OPERATOR),
+        ({'"as_tensor": {"name": "linear"}': '"as_operator": "torch.serialization.os.system"'}, NOT_AN_OPERATOR),
+        ({f'"out_spec": {LEAF}': f'"out_spec": {IMPORTING}'}, "in other containers than lists, tuples and dicts"),
+        ({f'"out_spec": {LEAF}': f'"out_spec": {IMPORTING.replace("_", chr(92) * 6 + "u005f")}'}, "other containers"),
+    ],
+    ids=["size", "name", "operator", "operator as an argument", "import", "import with escapes"],
+)
+def test_program_of_an_export_that_would_run_code_is_refused(
+    torch: Any, network: Any, tmp_path: Path, changes: dict[str, str], why: str
+) -> None:
+    code = f"__import__('pathlib').Path('{tmp_path}/marker').touch()"
+
+    def change(name: str, content: str) -> str:
+        for old, new in changes.items():
+            assert old in content or "models" not in name
+            content = content.replace(old, new.replace("CODE", code))
         return content
 
-    path = edited(exported(torch, network, tmp_path / "m.pt2"), change)
-    assert "holds a size that is not plain arithmetic" in refusal(path)
-    assert not marker.exists()
-
-
-def test_operator_that_is_not_pytorchs_is_refused(torch: Any, network: Any, tmp_path: Path) -> None:
-    def change(name: str, content: bytes) -> bytes:
-        return content.replace(b"torch.ops.aten.relu.default", b"torch.serialization.os.system")
-
-    path = edited(exported(torch, network, tmp_path / "m.pt2"), change)
-    assert "calls torch.serialization.os.system, which is not one of PyTorch's own operators" in refusal(path)
+    assert why in refusal(edited(exported(torch, network, tmp_path / "m.pt2"), change))
+    assert not (tmp_path / "marker").exists()
+    assert "__hello__" not in sys.modules
 
 
 def test_guard_that_is_a_program_is_not_run(torch: Any, network: Any, tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
+    guard = f"__import__('pathlib').Path('{tmp_path}/marker').touch() is None"
+    path = edited(
+        exported(torch, network, tmp_path / "m.pt2"),
+        lambda _, content: content.replace('"guards_code": []', f'"guards_code": ["{guard}"]'),
+    )
+    assert answer(loaded(path), ROWS) == own_answers(torch, network).tolist()
+    assert not (tmp_path / "marker").exists()
 
-    def change(name: str, content: bytes) -> bytes:
-        if name == "models/model.json":
-            mine = f"__import__('pathlib').Path({str(marker)!r}).touch() is None"
-            return json.dumps(json.loads(content) | {"guards_code": [mine]}).encode()
-        return content
 
-    model = loaded(edited(exported(torch, network, tmp_path / "m.pt2"), change))
+def test_output_may_have_any_key_and_layers_any_name(torch: Any, network: Any, tmp_path: Path) -> None:
+    class Keyed(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleDict({"my-layer é": network})
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return {"score (é)": self.layers["my-layer é"](x)}
+
+    model = loaded(exported(torch, Keyed(), tmp_path / "m.pt2"))
     assert answer(model, ROWS) == own_answers(torch, network).tolist()
-    assert not marker.exists()
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # of recurrent layers at their export
@@ -774,31 +735,43 @@ def test_keras_model_of_images(keras: Any, tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", KERAS_SUFFIXES)
+@pytest.mark.parametrize("deep", [False, True])
 def test_lambda_layer_is_refused_before_its_bytecode_is_read(
-    keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, deep: bool
 ) -> None:
     net = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: x * 2)])
+    if deep:
+        rows = keras.Input((4,))
+        net = keras.Model(rows, keras.layers.Dense(1)(net(rows)))
     net.save(tmp_path / f"m{suffix}")
     monkeypatch.setattr("marshal.loads", lambda *_: pytest.fail("read the bytecode"))
-    monkeypatch.setattr(keras.saving, "load_model", lambda *_, **__: pytest.fail("loaded the model"))
-    why = refusal(tmp_path / f"m{suffix}")
-    assert "has a layer that holds code" in why
-    assert "Lambda" in why
+    assert "has a layer that holds code (Lambda), which is not loaded" in refusal(tmp_path / f"m{suffix}")
 
 
-def test_lambda_layer_deep_within_a_model_is_refused(keras: Any, tmp_path: Path) -> None:
-    inner = keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: x * 2)])
-    rows = keras.Input((4,))
-    keras.Model(rows, keras.layers.Dense(1)(inner(rows))).save(tmp_path / "m.h5")
-    assert "holds code (Lambda" in refusal(tmp_path / "m.h5")
-
-
-def test_pytorch_module_within_a_keras_model_is_refused(keras: Any, torch: Any, tmp_path: Path) -> None:
-    net = keras.Sequential(
-        [keras.Input((4,)), keras.layers.TorchModuleWrapper(torch.nn.Linear(4, 2), output_shape=(None, 2))]
+@pytest.mark.parametrize(("spelling", "module"), [("Lambda", "keras.layers"), ("layers.Lambda", "keras")])
+def test_lambda_layer_of_a_named_function_is_refused(keras: Any, tmp_path: Path, spelling: str, module: str) -> None:
+    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(keras.ops.relu)]).save(tmp_path / "m.keras")
+    layer = '"module": "keras.layers", "class_name": "Lambda"'
+    path = edited(
+        tmp_path / "m.keras",
+        lambda _, content: content.replace(layer, f'"module": "{module}", "class_name": "{spelling}"'),
     )
-    net.save(tmp_path / "m.keras")
-    assert "holds code (TorchModuleWrapper)" in refusal(tmp_path / "m.keras")
+    with zipfile.ZipFile(path) as archive:
+        assert f'"class_name": "{spelling}"' in archive.read("config.json").decode()
+    assert "has a layer that holds code (Lambda), which is not loaded" in refusal(path)
+
+
+@pytest.mark.parametrize("suffix", KERAS_SUFFIXES)
+def test_pytorch_module_within_a_keras_model_is_refused(
+    keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    import torch
+
+    wrapped = keras.layers.TorchModuleWrapper(torch.nn.Linear(4, 2), output_shape=(None, 2))
+    keras.Sequential([keras.Input((4,)), wrapped]).save(tmp_path / f"m{suffix}")
+    monkeypatch.setattr("pickle.Unpickler", lambda *_, **__: pytest.fail("unpickled the module"))
+    why = refusal(tmp_path / f"m{suffix}")
+    assert "torch.nn.Module" in why or "TorchModuleWrapper" in why
 
 
 @pytest.mark.parametrize("suffix", KERAS_SUFFIXES)
@@ -813,7 +786,7 @@ def test_layer_of_ones_own_is_refused_with_a_way_out(keras: Any, tmp_path: Path,
     assert "has a layer of your own, Mine," in why
 
 
-def test_keras_weights_without_a_model_are_told(keras: Any, trained_keras: Any, tmp_path: Path) -> None:
+def test_keras_weights_without_a_model_are_named(keras: Any, trained_keras: Any, tmp_path: Path) -> None:
     trained_keras.save_weights(tmp_path / "m.weights.h5")
     assert "holds weights without a model" in refusal(tmp_path / "m.weights.h5")
 
@@ -829,17 +802,62 @@ def test_keras_model_of_a_fixed_number_of_rows_is_refused(keras: Any, tmp_path: 
     assert "takes exactly 5 row(s) at a time" in refusal(tmp_path / "m.keras")
 
 
-@pytest.mark.parametrize("suffix", KERAS_SUFFIXES)
+# --- all of them
+
+
+@pytest.fixture(params=[".onnx", ".pt", ".pt2", ".keras", ".h5"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
+    """A model of each format in turn, in a file, with what its own library predicts for X."""
+    suffix, made = request.param, request.getfixturevalue
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".onnx":
+        made("onnx")
+        iris = LogisticRegression(max_iter=500).fit(X, Y)
+        return converted(tmp_path, iris), iris.predict(X)
+    if suffix in MAKERS:
+        return MAKERS[suffix](made("torch"), made("network"), path), own_answers(made("torch"), made("network"))
+    made("trained_keras").save(path)
+    return path, made("trained_keras").predict(X, verbose=0)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 10, 0.1, 0.5, 0.9, 0.99, -1], ids=str)
-def test_truncated_keras_file_is_told_as_damaged(
-    keras: Any, trained_keras: Any, tmp_path: Path, suffix: str, kept: float
-) -> None:
-    trained_keras.save(tmp_path / f"m{suffix}")
-    cut(tmp_path / f"m{suffix}", kept)
-    assert "damaged, incomplete" in refusal(tmp_path / f"m{suffix}")
+def test_truncated_file_is_reported_as_damaged(saved: tuple[Path, Any], kept: float) -> None:
+    path, _ = saved
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    assert "damaged, incomplete" in refusal(path)
 
 
-# --- libraries that are not here, and SavedModel
+def test_random_bytes_are_reported_as_damaged(saved: tuple[Path, Any]) -> None:
+    path, _ = saved
+    for seed in range(4):
+        path.write_bytes(np.random.default_rng(seed).bytes(4000))
+        assert "damaged, incomplete" in refusal(path)
+
+
+# --- libraries and modules that are not here, and SavedModel
+
+
+@pytest.mark.parametrize("removed", ["onnx", "torch", "keras", "base archive_checks onnx torch keras"])
+def test_format_whose_module_was_removed_is_named_and_the_others_stay(tmp_path: Path, removed: str) -> None:
+    shutil.copytree(ROOT / "model", tmp_path / "model", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in removed.split():
+        (tmp_path / f"model/formats/{name}.py").unlink(missing_ok=True)
+    program = """
+        import importlib, sys
+        from pathlib import Path
+        from model import formats
+        for suffix, loader in formats.LOADERS.items():
+            module = loader.partition(":")[0]
+            if module.removeprefix("model.formats.") not in sys.argv[1].split():
+                importlib.import_module(module)
+                continue
+            try:
+                formats.load(Path("gone" + suffix))
+            except formats.ModelLoadError as error:
+                assert f"was installed without {module}, which {suffix} files need" in str(error), error
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), removed], cwd=tmp_path, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -894,35 +912,15 @@ def test_each_library_runs_in_as_many_threads_as_a_worker_has(
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt", ".pt2", ".keras", ".h5"])
-def test_served_by_gunicorn_over_http(
-    onnx: Any, torch: Any, network: Any, trained_keras: Any, tmp_path: Path, suffix: str
-) -> None:
+def test_served_by_gunicorn_over_http(saved: tuple[Path, Any], tmp_path: Path) -> None:
     from conftest import gunicorn
 
-    path = tmp_path / f"model{suffix}"
-    if suffix == ".onnx":
-        trained = LogisticRegression(max_iter=500).fit(X, Y)
-        converted(tmp_path, trained, options={"zipmap": False})
-        expected = trained.predict(X)
-    elif suffix in MAKERS:
-        MAKERS[suffix](torch, network, path)
-        expected = own_answers(torch, network)
-    else:
-        trained_keras.save(path)
-        expected = trained_keras.predict(X, verbose=0)
+    path, expected = saved
     with gunicorn(tmp_path, model_path=path) as server:
         for rows in (ROWS[:1], ROWS, ROWS * 10):  # the longest goes to a native thread
             status, answered = server.predict(rows)
             assert status == 200, answered
             assert np.allclose(answered["prediction"], np.tile(expected.T, 10).T[: len(rows)], rtol=1e-5, atol=1e-6)
-
-
-def test_learned_signature_is_the_one_that_the_file_tells(onnx: Any, tmp_path: Path) -> None:
-    path = small(onnx, tmp_path / "m.onnx", "Identity", [None, 3])
-    signature, rows = learn(formats.load(path))
-    assert len(signature.columns or ()) == 3
-    assert rows == [[0.0, 0.0, 0.0]] * 2
 
 
 @pytest.mark.long

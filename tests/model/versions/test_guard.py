@@ -18,9 +18,18 @@ import pytest
 from conftest import ROOT
 
 from model.__main__ import main
-from model.versions.guard import FAULTS, MINIMUM, STRETCH, Guard, Tally, judge, veto
+from model.versions.guard import (
+    FAULTS,
+    MAX_CANARY_REQUESTS,
+    MIN_REQUESTS,
+    Guard,
+    Tail,
+    Tally,
+    judge,
+    local_rollback,
+)
 from model.versions.store import Routing, Store, write_json
-from monitor import Journal, Tail, log_monitor, segments
+from monitor import Journal, log_monitor, segments
 
 Answers = tuple[float, float, float]  # the share that fails, the median in seconds, and sigma of a log-normal spread
 GOOD: Answers = (0.001, 0.01, 0.5)
@@ -36,7 +45,7 @@ def drawn(dice: random.Random, count: int, answers: Answers) -> Iterator[dict[st
 
 
 def tally(count: int, answers: Answers, seed: int = 0) -> Tally:
-    """Return what became of so many requests."""
+    """Return the outcomes of so many requests."""
     found = Tally()
     for record in drawn(random.Random(seed), count, answers):
         found.add(record)
@@ -85,11 +94,11 @@ def test_canary_that_is_no_worse_is_left_alone(stable: Answers, canary: Answers)
 
 
 def test_few_requests_say_nothing() -> None:
-    plenty, bad = tally(MINIMUM, GOOD), (1.0, 1.0, 0.5)
+    plenty, bad = tally(MIN_REQUESTS, GOOD), (1.0, 1.0, 0.5)
     assert judge(Tally(), Tally()) == ""
-    assert judge(plenty, tally(MINIMUM - 1, bad)) == ""
-    assert judge(tally(MINIMUM - 1, GOOD), tally(MINIMUM, bad)) == ""
-    assert judge(plenty, tally(MINIMUM, bad)) != ""
+    assert judge(plenty, tally(MIN_REQUESTS - 1, bad)) == ""
+    assert judge(tally(MIN_REQUESTS - 1, GOOD), tally(MIN_REQUESTS, bad)) == ""
+    assert judge(plenty, tally(MIN_REQUESTS, bad)) != ""
 
 
 def test_times_of_few_answers_say_nothing() -> None:
@@ -99,7 +108,7 @@ def test_times_of_few_answers_say_nothing() -> None:
 
 
 def test_one_failure_where_there_was_none_is_no_reason() -> None:
-    canary = tally(MINIMUM - 1, (0.0, 0.01, 0.5))
+    canary = tally(MIN_REQUESTS - 1, (0.0, 0.01, 0.5))
     canary.add({"error_type": "internal", "success": False, "response_time": 0.01})
     assert judge(tally(20_000, (0.0, 0.01, 0.5)), canary) == ""
 
@@ -107,20 +116,20 @@ def test_one_failure_where_there_was_none_is_no_reason() -> None:
 def test_incident_that_befalls_both_is_held_against_neither(guard: Guard, store: Store) -> None:
     routing = store.canary("2", 5, guard=True)
     incident = (0.1, 0.01, 0.5)
-    for look in range(90):
-        answers = incident if look < 20 else GOOD
-        records = requests("stable", 950 + look, answers) + requests("canary", 50 + look % 7, answers)
-        assert guard.look(routing, records) == "", f"at look {look}"
+    for turn in range(90):
+        answers = incident if turn < 20 else GOOD
+        records = requests("stable", 950 + turn, answers) + requests("canary", 50 + turn % 7, answers)
+        assert guard.evaluate(routing, records) == "", f"at evaluation {turn}"
 
 
 def test_canary_that_turns_bad_late_is_found(guard: Guard, store: Store) -> None:
     routing = store.canary("2", 5, guard=True)
     for _ in range(60):
-        assert guard.look(routing, requests("stable", 950) + requests("canary", 50)) == ""
-    looks = 0
-    while not guard.look(routing, requests("stable", 950) + requests("canary", 50, BAD)):
-        looks += 1
-        assert looks < 2 * STRETCH / 50
+        assert guard.evaluate(routing, requests("stable", 950) + requests("canary", 50)) == ""
+    turns = 0
+    while not guard.evaluate(routing, requests("stable", 950) + requests("canary", 50, BAD)):
+        turns += 1
+        assert turns < 2 * MAX_CANARY_REQUESTS / 50
 
 
 @pytest.mark.parametrize("error_type", ["client", "auth", "", "model", "overload", "internal"])
@@ -134,7 +143,7 @@ def test_faults_are_ours_and_not_the_callers(error_type: str) -> None:
 def test_rows_that_only_the_canary_refuses_count_against_it(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
     refused = requests("canary", 300, (0.0, 0.01, 0.5), error_type="client", success=False, status=422)
-    assert "requests failed" in guard.look(routing, requests("stable", 1000) + refused)
+    assert "requests failed" in guard.evaluate(routing, requests("stable", 1000) + refused)
 
 
 def test_rows_that_both_refuse_count_against_neither(guard: Guard, store: Store) -> None:
@@ -143,13 +152,13 @@ def test_rows_that_both_refuse_count_against_neither(guard: Guard, store: Store)
     for _ in range(5):
         records = requests("stable", 200) + requests("stable", 100, **refused)
         records += requests("canary", 100) + requests("canary", 50, **refused)
-        assert guard.look(routing, records) == ""
+        assert guard.evaluate(routing, records) == ""
 
 
-def watch(dice: random.Random, stable: Answers, canary: Answers, rate: int, weight: float, looks: int) -> str:
-    """Watch a canary at so many requests a look, and return why it was taken back, if it was."""
+def watch(dice: random.Random, stable: Answers, canary: Answers, rate: int, weight: float, turns: int) -> str:
+    """Evaluate a canary again and again, each time after `rate` more requests; return why it was rolled back, or ""."""
     tallies = Tally(), Tally()
-    for _ in range(looks):
+    for _ in range(turns):
         share = sum(dice.random() < weight / 100 for _ in range(rate))
         for found, count, answers in zip(tallies, (rate - share, share), (stable, canary), strict=True):
             for record in drawn(dice, count, answers):
@@ -160,20 +169,20 @@ def watch(dice: random.Random, stable: Answers, canary: Answers, rate: int, weig
 
 
 @pytest.mark.parametrize("watches", [30, pytest.param(300, marks=pytest.mark.long)])
-def test_good_canaries_are_left_alone_look_after_look(watches: int) -> None:
+def test_good_canaries_are_left_alone_time_after_time(watches: int) -> None:
     dice, alike = random.Random(5), (0.01, 0.01, 1.0)
-    taken_back = [watch(dice, alike, alike, 100, dice.uniform(5, 50), looks=30) for _ in range(watches)]
-    assert [reason for reason in taken_back if reason] == []
+    rolled_back = [watch(dice, alike, alike, 100, dice.uniform(5, 50), turns=30) for _ in range(watches)]
+    assert [reason for reason in rolled_back if reason] == []
 
 
 @pytest.mark.parametrize("canary", [(0.05, 0.01, 0.5), (0.001, 0.03, 0.5)], ids=["fails", "slow"])
-def test_bad_canaries_are_taken_back_within_two_thousand_requests(canary: Answers) -> None:
+def test_bad_canaries_are_rolled_back_within_two_thousand_requests(canary: Answers) -> None:
     dice = random.Random(6)
-    taken_back = [watch(dice, GOOD, canary, 100, 50, looks=40) for _ in range(8)]
-    assert all(taken_back)
+    rolled_back = [watch(dice, GOOD, canary, 100, 50, turns=40) for _ in range(8)]
+    assert all(rolled_back)
 
 
-# --- looking at records
+# --- evaluating records
 
 
 @pytest.fixture
@@ -183,9 +192,9 @@ def store(tmp_path: Path) -> Store:
     artifact = tmp_path / "model.joblib"
     artifact.write_bytes(b"not really a model")
     for name in "1", "2":
-        with store.prepare(artifact, name) as (manifest, beside):
+        with store.prepare(artifact, name) as (manifest, staging):
             known = {"sample": [[1.0]], "predictions": [1.0]}
-            store.publish(replace(manifest, about=manifest.about | known), beside)
+            store.publish(replace(manifest, about=manifest.about | known), staging)
     store.promote("1")
     store.canary("2", 5, guard=True)
     return store
@@ -208,22 +217,22 @@ def requests(variant: str, count: int, answers: Answers = GOOD, /, **changes: An
 BAD: Answers = (0.3, 0.01, 0.5)
 
 
-def test_bad_canary_is_taken_back_in_the_store(guard: Guard, store: Store, tmp_path: Path) -> None:
+def test_bad_canary_is_rolled_back_in_the_store(guard: Guard, store: Store, tmp_path: Path) -> None:
     routing = Routing.read(store.directory)
-    assert guard.look(routing, requests("stable", 2000)) == ""
-    assert guard.look(routing, requests("canary", 100, BAD)) == ""
-    reason = guard.look(routing, requests("canary", 300, BAD))
+    assert guard.evaluate(routing, requests("stable", 2000)) == ""
+    assert guard.evaluate(routing, requests("canary", 100, BAD)) == ""
+    reason = guard.evaluate(routing, requests("canary", 300, BAD))
     assert re.fullmatch(r"\d\d\.\d % of its 400 requests failed, of stable's 0\.\d %", reason)
     now = Routing.read(store.directory)
     assert (now.stable, now.canary, now.guard, now.generation) == ("1", "", False, routing.generation + 1)
     assert now.why == f"guard, {reason}: canary 2"
-    assert veto(tmp_path / "state") == ("", "")
+    assert local_rollback(tmp_path / "state") == ("", "")
 
 
 def test_good_canary_stays(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
     for _ in range(20):
-        assert guard.look(routing, requests("stable", 300) + requests("canary", 100)) == ""
+        assert guard.evaluate(routing, requests("stable", 300) + requests("canary", 100)) == ""
     assert Routing.read(store.directory) == routing
 
 
@@ -245,58 +254,54 @@ def test_only_the_canarys_own_records_since_the_change_count(
     guard: Guard, store: Store, changes: Any, counts: bool
 ) -> None:
     routing = Routing.read(store.directory)
-    reason = guard.look(routing, requests("stable", 1000) + requests("canary", 1000, BAD, **changes))
+    reason = guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD, **changes))
     assert bool(reason) is counts
 
 
 def test_change_of_the_routing_begins_anew(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
-    assert guard.look(routing, requests("stable", 1000) + requests("canary", 100, BAD)) == ""
+    assert guard.evaluate(routing, requests("stable", 1000) + requests("canary", 100, BAD)) == ""
     routing = store.canary("2", 10, guard=True)
-    assert guard.look(routing, requests("canary", 300, BAD)) == ""  # nothing is known of stable any more
-    assert guard.look(routing, requests("stable", 300)) != ""
+    assert guard.evaluate(routing, requests("canary", 300, BAD)) == ""  # nothing is known of stable any more
+    assert guard.evaluate(routing, requests("stable", 300)) != ""
 
 
 def test_routing_that_was_changed_meanwhile_is_left_alone(guard: Guard, store: Store, tmp_path: Path) -> None:
     judged = Routing.read(store.directory)
     for change in range(3):
         now = store.canary("2", 10 + change)
-        assert guard.look(judged, requests("stable", 1000) + requests("canary", 1000, BAD)) == ""
+        assert guard.evaluate(judged, requests("stable", 1000) + requests("canary", 1000, BAD)) == ""
         assert Routing.read(store.directory) == now
-    assert veto(tmp_path / "state") == ("", "")
+    assert local_rollback(tmp_path / "state") == ("", "")
 
 
 @pytest.mark.parametrize("lock", ["directory", "broken routing"])
-def test_guard_that_cannot_write_the_store_leaves_a_veto(guard: Guard, store: Store, tmp_path: Path, lock: str) -> None:
+def test_guard_that_cannot_write_the_store_rolls_back_on_this_host(
+    guard: Guard, store: Store, tmp_path: Path, lock: str
+) -> None:
     routing = Routing.read(store.directory)
     if lock == "directory":  # as good as a read-only store, also for root
         (store.directory / ".lock").unlink()
         (store.directory / ".lock").mkdir()
     else:
         (store.directory / "routing.json").write_text("{")
-    reason = guard.look(routing, requests("stable", 1000) + requests("canary", 1000, BAD))
+    reason = guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD))
     assert "requests failed" in reason
-    assert veto(tmp_path / "state") == (routing.mark, reason)
+    assert local_rollback(tmp_path / "state") == (routing.etag, reason)
     known = json.loads((tmp_path / "state/guard.json").read_text())
-    assert known == {"routing": routing.mark, "canary": "2", "reason": reason}
+    assert known == {"routing": routing.etag, "canary": "2", "reason": reason}
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "5", "{}", '{"generation": 3}', '{"generation": "x", "reason": ""}', "\xff", "[" * 9999],
 )
-def test_veto_that_makes_no_sense_is_none(tmp_path: Path, text: str) -> None:
+def test_local_rollback_that_is_not_valid_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "guard.json").write_text(text, "latin-1")
-    assert veto(tmp_path) == ("", "")
+    assert local_rollback(tmp_path) == ("", "")
 
 
-@pytest.mark.parametrize("number", ["1e400", "NaN", "Infinity", "[1]", "null"])
-def test_veto_of_an_odd_generation_is_none(tmp_path: Path, number: str) -> None:
-    (tmp_path / "guard.json").write_text(f'{{"generation": {number}, "reason": ""}}')
-    assert veto(tmp_path) == ("", "")
-
-
-def test_list_takes_no_missing_veto_for_one_on_a_routing_written_by_hand(
+def test_list_shows_no_rollback_for_a_routing_written_by_hand(
     store: Store, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     write_json(
@@ -304,13 +309,13 @@ def test_list_takes_no_missing_veto_for_one_on_a_routing_written_by_hand(
     )
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path))
     assert main(["--dir", str(store.directory), "list"]) == 0
-    assert "taken back" not in capsys.readouterr().out
+    assert "rolled back" not in capsys.readouterr().out
 
 
 ODD: list[Any] = [None, True, -1, 1.5, "", "x", "canary", [], {}, [1]]
 
 
-def test_foreign_and_odd_records_are_passed_over(guard: Guard, store: Store) -> None:
+def test_foreign_and_odd_records_are_skipped(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
     foreign: list[dict[str, Any]] = [
         {},
@@ -322,9 +327,9 @@ def test_foreign_and_odd_records_are_passed_over(guard: Guard, store: Store) -> 
     foreign += [{name: value for name, value in sound.items() if name != missing} for missing in sound]
     foreign += [sound | {name: odd} for name in sound for odd in ODD]
     for record in foreign:
-        assert guard.look(routing, [record]) == ""
-    assert guard.look(routing, foreign * 10) == ""
-    assert guard.look(routing, requests("stable", 1000) + requests("canary", 1000, BAD)) != ""
+        assert guard.evaluate(routing, [record]) == ""
+    assert guard.evaluate(routing, foreign * 10) == ""
+    assert guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD)) != ""
 
 
 @pytest.mark.parametrize("changed", ["", "yesterday", "2026-13-01T00:00:00Z", "5"])
@@ -334,36 +339,36 @@ def test_routing_written_by_hand_is_guarded_as_well(guard: Guard, store: Store, 
     routing = Routing.read(store.directory)
     assert routing.generation == 0
     old = {"time": 1.0}  # nobody knows since when
-    assert guard.look(routing, requests("stable", 1000, **old) + requests("canary", 1000, BAD, **old)) != ""
+    assert guard.evaluate(routing, requests("stable", 1000, **old) + requests("canary", 1000, BAD, **old)) != ""
     assert Routing.read(store.directory).canary == ""
 
 
 # --- one guard at a time
 
 
-def test_only_one_process_has_the_turn(guard: Guard, tmp_path: Path) -> None:
+def test_only_one_process_guards(guard: Guard, tmp_path: Path) -> None:
     other = Guard(tmp_path / "state", tmp_path / "store")
-    assert guard.has_turn()
-    assert guard.has_turn()
-    assert not other.has_turn()
+    assert guard.acquire()
+    assert guard.acquire()
+    assert not other.acquire()
     script = (
-        "import sys; from pathlib import Path; from model.versions.guard import Guard; "
-        "print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).has_turn())"
+        "import sys; from pathlib import Path; from model.versions.guard import Tail, Guard; "
+        "print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).acquire())"
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "state")]
     assert subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "False\n"
-    guard.let_go()  # as the end of its process would
-    assert other.has_turn()
-    assert not guard.has_turn()
+    guard.release()  # as the end of its process would
+    assert other.acquire()
+    assert not guard.acquire()
 
 
-def test_forked_child_does_not_keep_the_turn(tmp_path: Path) -> None:
+def test_forked_child_does_not_keep_the_guards_lock(tmp_path: Path) -> None:
     script = """
 import os, sys
 from pathlib import Path
 from model.versions.guard import Guard
 guard = Guard(Path(sys.argv[1]), Path(sys.argv[1]))
-assert guard.has_turn()
+assert guard.acquire()
 out, into = os.pipe()
 held, go = os.pipe()
 if not os.fork():
@@ -372,17 +377,12 @@ if not os.fork():
     os.read(held, 1)  # until the parent ends
     os._exit(0)
 os.read(out, 2)
-guard.let_go()
-print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).has_turn())
+guard.release()
+print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).acquire())
 """
     asked = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("True\n", "")
-
-
-def test_guard_without_a_directory_says_so(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"guard\.lock"):
-        Guard(tmp_path / "gone", tmp_path / "store").has_turn()
 
 
 # --- the tail of a journal

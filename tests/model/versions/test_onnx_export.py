@@ -36,9 +36,8 @@ pytest.importorskip("skl2onnx", reason="skl2onnx is not installed: pip install -
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -r requirements/onnx.txt")
 
 from model.formats import ModelLoadError
-from model.loaded import LoadedModel, load_version
+from model.loaded import LoadedModel, load_model
 from model.versions.onnx_export import TOLERANCE, NotExported, Report, export
-from model.versions.store import Manifest
 
 IRIS = load_iris(as_frame=True)
 X, Y = IRIS.data, IRIS.target
@@ -57,7 +56,7 @@ def saved(tmp_path: Path, model: Any) -> Path:
 def exported(tmp_path: Path, model: Any, sample: list[Any] | None = None, **options: Any) -> tuple[Report, LoadedModel]:
     """Export a model; return the report and the file as the server loads it."""
     report = export(saved(tmp_path, model), tmp_path / "model.onnx", sample, **options)
-    return report, load_version(Manifest(tmp_path / "model.onnx"))
+    return report, load_model(tmp_path / "model.onnx")
 
 
 def refusal(tmp_path: Path, model: Any, sample: list[Any] | None = None) -> str:
@@ -72,7 +71,7 @@ def refusal(tmp_path: Path, model: Any, sample: list[Any] | None = None) -> str:
 
 def answer(model: LoadedModel, rows: list[Any], method: str = "predict") -> Any:
     """Ask as a request does."""
-    result = model.predict(model.signature.parse(rows), method)
+    result = model.call(model.signature.parse(rows), method)
     return result.tolist() if isinstance(result, np.ndarray) else result
 
 
@@ -92,7 +91,7 @@ CLASSIFIERS = {
 def test_classifier_answers_as_before(tmp_path: Path, name: str, labels: Any) -> None:
     trained = CLASSIFIERS[name].fit(X, labels)
     report, model = exported(tmp_path, trained, ROWS)
-    assert (report.rows, report.made_up, report.labels, report.compared) == (150, False, 0, "predict_proba")
+    assert (report.rows, report.synthetic, report.labels, report.compared) == (150, False, 0, "predict_proba")
     assert report.absolute < 1e-6
     assert answer(model, ROWS) == trained.predict(X).tolist()
     assert np.allclose(answer(model, ROWS, "predict_proba"), trained.predict_proba(X), atol=1e-6)
@@ -101,7 +100,7 @@ def test_classifier_answers_as_before(tmp_path: Path, name: str, labels: Any) ->
 def test_file_takes_the_same_requests_as_the_model(tmp_path: Path) -> None:
     trained = make_pipeline(SimpleImputer(), StandardScaler(), LogisticRegression()).fit(X, NAMES)
     _, model = exported(tmp_path, trained)
-    before = load_version(Manifest(tmp_path / "model.joblib"))
+    before = load_model(tmp_path / "model.joblib")
     assert model.signature.describe() == before.signature.describe()
     assert model.classes == before.classes == ["setosa", "versicolor", "virginica"]
     named = [dict(zip(reversed(X.columns), reversed(row), strict=True)) for row in ROWS]
@@ -213,7 +212,7 @@ def test_boosting_on_large_numbers_is_refused_for_its_thresholds_have_no_single_
     why = refusal(tmp_path, trained, LARGE.tolist() if given else None)
     assert "labels differ" in why
     assert "0 labels differ" not in why.replace("0 rows", "")
-    assert "Nothing was written; --force writes it all the same" in why
+    assert "Nothing was written; --force writes it anyway" in why
 
 
 def test_force_writes_what_differs_and_says_by_how_much(tmp_path: Path) -> None:
@@ -234,7 +233,7 @@ def test_refused_export_leaves_an_older_file_as_it_was(tmp_path: Path) -> None:
 
 def test_neighbours_that_are_equally_near_make_a_refusal(tmp_path: Path) -> None:
     trained = KNeighborsClassifier().fit(np.round(X, 1), Y)
-    assert "its ONNX form answers otherwise" in refusal(tmp_path, trained, np.round(X, 1).to_numpy().tolist())
+    assert "its ONNX form predicts differently" in refusal(tmp_path, trained, np.round(X, 1).to_numpy().tolist())
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["sample", "made up"])
@@ -242,9 +241,9 @@ def test_forest_that_knows_no_missing_values_takes_none_as_onnx(tmp_path: Path, 
     trained = RandomForestClassifier(20, random_state=0).fit(X, Y)
     report, model = exported(tmp_path, trained, ROWS if given else None)
     assert (report.labels, report.null) == (0, False)
-    assert "null is refused" in str(report)
+    assert "null is rejected" in str(report)
     assert not any(column.nullable for column in model.signature.columns or ())
-    before = load_version(Manifest(tmp_path / "model.joblib"))
+    before = load_model(tmp_path / "model.joblib")
     assert all(column.nullable for column in before.signature.columns or ())
 
 
@@ -263,7 +262,7 @@ def test_vote_that_is_even_is_told(tmp_path: Path) -> None:
     report, _ = exported(tmp_path, trained, generator.random((500, 1)).tolist(), force=True)
     assert report.absolute < 1e-6
     assert report.labels == report.undecided > 0
-    assert f"{report.labels} labels differ ({report.labels} where the model itself is undecided)" in str(report)
+    assert f"{report.labels} labels differ (for {report.labels} the model itself is undecided)" in str(report)
 
 
 def test_labels_that_are_true_and_false_are_not_made_numbers(tmp_path: Path) -> None:
@@ -315,21 +314,21 @@ def test_missing_library_is_named_with_the_requirements_that_install_it(
 # --- rows that are made up
 
 
-def test_report_says_that_rows_are_made_up(tmp_path: Path) -> None:
+def test_report_says_that_rows_are_synthetic_rows(tmp_path: Path) -> None:
     report, _ = exported(tmp_path, make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y))
-    assert report.made_up
+    assert report.synthetic
     assert 900 < report.rows <= 1000
     assert re.match(r"\d+ synthetic rows, float64 numbers; 0 labels differ; predict_proba differs by ", str(report))
     assert "--sample rows.json" in str(report)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "forest", "histogram boosting", "neighbours"])
-def test_made_up_rows_reach_every_class(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synthetic_rows_rows_reach_every_class(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from model.versions import onnx_export as module
 
     made: list[Any] = []
-    make = module._made_up
-    monkeypatch.setattr(module, "_made_up", lambda *given: made.extend(make(*given)) or made)
+    make = module._synthetic_rows
+    monkeypatch.setattr(module, "_synthetic_rows", lambda *given: made.extend(make(*given)) or made)
     trained = CLASSIFIERS[name].fit(X.to_numpy(), Y)
     exported(tmp_path, trained)
     assert set(trained.predict(np.array(made))) == {0, 1, 2}

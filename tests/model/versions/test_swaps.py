@@ -29,11 +29,12 @@ from conftest import CHEAP, ROOT, Answer, Gunicorn, Load, basic, gunicorn, recor
 from sklearn.datasets import load_iris
 from sklearn.tree import DecisionTreeClassifier
 
-from model.loaded import load_version
-from model.serving import share_of
-from model.versions.guard import MINIMUM
+from model.versions import worker_status
+from model.versions.guard import MIN_REQUESTS
+from model.versions.loading import load_version
+from model.versions.routes import share_of
 from model.versions.store import Routing, Store, write_json
-from model.versions.worker_status import Roster
+from processes import WorkerSlot
 
 IRIS = load_iris().data
 SAMPLE = IRIS[[60, 110]].tolist()
@@ -105,9 +106,9 @@ class World:
         for version, copy in self._pristine.items():
             shutil.rmtree(self.store.directory / version, ignore_errors=True)
             shutil.copytree(copy, self.store.directory / version)
-        generation = max(each["generation"] for each in Roster.read(self.server.journal_dir)) + 1
+        generation = max(each["generation"] for each in worker_status.read(self.server.journal_dir)) + 1
         routing = Routing("1", generation=generation, changed=now(), by="test", why="reset")
-        write_json(self.store.directory / "routing.json", routing.as_json())
+        write_json(self.store.directory / "routing.json", routing.to_json())
         settled(self.server, routing)
         self._log = self.server.log.stat().st_size
         self.began = time.time()
@@ -131,7 +132,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with odd_models_in(place) as odd:
         store = filled(place)
         with serving(store) as server:
-            server.wait_until(lambda: len(Roster.read(server.journal_dir)) == 2)  # a moment after they serve
+            server.wait_until(lambda: len(worker_status.read(server.journal_dir)) == 2)  # a moment after they serve
             yield World(server, store, odd)
 
 
@@ -189,11 +190,11 @@ def publish(store: Store, model: Any, version: str) -> Path:
     """Publish as `python -m model publish` does, without its two fresh processes; return the version's directory."""
     artifact = store.directory.parent / "model.joblib"
     joblib.dump(model, artifact)
-    with store.prepare(artifact, version) as (manifest, beside):
+    with store.prepare(artifact, version) as (manifest, staging):
         loaded = load_version(replace(manifest, about=manifest.about | {"sample": SAMPLE}))
-        answers = np.asarray(loaded.predict(loaded.signature.parse(SAMPLE))).tolist()
-        proved = {"signature": loaded.signature.describe(), "sample": SAMPLE, "predictions": answers}
-        store.publish(replace(manifest, about=manifest.about | proved), beside)
+        answers = np.asarray(loaded.call(loaded.signature.parse(SAMPLE))).tolist()
+        validated = {"signature": loaded.signature.describe(), "sample": SAMPLE, "predictions": answers}
+        store.publish(replace(manifest, about=manifest.about | validated), staging)
     return store.directory / version
 
 
@@ -226,7 +227,7 @@ def all_workers(server: Gunicorn, met: Callable[[dict[str, Any]], Any], seconds:
     found: list[dict[str, Any]] = []
 
     def agreed() -> bool:
-        found[:] = Roster.read(server.journal_dir)
+        found[:] = worker_status.read(server.journal_dir)
         return len(found) == server.count and all(met(each) for each in found)
 
     try:
@@ -396,19 +397,19 @@ def test_waiting_says_that_a_version_is_not_served_and_is_not_deceived_by_what_w
     assert predict(world.server)[1] == "3"
 
 
-def test_worker_that_announces_is_never_missed_nor_taken_for_dead(tmp_path: Path) -> None:
-    roster, ending = Roster(tmp_path), threading.Event()
+def test_worker_that_publishes_its_status_is_never_missed_nor_considered_dead(tmp_path: Path) -> None:
+    slot, ending = WorkerSlot(tmp_path / "workers"), threading.Event()
     state: dict[str, Any] = {"ready": True, "error": None, "stable": None, "canary": None, "routing": None}
-    roster.announce(state)
+    worker_status.publish(slot, state)
 
-    def announce() -> None:
+    def publish() -> None:
         while not ending.is_set():
-            roster.announce(state | {"error": "x" * random.randrange(10_000)})
+            worker_status.publish(slot, state | {"error": "x" * random.randrange(10_000)})
 
-    thread = threading.Thread(target=announce)
+    thread = threading.Thread(target=publish)
     thread.start()
     try:
-        assert [len(Roster.read(tmp_path)) for _ in range(500)] == [1] * 500
+        assert [len(worker_status.read(tmp_path)) for _ in range(500)] == [1] * 500
     finally:
         ending.set()
         thread.join()
@@ -515,7 +516,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sha256": (lie(sha256="0" * 64), "is not the file that was published"),
     "no-sha256": (lie(sha256=None), "TypeError"),
     "elsewhere": (lie(artifact="../1/model.joblib"), "is not the name of a file here"),
-    "another": (lie(version="1"), "it is that of version '1'"),
+    "another": (lie(version="1"), "it belongs to version '1'"),
     "no-sample": (lie(sample=None), "it has no sample"),
     "no-predictions": (lie(predictions=None), "no predictions"),
     "no-artifact": (lambda there: (there / "model.joblib").unlink(), "cannot be read"),
@@ -528,7 +529,7 @@ def route(store: Store, stable: str, canary: str = "", **more: Any) -> Routing:
     """Write a routing as the command line never would: it checks first."""
     old = Routing.read(store.directory)
     routing = replace(old, stable=stable, canary=canary, weight=50.0 * bool(canary), generation=old.generation + 1)
-    write_json(store.directory / "routing.json", replace(routing, **more).as_json())
+    write_json(store.directory / "routing.json", replace(routing, **more).to_json())
     return replace(routing, **more)
 
 
@@ -578,9 +579,9 @@ def test_damaged_versions_are_named_and_neither_unpickled_nor_served(world: Worl
 def test_manifest_that_lies_about_the_model_keeps_it_from_being_served(world: World) -> None:
     signature = json.loads((world.store.directory / "2/manifest.json").read_text())["signature"]
     lies = {
-        "lies-predictions": (lie(predictions=[2, 3]), "answers its recorded sample otherwise"),
-        "lies-fewer": (lie(predictions=[2]), "answers its recorded sample otherwise"),
-        "lies-signature": (lie(signature=signature | {"layout": "list"}), "than its manifest says"),
+        "lies-predictions": (lie(predictions=[2, 3]), "answers its recorded sample differently"),
+        "lies-fewer": (lie(predictions=[2]), "answers its recorded sample differently"),
+        "lies-signature": (lie(signature=signature | {"layout": "list"}), "than its manifest records"),
         "lies-sample": (lie(sample=[[1.0, 2.0]]), "refuses its recorded sample"),
     }
     spoil(world.store, world.store.directory / "2", lies)
@@ -608,7 +609,7 @@ def test_routing_that_makes_no_sense_is_named_and_leaves_all_as_it_is(world: Wor
         ("[1]", "AttributeError"),
         ("{}", "KeyError: 'stable'"),
         (json.dumps(asks | {"stable": "nowhere"}), "/nowhere/manifest.json"),
-        (json.dumps(asks | {"stable": "../1"}), "it names what is no version"),
+        (json.dumps(asks | {"stable": "../1"}), "it contains an invalid version name"),
         (json.dumps(asks | {"canary": {"version": "4", "weight": 101, "guard": False}}), "weight is not from 0"),
         (json.dumps(asks | {"canary": {"version": "none", "weight": 10, "guard": False}}), "/none/manifest.json"),
     ]
@@ -628,7 +629,7 @@ def test_routing_that_makes_no_sense_is_named_and_leaves_all_as_it_is(world: Wor
             assert said in world.log()
             assert model_page(world.server)["stable"]["version"] == "1"
         body = world.server.ask("GET", "/model", Authorization=basic("predict"))[2]
-        assert json.loads(body)["error"] == "not all is well with the versions; the server's log says why"
+        assert json.loads(body)["error"] == "something is wrong with the versions; the server's log says why"
         changed = time.monotonic()
         path.write_text(good.replace('"stable": "1"', '"stable": "3"'))
         settled(world.server, Routing.read(world.store.directory))
@@ -695,7 +696,7 @@ def test_worker_that_comes_back_to_a_broken_stable_version_serves_the_one_before
 
 
 @pytest.mark.parametrize("kind", ["Failing", pytest.param("Sluggish", marks=pytest.mark.long)])
-def test_guard_takes_a_worse_canary_back_by_itself_and_says_why(world: World, kind: str) -> None:
+def test_guard_rolls_a_worse_canary_back_and_says_why(world: World, kind: str) -> None:
     version = {"Failing": "41", "Sluggish": "42"}[kind]
     publish(world.store, getattr(world.odd, kind)(int(version)), version)
     with Load(world.server, callers=4 if kind == "Failing" else 12, pause=0) as load:
@@ -707,7 +708,7 @@ def test_guard_takes_a_worse_canary_back_by_itself_and_says_why(world: World, ki
     assert load.errors == []
     assert {answer.status for answer in load.answers if answer.version == "1"} == {200}
     tried = Counter(answer.status for answer in load.answers if answer.version == version)
-    assert tried.total() >= MINIMUM
+    assert tried.total() >= MIN_REQUESTS
     assert set(tried) == ({200, 500} if kind == "Failing" else {200})
 
     routing = Routing.read(world.store.directory)
@@ -723,7 +724,7 @@ def test_guard_takes_a_worse_canary_back_by_itself_and_says_why(world: World, ki
     (event,) = world.events()
     assert (event["event"], event["model_version"]) == ("rollback", version)
     assert event["reason"] in routing.why
-    assert world.log().count(f"the guard takes canary {version} back") == 1
+    assert world.log().count(f"the guard rolls back canary {version}: ") == 1
 
 
 @pytest.mark.long
@@ -737,22 +738,22 @@ def test_guard_that_cannot_write_the_store_holds_on_this_host_and_through_a_work
         with Load(world.server, callers=4, pause=0) as load:
             told = all_workers(world.server, lambda told: "guard, " in (told["error"] or ""))
             assert [each["canary"] for each in told] == [None, None]
-            vetoed = time.monotonic()
+            rolled_back = time.monotonic()
             killed = world.server.workers()[0]
             os.kill(killed, signal.SIGKILL)
             all_workers(world.server, lambda told: told["pid"] != killed and "guard, " in (told["error"] or ""))
             serves_one_alone(load, world.server)
         assert len(load.errors) <= 4  # what the killed worker was about to answer
         assert "46" in versions_of(load.answers, 0.0)
-        assert versions_of(load.answers, vetoed) == {"1"}
+        assert versions_of(load.answers, rolled_back) == {"1"}
         assert {answer.status for answer in load.answers if answer.version == "1"} == {200}
         assert Routing.read(world.store.directory) == before
         (event,) = world.events()
-        assert f"canary 46 is taken back: guard, {event['reason']}" in model_page(world.server)["error"]
-        assert "the canary is taken back on this host: guard, " in command(world.server, "list").stdout
+        assert f"canary 46 was rolled back on this host: guard, {event['reason']}" in model_page(world.server)["error"]
+        assert "the canary was rolled back on this host: guard, " in command(world.server, "list").stdout
     finally:
         lock.rmdir()
-    settled(world.server, world.store.canary("2", 50))  # the veto was on that canary, and not on what comes after it
+    settled(world.server, world.store.canary("2", 50))  # the rollback was of that canary, not of what comes after it
     assert {predict(world.server)[1] for _ in range(30)} == {"1", "2"}
 
 
@@ -762,7 +763,7 @@ def test_guard_leaves_a_good_canary_alone(world: World) -> None:
     settled(world.server, routing)
     with Load(world.server, callers=4, pause=0) as load:
         time.sleep(30.0)
-        world.server.wait_until(lambda: sum(answer.version == "2" for answer in load.answers) > 2 * MINIMUM)
+        world.server.wait_until(lambda: sum(answer.version == "2" for answer in load.answers) > 2 * MIN_REQUESTS)
     assert_true(load.answers)
     assert Routing.read(world.store.directory) == routing
     settled(world.server, routing)
@@ -774,7 +775,7 @@ def test_guard_leaves_a_good_canary_alone(world: World) -> None:
 
 def test_bare_file_is_served_without_any_of_this(store: Store, tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
-    write_json(tmp_path / "journal/guard.json", {"routing": Routing().mark, "canary": "2", "reason": "of another time"})
+    write_json(tmp_path / "journal/guard.json", {"routing": Routing().etag, "canary": "2", "reason": "of another time"})
     path = tmp_path / "bare.joblib"
     shutil.copy(store.directory / "1/model.joblib", path)
     with gunicorn(tmp_path, model_path=path) as server:

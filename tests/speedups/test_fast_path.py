@@ -1,8 +1,9 @@
-"""The short way for plain requests: it reads each as gunicorn does, and hands over the rest as it came."""
+"""The fast path for simple requests: it reads each as gunicorn does, and hands over the rest as it came."""
 
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,27 +17,33 @@ import pytest
 from conftest import Gunicorn, basic, gunicorn, read_all, records
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
-from gunicorn.http import wsgi
+from gunicorn.http import unreader, wsgi
+from gunicorn.http.body import LengthReader
 from gunicorn.http.errors import InvalidResponseHeader
+from gunicorn.http.message import HeaderPolicy
 from gunicorn.http.parser import RequestParser
+from gunicorn.workers.ggevent import GeventWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speedups.gevent_worker import (
-    BASIS,
-    MOST_FIELDS,
-    MOST_OF_A_LINE,
-    NOT_PLAIN,
+import speedups
+from speedups import fast_path
+from speedups.fast_path import (
+    BASE_ENVIRON,
+    MAX_FIELDS,
+    MAX_REQUEST_LINE,
     SETTINGS,
-    _ends,
-    _schemes,
-    environ_of,
-    leaves_requests_alone,
-    message_of,
+    UNSUPPORTED_HEADERS,
+    _peer_environ,
+    _scheme_headers,
+    format_response,
+    is_possible,
+    parse_head,
 )
+from speedups.gevent_worker import Worker
 
 ROW = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
-SERVER, CALLER = ("127.0.0.1", 5000), ("192.0.2.7", 4321)  # a caller who is not trusted to say that it came by TLS
+SERVER, CALLER = ("127.0.0.1", 5000), ("192.0.2.7", 4321)  # a caller that is not trusted to state its scheme
 PROXY = ("127.0.0.1", 4321)
 
 
@@ -45,7 +52,7 @@ def head_of(*fields: str, line: str = "POST /predict HTTP/1.1", host: str = "Hos
     return "\r\n".join((line, *filter(None, (host,)), *fields, "\r\n")).encode("latin-1")
 
 
-PLAIN = [
+SIMPLE = [
     head_of("Content-Length: 0"),
     head_of(line="GET /model HTTP/1.1"),
     head_of(line="POST /predict?method=predict_proba&x=%2F HTTP/1.1"),
@@ -57,12 +64,12 @@ PLAIN = [
     head_of("X-Forwarded-Proto: http"),
     head_of("X-Forwarded-Ssl: on", host="Host: example.com"),
     head_of(line="GET /a/b-c/d.e~f/../g HTTP/1.1"),
-    head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS - 1))),
-    head_of(line="GET /".ljust(MOST_OF_A_LINE - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    head_of(*(f"X-{number}: {number}" for number in range(MAX_FIELDS - 1))),
+    head_of(line="GET /".ljust(MAX_REQUEST_LINE - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
     head_of(f"X-A: {'a' * 8000}"),
 ]
-NOT = [
-    *(head_of(f"{name.title()}: 1") for name in sorted(NOT_PLAIN)),
+NOT_SIMPLE = [
+    *(head_of(f"{name.title()}: 1") for name in sorted(UNSUPPORTED_HEADERS)),
     head_of("Connection: Upgrade"),
     head_of("Connection: close, X-Request-ID"),
     head_of("Content-Length: 1", "Content-Length: 1"),
@@ -84,8 +91,8 @@ NOT = [
     head_of(": no name"),
     head_of(host=""),
     head_of("Host: other"),
-    head_of(*(f"X-{number}: {number}" for number in range(MOST_FIELDS))),
-    head_of(line="GET /".ljust(MOST_OF_A_LINE + 1 - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
+    head_of(*(f"X-{number}: {number}" for number in range(MAX_FIELDS))),
+    head_of(line="GET /".ljust(MAX_REQUEST_LINE + 1 - len(" HTTP/1.1"), "a") + " HTTP/1.1"),
     *(head_of(host=f"Host: {host}") for host in ("", ":80", "a:b", "a:1:2", "[::1]:80", "a:")),
     *(
         head_of(line=line)
@@ -97,23 +104,23 @@ NOT = [
             *("POST /predict?a='b' HTTP/1.1", "POST /predict/ HTTP/1.1", " POST /predict HTTP/1.1"),
         )
     ),
-    b"\r\n" + PLAIN[0],
-    PLAIN[0][:-1],
-    PLAIN[0][:-2],
+    b"\r\n" + SIMPLE[0],
+    SIMPLE[0][:-1],
+    SIMPLE[0][:-2],
     b"",
 ]
 
 
-def as_plain(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
-    """Return the environ that the short way makes."""
+def parsed_here(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
+    """Return the environ that the fast path makes."""
     cfg = Config()
-    basis = wsgi.base_environ(cfg) | BASIS | _ends(server, addr)
-    environ, size = environ_of(sent, basis, _schemes(cfg, addr))
+    base = wsgi.base_environ(cfg) | BASE_ENVIRON | _peer_environ(server, addr)
+    environ, size = parse_head(sent, base, _scheme_headers(cfg, addr))
     assert (environ is None) == (size == 0)
     return environ
 
 
-def as_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
+def parsed_by_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
     """Return the environ that gunicorn makes, and whether it would close the connection afterwards."""
     cfg = Config()
     request = next(RequestParser(cfg, iter([sent]), addr))
@@ -121,11 +128,11 @@ def as_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[
     return environ | {"wsgi.multithread": True}, request.should_close()  # which its asynchronous workers set
 
 
-def check_alike(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> None:
-    """Check that gunicorn takes a request too, and makes the same of it."""
-    mine = as_plain(sent, addr, server)
+def check_same(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> None:
+    """Check that gunicorn accepts a request too, and makes the same of it."""
+    mine = parsed_here(sent, addr, server)
     assert mine is not None
-    theirs, closes = as_gunicorn(sent, addr, server)
+    theirs, closes = parsed_by_gunicorn(sent, addr, server)
     only_theirs = {"wsgi.early_hints", "wsgi.input", "gunicorn.socket"}
     ignored = {"wsgi.errors"}  # an object each
     assert mine.keys() | only_theirs == theirs.keys()
@@ -136,28 +143,28 @@ def check_alike(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> None:
 
 
 @pytest.mark.parametrize("addr", [CALLER, PROXY, ""], ids=["caller", "proxy", "unix"])
-@pytest.mark.parametrize("sent", PLAIN)
-def test_plain_request_is_read_as_gunicorn_reads_it(sent: bytes, addr: Any) -> None:
-    check_alike(sent + ROW, addr, SERVER if addr else "/run/server.sock")
+@pytest.mark.parametrize("sent", SIMPLE)
+def test_simple_request_is_read_as_gunicorn_reads_it(sent: bytes, addr: Any) -> None:
+    check_same(sent + ROW, addr, SERVER if addr else "/run/server.sock")
 
 
-@pytest.mark.parametrize("sent", NOT)
-def test_what_is_not_plain_is_left_to_gunicorn(sent: bytes) -> None:
-    assert as_plain(sent) is None
+@pytest.mark.parametrize("sent", NOT_SIMPLE)
+def test_any_other_request_is_left_to_gunicorn(sent: bytes) -> None:
+    assert parsed_here(sent) is None
 
 
 @pytest.mark.parametrize("second", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on"])
-def test_proxy_that_names_its_scheme_twice_is_left_to_gunicorn(second: str) -> None:
-    assert as_plain(head_of("X-Forwarded-Protocol: ssl", second), PROXY) is None
-    assert as_plain(head_of("X-Forwarded-Protocol: ssl", second), CALLER) is not None  # who is not believed anyway
+def test_proxy_that_gives_its_scheme_twice_is_left_to_gunicorn(second: str) -> None:
+    assert parsed_here(head_of("X-Forwarded-Protocol: ssl", second), PROXY) is None
+    assert parsed_here(head_of("X-Forwarded-Protocol: ssl", second), CALLER) is not None  # which is not trusted anyway
 
 
-# Pieces that are put together to heads, of which a tenth is plain, and most others nearly.
-PLAIN_NAMES = ["Host", "Content-Length", "content-type", "X-A", "X-Forwarded-Proto", "Connection", "Via"]
+# Pieces that are put together to heads, of which a tenth is simple, and most others nearly.
+SIMPLE_NAMES = ["Host", "Content-Length", "content-type", "X-A", "X-Forwarded-Proto", "Connection", "Via"]
 VALUES = ["0", "4", "localhost", "close", "keep-alive", "https", "a: b", "", "100-continue", "a\r\n b", "a\nb", "é"]
 FIELD = st.builds(
     "{}{}{}".format,
-    st.sampled_from(PLAIN_NAMES * 4 + ["TE", "Expect", "X_A"]),
+    st.sampled_from(SIMPLE_NAMES * 4 + ["TE", "Expect", "X_A"]),
     st.sampled_from([": ", ":", ":  "] * 5 + [" :", ""]),
     st.one_of(st.sampled_from(VALUES[:8] * 3 + VALUES), st.text(st.characters(max_codepoint=255), max_size=4)),
 )
@@ -174,22 +181,22 @@ ENDS = st.sampled_from([(CALLER, SERVER), (PROXY, SERVER), ("", "/run/server.soc
 
 @settings(max_examples=1500, deadline=None)
 @given(LINE, st.lists(FIELD, max_size=4), st.sampled_from(["Host: a", "Host: b:80", ""]), ENDS)
-def test_no_request_is_plain_that_gunicorn_would_read_otherwise(
+def test_no_request_is_simple_that_gunicorn_would_read_otherwise(
     line: str, fields: list[str], host: str, ends: Any
 ) -> None:
     sent = head_of(*fields, line=line, host=host)
-    if as_plain(sent, *ends) is not None:
-        check_alike(sent, *ends)
+    if parsed_here(sent, *ends) is not None:
+        check_same(sent, *ends)
 
 
 @settings(max_examples=800, deadline=None)
-@given(st.sampled_from(PLAIN), ENDS, st.data())
-def test_no_byte_makes_a_request_plain_that_gunicorn_would_read_otherwise(sent: bytes, ends: Any, data: Any) -> None:
+@given(st.sampled_from(SIMPLE), ENDS, st.data())
+def test_no_byte_makes_a_request_simple_that_gunicorn_would_read_otherwise(sent: bytes, ends: Any, data: Any) -> None:
     at = data.draw(st.integers(0, len(sent) - 1))
     put = data.draw(st.one_of(st.binary(max_size=2), st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b":", b"\t"])))
     changed = sent[:at] + put + sent[at + data.draw(st.integers(0, 1)) :]
-    if as_plain(changed, *ends) is not None:
-        check_alike(changed, *ends)
+    if parsed_here(changed, *ends) is not None:
+        check_same(changed, *ends)
 
 
 # --- what is sent
@@ -203,18 +210,18 @@ def test_answer_has_the_applications_headers_and_the_servers_own() -> None:
         ("Transfer-Encoding", "chunked"),
         ("Date", ""),
     ]
-    head, _, body = message_of("200 OK", headers, b"{}", True).partition(b"\r\n\r\n")
+    head, _, body = format_response("200 OK", headers, b"{}", True).partition(b"\r\n\r\n")
     line, *fields = head.decode().split("\r\n")
     assert (line, body) == ("HTTP/1.1 200 OK", b"{}")
     names = [field.split(": ")[0] for field in fields]
     assert names == ["X-A", "Server", "Date", "Connection", "Content-Length"]
     assert (fields[-2], fields[-1]) == ("Connection: keep-alive", "Content-Length: 2")
-    assert b"Connection: close" in message_of("200 OK", [], b"", False)
+    assert b"Connection: close" in format_response("200 OK", [], b"", False)
 
 
 @pytest.mark.parametrize("status", ["204 NO CONTENT", "304 NOT MODIFIED"])
 def test_answer_without_a_body_has_neither_body_nor_length(status: str) -> None:
-    message = message_of(status, [("Content-Length", "2")], b"{}", True)
+    message = format_response(status, [("Content-Length", "2")], b"{}", True)
     assert message.endswith(b"keep-alive\r\n\r\n")
     assert b"Length" not in message
 
@@ -229,7 +236,7 @@ def test_answer_without_a_body_has_neither_body_nor_length(status: str) -> None:
 )
 def test_answer_that_would_be_split_is_not_made(status: str, headers: Any) -> None:
     with pytest.raises(InvalidResponseHeader):
-        message_of(status, headers, b"", True)
+        format_response(status, headers, b"", True)
 
 
 # --- through a real worker
@@ -261,7 +268,7 @@ def answers(received: bytes) -> list[tuple[int, dict[str, str], Any]]:
     return found
 
 
-def test_requests_sent_at_once_are_answered_in_turn_plain_or_not(server: Gunicorn) -> None:
+def test_requests_sent_at_once_are_answered_in_turn_simple_or_not(server: Gunicorn) -> None:
     chunked = head_of(
         "Content-Type: application/json", "Transfer-Encoding: chunked", f"Authorization: {basic('predict')}"
     )
@@ -294,15 +301,17 @@ def test_body_behind_its_head_is_read_and_what_follows_is_the_next_request(serve
         assert [status for status, _, _ in answers(read_all(connection))] == [200, 200]
 
 
-@pytest.mark.parametrize(("path", "wanted"), [("//predict", 200), ("/predict//", 404), ("/predict/", 404), ("//", 404)])
-def test_path_with_slashes_too_many_is_answered_without_a_redirect(path: str, wanted: int, server: Gunicorn) -> None:
+@pytest.mark.parametrize(
+    ("path", "expected"), [("//predict", 200), ("/predict//", 404), ("/predict/", 404), ("//", 404)]
+)
+def test_path_with_too_many_slashes_is_answered_without_a_redirect(path: str, expected: int, server: Gunicorn) -> None:
     known = {"Authorization": basic("predict"), "Content_Type": "application/json"}
     status, headers, body = server.ask("POST", path, ROW, **known)
-    assert (status, headers["Location"]) == (wanted, None)
+    assert (status, headers["Location"]) == (expected, None)
     assert status == 200 or json.loads(body)["status"] == 404
 
 
-def test_body_that_nobody_reads_is_not_taken_for_a_request(server: Gunicorn) -> None:
+def test_body_that_is_not_read_is_not_taken_for_a_request(server: Gunicorn) -> None:
     smuggled = call(ROW, "X-Request-ID: smuggled")
     got = answers(server.raw(call(smuggled, password="wrong") + call(ROW, "Connection: close")))
     assert [status for status, _, _ in got] == [401, 200]
@@ -354,12 +363,12 @@ def odd(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Iterator[G
         yield running
 
 
-@pytest.mark.parametrize("first", ["plain", "not plain"])
+@pytest.mark.parametrize("first", ["simple", "not simple"])
 def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server: Gunicorn) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Pad: ".ljust(60, b"a") + b"\r\n\r\n"  # 128 are just a read
     enough = threading.Event()
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        if first == "not plain":
+        if first == "not simple":
             connection.sendall(request.replace(b"GET", b"HEAD"))
 
         def read() -> None:
@@ -391,7 +400,7 @@ def test_caller_that_never_waits_does_not_keep_others_waiting(first: str, server
 
 @pytest.mark.long
 @pytest.mark.parametrize("arguments", [(), ("--worker-class", "gevent")], ids=["this worker", "gunicorn's"])
-def test_what_comes_after_a_body_was_given_up_is_no_request(
+def test_bytes_after_a_body_that_was_given_up_are_no_request(
     tmp_path: Path, iris_file: Path, arguments: tuple[str, ...]
 ) -> None:
     inner = call(b"", "X-Request-ID: smuggled")
@@ -425,20 +434,20 @@ def test_what_comes_after_a_body_was_given_up_is_no_request(
     ("setting", "value"),
     [("accesslog", "-"), ("certfile", "a"), ("keepalive", 0), ("statsd_host", "localhost:8125"), ("logconfig", "a")],
 )
-def test_what_gunicorn_is_told_to_do_with_requests_is_left_to_it(setting: str, value: Any) -> None:
-    def plain() -> bool:
-        return leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=Logger._compute_access_log_enabled(self)))
+def test_gunicorn_gets_all_requests_if_it_is_configured_to_do_more_with_them(setting: str, value: Any) -> None:
+    def simple() -> bool:
+        return is_possible(cfg, SimpleNamespace(access_log_enabled=Logger._compute_access_log_enabled(self)))
 
     cfg = Config()
     self = SimpleNamespace(cfg=cfg)
     for name in ("keepalive", "graceful_timeout", "timeout", "worker_connections", "workers"):  # as in gunicorn.conf.py
         cfg.set(name, 20)
-    assert plain()
+    assert simple()
     cfg.set(setting, value)
-    assert not plain()
+    assert not simple()
 
 
-def test_settings_are_each_looked_at() -> None:
+def test_each_of_the_settings_is_checked() -> None:
     values = {
         "http_protocols": "h1,h2",
         "limit_request_field_size": 9,
@@ -454,12 +463,12 @@ def test_settings_are_each_looked_at() -> None:
     assert values.keys() == set(SETTINGS)
     for name, value in values.items():
         cfg = Config()
-        assert leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False))
+        assert is_possible(cfg, SimpleNamespace(access_log_enabled=False))
         cfg.set(name, value)
-        assert not leaves_requests_alone(cfg, SimpleNamespace(access_log_enabled=False)), name
+        assert not is_possible(cfg, SimpleNamespace(access_log_enabled=False)), name
 
 
-def test_access_log_is_written_where_it_is_asked_for(tmp_path: Path, iris_file: Path) -> None:
+def test_access_log_is_written_if_it_is_configured(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, "--access-logfile", "-", model_path=iris_file) as running:
         assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
         running.wait_until(lambda: '"POST /predict HTTP/1.1" 200' in running.log.read_text(), 30)
@@ -472,5 +481,58 @@ def test_worker_that_has_answered_its_share_is_replaced_and_no_request_fails(tmp
             assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
         running.wait_until(lambda: running.workers() not in (first, []))
         assert running.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
-        said = re.findall(r"\[(\d+)\] \[INFO\] Autorestarting worker", running.log.read_text())
-        assert len(said) == len(set(said)) >= 1  # each worker once; on a slow machine a second one gets to its 20
+        logged = re.findall(r"\[(\d+)\] \[INFO\] Autorestarting worker", running.log.read_text())
+        assert len(logged) == len(set(logged)) >= 1  # each worker once; on a slow machine a second one gets to its 20
+
+
+# --- gunicorn in another version
+
+
+def more_in_the_environ(*arguments: Any) -> Any:
+    response, environ = wsgi.create(*arguments)
+    return response, environ | {"gunicorn.new": 1}
+
+
+class OtherReader(LengthReader):  # type: ignore[misc]  # gunicorn has no types
+    def read(self, size: int) -> bytes:
+        return super().read(size)[:1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (fast_path, "create", more_in_the_environ),
+        (fast_path, "LengthReader", OtherReader),
+        (HeaderPolicy, "_peer_trusted_for_forwarded", None),
+        (unreader, "SocketUnreader", None),
+    ],
+)
+def test_gunicorn_that_has_changed_reads_all_requests(
+    owner: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if other is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, other)
+    if owner is unreader:
+        monkeypatch.delitem(sys.modules, "speedups.fast_path")  # so that it is imported again
+        monkeypatch.delattr(speedups, "fast_path")
+    worker = Worker.__new__(Worker)
+    worker.cfg, worker.log = Config(), SimpleNamespace(access_log_enabled=False)
+    monkeypatch.setattr(GeventWorker, "init_process", lambda self: None)
+    worker.init_process()
+    assert worker._serve_simple is None
+    assert caplog.text.count("fast_path stands aside") == 1
+    given = []
+    monkeypatch.setattr(GeventWorker, "handle", lambda self, *arguments: given.append(arguments))
+    worker.handle("listener", "client", CALLER)
+    assert given == [("listener", "client", CALLER)]
+
+
+def test_worker_on_a_loop_that_does_not_count_its_rounds_still_yields(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, naps = Worker.__new__(Worker), []
+    worker._checked, worker._iteration = 0.0, None
+    monkeypatch.setattr("gevent.get_hub", lambda: SimpleNamespace(loop=object()))
+    monkeypatch.setattr("gevent.sleep", naps.append)
+    worker.yield_to_hub()
+    assert len(naps) == 1

@@ -1,0 +1,105 @@
+"""What models of tensor libraries take: rows that are nested lists, or columns that each have a type of their own."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..signature import ACCEPTED, EXAMPLES, EXPECTED, Signature, bad_rows, json_name, kind_of, matches, to_array
+
+
+@dataclass(frozen=True)
+class RecordSignature(Signature):
+    """Takes a numpy structured array `(n_rows,)` with a field for each column, of any numpy type, such as float32."""
+
+    @property
+    def _is_one_array(self) -> bool:  # a cached property there
+        return False
+
+    def _assemble_columns(self, rows: list[Any]) -> Any:
+        assert self.columns is not None
+        fields = [(str(c.name), object if c.dtype == "str" else c.dtype) for c in self.columns]
+        array = np.empty(len(rows), dtype=fields)
+        for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
+            array[column.name] = to_array(values, column.dtype)  # null becomes NaN
+        return array
+
+
+@dataclass(frozen=True)
+class TensorSignature(Signature):
+    """Takes an array `(n_rows, *shape)`, such as images; the rows are nested lists."""
+
+    shape: tuple[int | None, ...] = ()  # of a row; None is a size that may differ between requests
+
+    @property
+    def sizes_open(self) -> bool:
+        """Whether rows may have a shape that only the model itself can reject."""
+        return None in self.shape
+
+    def example(self) -> str:
+        """Show the form of `data` with one row, as JSON."""
+        return _nested_example(EXAMPLES[kind_of(self.precision)], self.shape)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the signature for people and programs, as JSON values."""
+        return super().describe() | {"shape": list(self.shape), "type": kind_of(self.precision)}
+
+    def synthetic_rows(self, n_rows: int) -> Iterable[list[Any]]:
+        """Yield rows to try. Of sizes that are open, small ones first; an image must be larger than the strides."""
+        for number in (0.0, 1.0):
+            value = {"text": "text", "boolean": False, "integer": int(number)}.get(kind_of(self.precision), number)
+            for size in (1, 28, 32, 64, 224) if None in self.shape else (1,):
+                shape = [size if fixed is None else fixed for fixed in self.shape]
+                yield [np.full(shape, value, dtype=object).tolist()] * n_rows
+
+    @property
+    def _row_shape(self) -> tuple[int | None, ...]:
+        return self.shape
+
+    def _validate_rows(self, data: list[Any]) -> Any:
+        sizes, values, types = _flatten(data)
+        if sizes is None or not matches(self.shape, sizes[1:]) or not types <= ACCEPTED[kind_of(self.precision)]:
+            raise bad_rows(self._wrong_rows(data))
+        return to_array(values, self.precision).reshape(sizes)
+
+    def _wrong_rows(self, data: list[Any]) -> Iterable[dict[str, Any]]:
+        kind, shape = kind_of(self.precision), self.shape
+        for at, row in enumerate(data):
+            sizes, values, _ = _flatten(row)
+            if sizes is None:
+                yield {"row": at, "detail": "the lists in it differ in length or depth"}
+            elif not matches(shape, sizes):
+                yield {"row": at, "detail": f"{_show_sizes(sizes)}; expected {_show_sizes(shape)}"}
+            else:
+                shape = sizes  # if sizes are open, the first row sets them for the others
+                wrong = [value for value in values if type(value) not in ACCEPTED[kind]]
+                if wrong:
+                    yield {"row": at, "detail": f"holds {json_name(wrong[0])}; expected {EXPECTED[kind]}"}
+
+
+def _flatten(row: Any) -> tuple[tuple[int, ...] | None, list[Any], set[type]]:
+    """Return the sizes of nested lists (None if they are ragged), the values in them, and the types of those."""
+    level = [row]
+    sizes: list[int] = []
+    while list in (types := set(map(type, level))):
+        lengths = set(map(len, level)) if len(types) == 1 else set()
+        if len(lengths) != 1:
+            return None, [], types
+        sizes += lengths
+        level = list(itertools.chain.from_iterable(level))
+    return tuple(sizes), level, types
+
+
+def _show_sizes(shape: Sequence[int | None]) -> str:
+    if not shape:
+        return "a single value"
+    return "nested lists of " + " × ".join("any number" if size is None else str(size) for size in shape)
+
+
+def _nested_example(value: str, shape: Sequence[int | None]) -> str:
+    """Show the first row of a tensor: `[[[0.5, …], …]]`, in full if it is short."""
+    for size in reversed(shape):
+        value = f"[{', '.join([value] * size)}]" if size and size * len(value) < 60 else f"[{value}, …]"
+    return f"[{value}]"

@@ -1,0 +1,163 @@
+"""Serves from the version store: loads what `routing.json` asks for, twice a second if any of its files has changed.
+
+New versions are loaded and validated beside those that serve. A version that does not load, or a file that cannot be
+read, changes nothing in what is served; it is reported in `GET /model` and in the log.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..formats import ModelLoadError
+from ..loaded import LoadedModel
+from ..serving import Serving, Update
+from .guard import LOCAL_ROLLBACK, local_rollback
+from .loading import check_bytes, load_version
+from .routes import StoreRoutes
+from .store import ROUTING, Routing, read_manifest, write_json
+
+log = logging.getLogger(__name__)
+
+
+class StoreWatcher:
+    """The version store as a source of `Serving`."""
+
+    interval: float | None = 0.5  # seconds
+
+    def __init__(self, directory: Path, journal_dir: Path) -> None:
+        """Remember where the files are; nothing is read yet.
+
+        Args:
+            directory: the version store.
+            journal_dir: holds this host's rollbacks, and a copy of the routing that was served last without an error.
+        """
+        self._directory, self._journal_dir = directory, journal_dir
+        self._seen: tuple[Any, ...] = ()
+
+    def update(self, serving: Serving) -> Update | None:
+        """Load what the routing asks for; return None if nothing has changed."""
+        etags = self._etags()
+        if etags == self._seen and (serving.routes or serving.errors):  # neither at first, also after a fork
+            return None
+        self._seen = etags
+        errors: list[str] = []
+        try:
+            routing = self._routing(serving, errors)
+        except ModelLoadError as error:
+            return Update(None, [str(error)])
+        stable = self._stable(serving, routing, errors)
+        canary = self._canary(serving, routing, errors)
+        if not self._is_wanted(routing):
+            return None  # the next update serves what is wanted now
+        if stable is None:
+            return Update(None, errors)
+        if not errors:
+            self._remember(routing)
+        return Update(StoreRoutes(stable, canary, routing), errors)
+
+    def _etags(self) -> tuple[Any, ...]:
+        """Return what changes when a file that matters is replaced, repaired or removed."""
+        paths = [self._directory / ROUTING, self._journal_dir / LOCAL_ROLLBACK]
+        try:
+            routing = Routing.read(self._directory)
+            for name in filter(None, (routing.stable, routing.canary)):
+                paths += [self._directory / name / "manifest.json", *sorted((self._directory / name).glob("model.*"))]
+        except (ModelLoadError, OSError):
+            pass
+        return tuple(map(_etag, paths))
+
+    def _routing(self, serving: Serving, errors: list[str]) -> Routing:
+        """Return the routing; at boot, if it cannot be read, the one that was served last. Raises: ModelLoadError."""
+        try:
+            return self._read()
+        except ModelLoadError as error:
+            last = Routing() if serving.routes else self._served_last()
+            if not last.stable:
+                raise
+            errors.append(str(error))
+            log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
+            return last
+
+    def _read(self) -> Routing:
+        routing = Routing.read(self._directory)
+        if not routing.stable:
+            raise ModelLoadError(
+                f"{self._directory} holds no version to serve. Make the demo model with "
+                f"`python -m model.demo {self._directory}`, publish yours with `python -m model publish`, or serve a "
+                "file with MODEL_PATH=/path/to/model.joblib"
+            )
+        return routing
+
+    def _stable(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
+        """Return the stable version; if it does not load, the one that is served; at boot, an earlier one."""
+        if model := self._load(serving, routing.stable, errors):
+            return model
+        if serving.routes:
+            return serving.routes.stable
+        for name in routing.previous:
+            if model := self._load(serving, name, errors):
+                log.error("version %s does not load, FALLING BACK on version %s", routing.stable, name)
+                return model
+        return None
+
+    def _canary(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
+        if not routing.canary:
+            return None
+        etag, reason = local_rollback(self._journal_dir)
+        if etag == routing.etag:
+            errors.append(f"canary {routing.canary} was rolled back on this host: guard, {reason}")
+            return None
+        return self._load(serving, routing.canary, errors)
+
+    def _load(self, serving: Serving, version: str, errors: list[str]) -> LoadedModel | None:
+        """Return a version, from memory or else from the disk; None if that fails.
+
+        A damaged file is an error even if its version is served from memory: a restart could not load it.
+        """
+        kept = next((model for model in serving.loaded() if model.version == version), None)
+        try:
+            manifest = read_manifest(self._directory, version)
+            if kept and kept.about["sha256"] == manifest.about["sha256"]:
+                serving.run_in_thread(check_bytes, manifest)
+                return kept
+        except ModelLoadError as error:
+            for report in serving.on_load_failure:
+                report()
+            errors.append(str(error))
+            return kept
+        try:
+            return serving.load(partial(load_version, manifest))
+        except ModelLoadError as error:
+            errors.append(str(error))
+            return kept
+
+    def _is_wanted(self, routing: Routing) -> bool:
+        """Return whether what was loaded is still asked for: it may have been rolled back while it loaded."""
+        try:
+            now = self._read()
+        except ModelLoadError:  # which the next update reports, if this one has not
+            return True
+        return now.stable == routing.stable and routing.canary in ("", now.canary)
+
+    def _served_last(self) -> Routing:
+        try:
+            return Routing.read(self._journal_dir)
+        except ModelLoadError:
+            return Routing()
+
+    def _remember(self, routing: Routing) -> None:
+        try:
+            self._journal_dir.mkdir(parents=True, exist_ok=True)
+            # Not durable: this runs in the event loop, and what a power failure may cost is only a hint.
+            write_json(self._journal_dir / ROUTING, routing.to_json(), durable=False)
+        except OSError as error:
+            log.warning("a start with a broken routing.json will not know what was served last: %s", error)
+
+
+def _etag(path: Path) -> tuple[str, Any]:
+    try:
+        found = path.stat()
+        return str(path), (found.st_ino, found.st_size, found.st_mtime_ns)
+    except OSError:
+        return str(path), None

@@ -1,0 +1,103 @@
+"""Slow calls run on native threads under gevent, and logging can be used on both sides."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, gunicorn
+
+from speedups import UnexpectedInternals, threadpool
+
+
+def run(script: str) -> str:
+    """Run a script under gevent's patches; return what it prints."""
+    script = f"from gevent import monkey; monkey.patch_all()\nfrom speedups import threadpool\n{script}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not done.stderr
+    return done.stdout
+
+
+def test_native_thread_that_asks_for_loggers_does_not_hang_the_loop_that_does_too() -> None:
+    script = """
+import gevent, logging, time
+threadpool.install()
+ends = time.monotonic() + 3
+
+def ask(gives_way):
+    while time.monotonic() < ends:
+        logging.getLogger("one").debug("said")
+        if gives_way:
+            time.sleep(0)
+    return "ended"
+
+logging.basicConfig(level="ERROR")
+asking = [gevent.spawn(ask, True) for _ in range(4)] + [gevent.spawn(threadpool.run_in_thread, ask, False)]
+gevent.joinall(asking, raise_error=True)
+print([each.value for each in asking])
+"""
+    assert run(script) == f"{['ended'] * 5}\n"
+
+
+def test_result_or_exception_of_a_native_call_comes_back_while_the_loop_goes_on() -> None:
+    script = """
+import gevent
+from gevent import monkey
+sleep, ticks = monkey.get_original("time", "sleep"), []
+
+def tick():
+    while True:
+        ticks.append(0)
+        gevent.sleep(0.01)
+
+def fail():
+    raise SystemExit("from the thread")
+
+gevent.spawn(tick)
+threadpool.run_in_thread(sleep, 0.3)
+print(len(ticks) > 3, threadpool.run_in_thread(divmod, 7, 2))
+try:
+    threadpool.run_in_thread(fail)
+except SystemExit as error:
+    print(error)
+"""
+    assert run(script) == "True (3, 1)\nfrom the thread\n"
+
+
+@pytest.mark.parametrize("name", threadpool.INTERNALS)
+def test_logging_without_an_internal_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_lock = logging.Handler.createLock
+    with monkeypatch.context() as patch:
+        patch.delattr(logging, name)
+        with pytest.raises(UnexpectedInternals, match=name):
+            threadpool.install()
+    assert logging.Handler.createLock is create_lock
+
+
+APPLICATION = """
+import server
+from speedups import threadpool
+
+if {is_broken}:
+    threadpool.INTERNALS.append("_of_an_older_python")
+
+app = server.app
+service = app.extensions["service"]
+
+@app.get("/native")
+def native():
+    return str(service.run_in_thread.__module__ == "speedups.threadpool")
+"""
+
+
+@pytest.mark.parametrize(("preload", "is_broken"), [(0, False), (1, False), (0, True)])
+def test_worker_lets_the_service_use_native_threads(
+    tmp_path: Path, iris_file: Path, preload: int, is_broken: bool
+) -> None:
+    (tmp_path / "application.py").write_text(APPLICATION.format(is_broken=is_broken))
+    with gunicorn(tmp_path, "application:app", model_path=iris_file, preload=preload) as running:
+        running.wait_until(running.is_ready)
+        assert running.ask("GET", "/native")[2] == str(not is_broken).encode()
+        assert running.predict([[5.1, 3.5, 1.4, 0.2]]) == (200, {"prediction": [0]})
+        assert running.log.read_text().count("threadpool stands aside") == is_broken
