@@ -3,8 +3,8 @@
     python -m auth add alice --role predict         asks for the password; see python -m auth --help
 
 The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
-see a change within a second. `predict` may call /predict and see /model; `admin` sees /model; `metrics` and `monitor`
-are for /metrics and /monitor.
+see a change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of
+errors, and may ask for a version; `metrics` may read /metrics; `monitor` is for pages that extensions add.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ finished.set()
 app.extensions["service"] = SimpleNamespace(
     start=lambda: None,
     serving=SimpleNamespace(finished=finished),
-    house=SimpleNamespace(summarise_strangers=lambda: None),
+    request_log=SimpleNamespace(summarise=lambda: None),
 )
 
 

@@ -205,30 +205,30 @@ class Serving:
         Raises:
             ModelLoadError: what is wrong with the model.
         """
-        # The error comes back as a value: a native thread must not log, and gevent would print it as well.
-        model, error = self.run_in_thread(self._load, loader)
-        if error is not None:
+        try:
+            model: LoadedModel = self.run_in_thread(self._load, loader)
+        except ModelLoadError:
             for hook in self.on_load_failure:
                 hook()
-            raise error
+            raise
         self._batchers.add(model.batcher)
-        return model  # type: ignore[no-any-return]  # run_in_thread returns whatever the function does
+        return model
 
-    def _load(self, loader: Callable[..., LoadedModel]) -> tuple[LoadedModel | None, ModelLoadError | None]:
+    def _load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
         interval = sys.getswitchinterval()
         started = time.monotonic()
         batcher = Batcher(lambda *call: self.run_in_thread(*call), self._max_waiting_rows, self._observe_batch)
         try:
             sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
             model = loader(allow_version_mismatch=self._allow_version_mismatch, batcher=batcher)
-        except ModelLoadError as error:
-            return None, error
+        except ModelLoadError:
+            raise
         except BaseException as error:  # a pickle runs code of its own, which may even raise SystemExit
-            return None, ModelLoadError(f"{type(error).__name__}: {error}")
+            raise ModelLoadError(f"{type(error).__name__}: {error}") from error
         finally:
             sys.setswitchinterval(interval)
         model.about["load_seconds"] = round(time.monotonic() - started, 3)
-        return model, None
+        return model
 
     def _observe_batch(self, rows: int, waited: float) -> None:
         for hook in self.on_batch:

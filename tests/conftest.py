@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,10 @@ PASSWORD = "correct horse"  # of every test user
 CHEAP = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # a real hash without the cost
 
 
-# For tests of the whole server; under gthread, which few use, in `make test-all` only.
-WORKER_CLASSES = ["gevent", pytest.param("gthread", marks=pytest.mark.long)]
+# For tests of the whole server; under gthread, which few use, in `make test-all` only. Without speedups/ under nothing
+# else: gunicorn's own gevent worker does not run slow work beside its loop.
+WORKER_CLASS = "gevent" if find_spec("speedups") else "gthread"
+WORKER_CLASSES = [WORKER_CLASS, *[pytest.param("gthread", marks=pytest.mark.long)] * (WORKER_CLASS == "gevent")]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -317,6 +320,7 @@ def gunicorn(
         "PYTHONPATH": str(place),  # for modules that a test's model needs
         "PORT": str(port),
         "WEB_CONCURRENCY": "1",
+        "WORKER_CLASS": WORKER_CLASS,
         "USERS_FILE": str(place / "users.json"),
         "JOURNAL_DIR": str(place / "journal"),
     } | {name.upper(): str(value) for name, value in settings.items()}

@@ -59,12 +59,6 @@ class Manifest:
 def read_manifest(directory: Path, version: str) -> Manifest:
     """Read the manifest of a version.
 
-    Format: a JSON object with `version`, `artifact` (a file name), `format`, `size` (bytes), `sha256`, `signature` and
-    `methods` and `classes` (as `GET /model` shows them), `sample` (rows, as in the "data" of a request), `sample_from`
-    ("operator", or "synthetic" if none was given), `predictions` (what the model returned for the sample),
-    `libraries` and `machine` (that it was published with), `memory` (bytes that loading it took, the libraries of its
-    format included), `published`, `by`, and what the publisher wants to remember: `metrics` and `note`.
-
     Raises:
         ModelLoadError: there is no such version, or its manifest is not valid.
     """
