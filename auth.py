@@ -321,7 +321,7 @@ def passwd(path: Path, name: str) -> None:
 
 
 def _ask_password() -> str:
-    """Ask for a new password twice, or read a line of standard input if that is no terminal; return the hash."""
+    """Ask for a new password twice, or read a line of standard input if that is not a terminal; return the hash."""
     try:
         if sys.stdin.isatty():
             password = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)

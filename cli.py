@@ -18,12 +18,12 @@ def run(module: str, command: click.Command, arguments: list[str] | None, *error
         module: its dotted name, such as "auth": the usage begins with `python -m auth`.
         command: a command or a group of commands. If nobody reads its output any more, click ends the process quietly.
         arguments: the command line; None for that of the process.
-        errors: exceptions that are reported as one line on standard error, `auth: …`,
-        status: and with this exit status.
+        errors: exceptions that are reported as one line on standard error, such as `auth: …`.
+        status: the exit status after such an error.
     """
     try:
         return command.main(arguments, f"python -m {module}", standalone_mode=False, **HELP) or 0
-    except click.ClickException as error:  # of usage
+    except click.ClickException as error:  # wrong usage
         error.show()
         return error.exit_code
     except click.Abort:

@@ -78,7 +78,7 @@ control_socket_disable = True
 # With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
 
-# Of TLS 1.2, where gunicorn speaks TLS itself: what nginx takes here. Debian's Python would take all of OpenSSL's.
+# For TLS 1.2, if gunicorn speaks TLS itself: as in the nginx set-up. Debian's Python would take all of OpenSSL's.
 ciphers = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 

@@ -39,7 +39,7 @@ def log_monitor(response_time: float, success: bool, error: str, *, journal: "Jo
         response_time: seconds from the request's arrival in the application to its answer.
         success: whether it was answered with a status below 400.
         error: what went wrong, in our own words (never a library's message: it may hold the caller's data); else "".
-        journal: where to.
+        journal: the journal that the record is appended to.
         fields: `error_type`, `status`, `path`, `method`, `rows`, `model_version`, `variant`, `user`, `request_id`; as
             JSON values.
     """

@@ -202,7 +202,7 @@ class Settings:
         return found
 
     def check_files(self) -> None:
-        """Check that the files to start with exist. Later ones are not reasons to stop: see `auth` and `model`.
+        """Check at the start that the files exist. If they break later, a running server goes on.
 
         Raises:
             SettingsError: the model file or the users file is not there.

@@ -9,7 +9,7 @@ import netrc
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,4 +173,6 @@ ALL = [
         lambda start: start.python(str(PEERS / "litserve_app.py")),
     ),
 ]
+if before := os.environ.get("BENCH_BEFORE"):  # another checkout of this server, to compare two commits in one run
+    ALL.append(replace(OURS, name="before", title="this server, before", cwd=Path(before)))
 BY_NAME = {server.name: server for server in ALL}

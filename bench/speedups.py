@@ -1,4 +1,4 @@
-"""What each of the speedups earns: the same with and without it, in turn, as medians of processor time.
+"""What each of the speedups saves: the same with and without it, in turn, as medians of processor time.
 
     python -m bench.speedups
 
@@ -107,7 +107,7 @@ REQUEST = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: applicati
 
 def main() -> None:
     """Measure and print a table."""
-    print("| | with | without | earns |\n|---|---|---|---|")
+    print("| | with | without | saved |\n|---|---|---|---|")
     for script in FLASK, PREDICT, IMPORT:
         turns = [{given: run(script, given) for given in SETTINGS[:: -1 if turn % 2 else 1]} for turn in range(TURNS)]
         for name in turns[0]["with"]:

@@ -1,7 +1,7 @@
 """Code that makes the server faster by reaching into other libraries. The server runs without any of it.
 
-Each file opens with what it earns and which internals it relies on. It checks them when it is switched on; if they are
-not as expected it stands aside (`optional`), and the library's own way is used. `python -m bench.speedups` measures
+Each file opens with what it saves and which internals it relies on. It checks them when it is switched on; if they are
+not as expected it is left off (`optional`), and the library's own way is used. `python -m bench.speedups` measures
 with and without; the figures are medians of processor time, from Python 3.11 on a shared core.
 """
 
@@ -57,4 +57,4 @@ def optional(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning("%s stands aside, a library is not as expected: %r", name, error)
+        log.warning("%s is left off, since a library is not as it expects: %r", name, error)

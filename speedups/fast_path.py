@@ -1,6 +1,6 @@
 """A fast path for simple requests over a connection of gunicorn's gevent worker.
 
-It earns 126 of the 144 µs that gunicorn takes for a request that does nothing: gunicorn's parser is written in Python.
+It saves 126 of the 144 µs that gunicorn takes for a request that does nothing: gunicorn's parser is written in Python.
 Here one regular expression matches those heads that leave no room for interpretation, and a response is sent in one
 piece. Anything else, from a chunked body to a folded header, is not judged here: gunicorn gets the connection, with all
 that was read of it, and keeps it until it ends. And it gets all connections if it speaks TLS itself, writes an access

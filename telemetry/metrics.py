@@ -52,7 +52,7 @@ class Metrics:
         self._make(self._registry)
 
     def join(self, slot: WorkerSlot) -> None:
-        """Count together with the other workers from now on. Called again, replace files that were removed."""
+        """Count together with the other workers from now on. Call it again to replace files that were removed."""
         self._is_alone = False
         if self._shared is not None and self._shared.number == slot.number and self._shared.exist():
             return

@@ -24,9 +24,9 @@ from processes import replace_file
 # Bytes of a worker's file of each kind, for some 45 versions.
 FILES = {"counter": 2**16, "gauge_livesum": 2**12, "histogram": 2**18}
 
-# prometheus_client takes its locks from `threading`, so under gevent it depends on the order of imports which they are.
-# One of gevent's that the loop shares with a native thread loses wake-ups: the worker would wait forever. gevent leaves
-# this one as it is.
+# prometheus_client takes its locks from `threading`; whether those are gevent's depends on the order of imports. A lock
+# of gevent's that the loop shares with a native thread loses wake-ups, and the worker would wait forever. This lock is
+# the native one in either case.
 for _module in (metrics, registry, values):
     _module.Lock = _thread.RLock  # type: ignore[attr-defined]
 
@@ -105,7 +105,7 @@ class SharedCounters:
 
 
 def _prepare(path: Path, size: int) -> None:
-    """Make a worker's file, or empty that of its gauges: the process whose they are is dead."""
+    """Make a worker's file, or empty that of its gauges: their process is dead."""
     if not path.exists():
         replace_file(path, bytes(size), durable=False)  # zeros, since holes take no room on the disk
     elif path.name.startswith("gauge"):

@@ -46,7 +46,7 @@ MAX_CANARY_REQUESTS = 2_000  # in one window
 MAX_REQUESTS = 200_000  # in one window
 SIGMAS = 4.0
 FAULTS = ("model", "overload", "internal")
-UNPROCESSABLE = 422  # rows that do not fit the version: callers' mistakes affect both variants, another signature one
+UNPROCESSABLE = 422  # rows that do not fit: callers' mistakes affect both variants, a changed signature only the canary
 LOCAL_ROLLBACK = "guard.json"
 
 
@@ -198,7 +198,7 @@ class Guard:
 
 
 def guarded(routes: Routes | None) -> Routing | None:
-    """Return the routing as it is served, if it has a guarded canary that is served."""
+    """Return the routing that is in effect, if its canary is served and guarded."""
     if not isinstance(routes, StoreRoutes) or routes.canary is None or not routes.routing.guard:
         return None
     # The stable version that is served may be an earlier one, if the routing's does not load.

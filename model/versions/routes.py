@@ -39,7 +39,7 @@ class StoreRoutes(Routes):
         return super().describe() | {"canary": canary, "routing": self.routing.to_json()}
 
     def __str__(self) -> str:
-        canary = f"; for {self.routing.weight:g} % of the requests {self.canary}" if self.canary else ""
+        canary = f"; for {self.routing.weight:g} % of the requests version {self.canary}" if self.canary else ""
         return f"{super().__str__()}{canary}"
 
 

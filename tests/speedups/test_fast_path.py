@@ -522,7 +522,7 @@ def test_gunicorn_that_has_changed_reads_all_requests(
     monkeypatch.setattr(GeventWorker, "init_process", lambda self: None)
     worker.init_process()
     assert worker._serve_simple is None
-    assert caplog.text.count("fast_path stands aside") == 1
+    assert caplog.text.count("fast_path is left off") == 1
     given = []
     monkeypatch.setattr(GeventWorker, "handle", lambda self, *arguments: given.append(arguments))
     worker.handle("listener", "client", CALLER)

@@ -94,4 +94,4 @@ print(sys.modules.get("pandas", "absent") is not None, model.predict([[5.1, 3.5,
         [sys.executable, "-c", script, tmp_path / "model.joblib"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout == "True [0]\n", done.stderr
-    assert done.stderr.count("lean_imports stands aside") == 1
+    assert done.stderr.count("lean_imports is left off") == 1

@@ -206,4 +206,4 @@ def test_flask_that_has_changed_is_left_alone(
         speedups.init_app(app, None)  # type: ignore[arg-type]  # the service, which it does not use
     assert app.response_class is Response
     assert app.create_url_adapter.__func__ is Flask.create_url_adapter
-    assert "slim_flask stands aside" in caplog.text
+    assert "slim_flask is left off" in caplog.text

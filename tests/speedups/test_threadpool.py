@@ -100,4 +100,4 @@ def test_worker_lets_the_service_use_native_threads(
         running.wait_until(running.is_ready)
         assert running.ask("GET", "/native")[2] == str(not is_broken).encode()
         assert running.predict([[5.1, 3.5, 1.4, 0.2]]) == (200, {"prediction": [0]})
-        assert running.log.read_text().count("threadpool stands aside") == is_broken
+        assert running.log.read_text().count("threadpool is left off") == is_broken

@@ -1,7 +1,10 @@
 """`python -m model.demo`: the model of a first run."""
 
 import os
+import pkgutil
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,16 @@ def tree(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.name != ".lock")
 
 
-def stop(*_: Any, **__: Any) -> None:
-    """Stop the process, as Ctrl-C does."""
-    raise KeyboardInterrupt
+def stop_at(step: str) -> Callable[..., Any]:
+    """Return a stand-in for a function that stops this thread as Ctrl-C does; other threads go on with the function."""
+    original, caller = pkgutil.resolve_name(step), threading.current_thread()
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is caller:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    return stop
 
 
 @pytest.fixture
@@ -56,7 +66,7 @@ def test_demo_goes_on_after_a_stop_at_any_step(tmp_path: Path, monkeypatch: Any,
     for step in steps:
         place = tmp_path / step
         with monkeypatch.context() as patch:
-            patch.setattr(step, stop)
+            patch.setattr(step, stop_at(step))
             assert demo.main([str(place)]) == 130
         demo.main([str(place)])
         assert tree(place) == ["1", "1/manifest.json", "1/model.joblib", "routing.json"]
