@@ -68,7 +68,8 @@ def require(*roles: str) -> Callable[[View], View]:
                 g.record["user"] = ""
                 return view(*args, **kwargs)
             # A header that was verified before is not even decoded: a tenth of what Flask-HTTPAuth takes.
-            user = users.cached(request.environ.get("HTTP_AUTHORIZATION", "")) or _authenticate(users)
+            header = request.environ.get("HTTP_AUTHORIZATION", "")
+            g.user = user = users.cached(header) or _authenticate(users, header)
             g.record["user"] = user.name
             if user.roles.isdisjoint(roles):
                 raise Forbidden(f"this needs the role {' or '.join(roles)}, which your user does not have")
@@ -81,25 +82,21 @@ def require(*roles: str) -> Callable[[View], View]:
 
 def has_role(role: str) -> bool:
     """Return whether the user whom `require` let pass has a role; False with AUTH=off."""
-    users: Users | None = current_app.extensions["service"].users
-    user = users.cached(request.environ.get("HTTP_AUTHORIZATION", "")) if users else None
-    return user is not None and role in user.roles
+    return "user" in g and role in g.user.roles
 
 
-def _authenticate(users: "Users") -> "User":
-    """Return the user whose name and password the request carries."""
-    header = request.environ.get("HTTP_AUTHORIZATION", "")
-    user = None
-    if header[:6].lower() == "basic " and (given := _basic.get_auth()) and given.username:  # it takes any scheme
+def _authenticate(users: "Users", header: str) -> "User":
+    """Return the user whose name and password the request's Authorization header carries."""
+    is_basic = header.isascii() and header[:6].lower() == "basic "  # Flask-HTTPAuth takes any scheme
+    if is_basic and (given := _basic.get_auth()) and given.username:
         user = users.verify(header, given.username, given.password, request.environ.get("REMOTE_ADDR", ""))
-    if user is None:
-        raise Unauthorized(
-            "a user name and a password are needed (HTTP basic auth), and these are not right"
-            if request.authorization
-            else "send a user name and a password (HTTP basic auth): curl -u NAME",
-            www_authenticate=WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"}),
-        )
-    return user
+        if user is not None:
+            return user
+    detail = "send a user name and a password (HTTP basic auth): curl -u NAME"
+    if header:
+        detail = "a user name and a password are needed (HTTP basic auth), and these are not right"
+    challenge = WWWAuthenticate("basic", {"realm": "predictions", "charset": "UTF-8"})
+    raise Unauthorized(detail, www_authenticate=challenge)
 
 
 class UsersFileError(Exception):
@@ -147,9 +144,7 @@ class Users:
     def verify(self, header: str, name: str, password: str, address: str) -> User | None:
         """Return the user if the password in an Authorization header is theirs.
 
-        Raises:
-            TooManyRequests: there were too many failures from this address; with the time to wait.
-            ServiceUnavailable: too many passwords wait to be checked.
+        Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many passwords wait to be checked.
         """
         digest, network = self._digest(header), _network(address)
         self._reject_throttled(network)
@@ -233,8 +228,8 @@ def read_users(path: Path) -> dict[str, User]:
     """
     users = {}
     for name, entry in _read_entries(path).items():
-        password = entry.get("password") if isinstance(entry, dict) else None
-        roles = entry.get("roles") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        password, roles = entry.get("password"), entry.get("roles")
         if not isinstance(password, str) or not HASH.fullmatch(password):
             raise UsersFileError(
                 f"{path}: user {name!r} has no password hash; set one with: python -m auth passwd {shlex.quote(name)}"
@@ -340,7 +335,6 @@ def _ask_password() -> str:
 @click.pass_obj
 def remove(path: Path, name: str) -> None:
     """Remove a user."""
-    _read_for_change(path, name, exists=True)
     with _changing(path, name, exists=True) as entries:
         del entries[name]
 

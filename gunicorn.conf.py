@@ -7,8 +7,6 @@ import os
 import socket
 import ssl
 import sys
-import time
-from pathlib import Path
 
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
@@ -22,15 +20,10 @@ logging.basicConfig(
 
 try:
     _settings = Settings.from_environ(os.environ)
-except SettingsError as _error:
-    sys.exit(f"cannot start: {_error}")
+    if _settings.preload and _settings.worker_class == "gevent":
+        from gevent import monkey
 
-if _settings.preload and _settings.worker_class == "gevent":
-    from gevent import monkey
-
-    monkey.patch_all()  # the application is made before gunicorn's worker would do it
-
-try:
+        monkey.patch_all()  # the application is made before gunicorn's worker would do it
     _extensions = _settings.load_extensions()
 except SettingsError as _error:
     sys.exit(f"cannot start: {_error}")
@@ -127,9 +120,7 @@ def _check_addresses(server):
 
 def when_ready(server):
     """Print a command to paste."""
-    netrc = _settings.users_file.with_name("demo.netrc").absolute()
-    if netrc.is_relative_to(Path.cwd()):
-        netrc = netrc.relative_to(Path.cwd())
+    netrc = _settings.users_file.with_name("demo.netrc")
     user = "" if _settings.auth == "off" else f"--netrc-file {netrc} " if netrc.is_file() else "-u NAME "
     row = "…" if _settings.model_path else "5.1, 3.5, 1.4, 0.2"  # the demo's; GET /model shows what another model takes
     scheme = "https" if server.cfg.is_ssl else "http"
@@ -151,9 +142,8 @@ def post_worker_init(worker):
     """
     service = worker.wsgi.extensions["service"]
     service.start()
-    deadline = time.monotonic() + 25.0  # seconds
     waits = _socket_is_handed_in or worker.age > worker.cfg.workers
-    while waits and time.monotonic() < deadline:
+    for _ in range(50 if waits else 0):  # 25 seconds
         worker.notify()
         if service.serving.finished.wait(0.5):
             break

@@ -30,6 +30,10 @@ LOSSES = FULL, UNWRITABLE = "the journal was full", "the journal could not be wr
 # A segment is closed at this size, or earlier, so that the open ones are at most a quarter of the journal's bound.
 SEGMENT_BYTES = 8 * 2**20  # small enough to count a dropped one's records in some 20 ms
 SUMMARY_SECONDS = 60.0  # between two records that sum up the requests without a valid password
+# The record of a request of which nothing is known yet; `user` is None until a password was verified.
+BLANK: dict[str, Any] = {"rows": 0, "user": None} | dict.fromkeys(
+    ("error", "error_type", "path", "method", "model_version", "variant", "request_id"), ""
+)
 
 
 def log_monitor(response_time: float, success: bool, error: str, *, journal: "Journal", **fields: Any) -> None:
@@ -72,10 +76,9 @@ class RequestLog:
         count = next(self._unauthenticated)
         self._unauthenticated = itertools.count()
         if count:
-            fields = {"error_type": "auth", "status": 401, "path": "/predict", "rows": 0, "requests": count}
-            empty = dict.fromkeys(("method", "model_version", "variant", "user", "request_id"), "")
-            error = "requests without a valid password"
-            log_monitor(0.0, False, error, journal=self._journal, **fields, **empty)
+            known = {"success": False, "error": "requests without a valid password", "error_type": "auth"}
+            known |= {"status": 401, "path": "/predict", "user": "", "requests": count}
+            log_monitor(0.0, journal=self._journal, **BLANK | known)
 
 
 class Journal:
@@ -129,12 +132,8 @@ class Journal:
                 self._write(record)
             except OSError as error:
                 self._lose(UNWRITABLE, 1)
-                self._limit.error(
-                    UNWRITABLE,
-                    "records are being lost, the journal in %s cannot be written: %s",
-                    self._directory,
-                    error,
-                )
+                message = "records are being lost, the journal in %s cannot be written: %s"
+                self._limit.error(UNWRITABLE, message, self._directory, error)
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._fd is not None
@@ -175,15 +174,13 @@ class Journal:
             new.unlink(missing_ok=True)
             raise
         self._fd, self._size, self._torn = fd, 0, False
-        lost = self._make_room()
-        if lost:
+        if lost := self._make_room():
             log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
             self._lose(FULL, lost)
 
     def _make_room(self) -> int:
         """Remove the oldest finished segments until a new one fits; return how many records went."""
-        lost = 0
-        sizes = {}
+        lost, sizes = 0, {}
         for path in segments(self._directory):
             with suppress(OSError):  # here and below: another worker makes room as well, and counts
                 sizes[path] = path.stat().st_size

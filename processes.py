@@ -1,8 +1,6 @@
 """What processes of one host need to work on the same files: locks, atomic replacement, forks, and log limits."""
 
 import fcntl
-import itertools
-import json
 import logging
 import os
 import tempfile
@@ -71,53 +69,6 @@ class FileLock:
         self.release()
 
 
-class WorkerSlot:
-    """A worker's number among those of its host: the lowest that no living process holds in a directory.
-
-    Format: a file `slot-<n>` for each worker that lives or lived, which the worker holds with `flock`. It contains the
-    JSON object that was published last, padded with spaces, or nothing.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._lock: FileLock | None = None
-        self.number = -1  # until one is taken
-
-    def take(self) -> bool:
-        """Take the lowest free number; return whether it is another than before. Raises: OSError."""
-        if self._lock is not None and self._lock.fd is not None and os.fstat(self._lock.fd).st_nlink:
-            return False
-        for number in itertools.count():
-            lock = FileLock(self._directory / f"slot-{number}")
-            if lock.acquire():
-                break
-            lock.release()
-        self._lock, self.number = lock, number
-        os.truncate(self._directory / f"slot-{number}", 0)  # what a dead worker published
-        return True
-
-    def publish(self, state: dict[str, Any]) -> None:
-        """Publish a JSON object of at most some kilobytes to readers on this host. Raises: OSError."""
-        self.take()
-        assert self._lock is not None
-        assert self._lock.fd is not None
-        content = json.dumps(state).encode()
-        os.pwrite(self._lock.fd, content.ljust(os.fstat(self._lock.fd).st_size), 0)
-
-    @staticmethod
-    def read(directory: Path) -> dict[int, dict[str, Any]]:
-        """Return what the living workers have published, by number; {} for one that has published nothing."""
-        found = {}
-        for path in directory.glob("slot-*"):
-            with suppress(OSError, ValueError):  # removed just now
-                if is_locked(path):
-                    content = path.read_bytes()
-                    while content != (again := path.read_bytes()):  # it was being written
-                        content = again
-                    found[int(path.name.removeprefix("slot-"))] = json.loads(content or b"{}")
-        return dict(sorted(found.items()))
-
-
 # --- files
 
 
@@ -166,26 +117,19 @@ def sync_directory(directory: Path) -> None:
 
 # --- forks
 
-_after_fork: "list[weakref.WeakMethod[Callable[[], None]]]" = []
-
 
 def after_fork(method: Callable[[], None]) -> None:
     """Call a bound method in every child process made by `fork` without `exec`, as long as its object lives.
 
     Python's descriptors are closed by `exec`; a plain fork copies them, and with them the locks of their files.
     """
-    _after_fork[:] = [each for each in _after_fork if each() is not None]
-    _after_fork.append(weakref.WeakMethod(method))
+    reference = weakref.WeakMethod(method)
 
+    def call() -> None:
+        if alive := reference():
+            alive()
 
-def _call_after_fork() -> None:
-    for reference in _after_fork:
-        method = reference()
-        if method is not None:
-            method()
-
-
-os.register_at_fork(after_in_child=_call_after_fork)
+    os.register_at_fork(after_in_child=call)
 
 
 # --- logs

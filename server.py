@@ -21,26 +21,35 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable
+from werkzeug.exceptions import (
+    Forbidden,
+    HTTPException,
+    InternalServerError,
+    ServiceUnavailable,
+    UnprocessableEntity,
+)
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users, has_role, require
 from model.batching import Overloaded, call_directly
 from model.loaded import LoadedModel, ModelFailed, RowsRefused
-from model.serving import ModelNotReady, NoSource, Serving, SingleFile, UnknownVersion
+from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
-from monitor import Journal, RequestLog
-from processes import LogLimit, WorkerSlot
+from monitor import BLANK, Journal, RequestLog
+from processes import LogLimit
 from settings import Settings
 from web.body import BodyReader
 from web.decoding import read_rows
-from web.errors import ModelFault, NotReady, Unprocessable, fault, json_response, problem
+from web.errors import json_response, problem
 
 log = logging.getLogger(__name__)
 
+ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # by status; else client or internal
+MODEL_FAULTS = (ModelFailed, ModelNotReady)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what is taken over from a caller: safe in logs and headers
 
 
@@ -55,23 +64,21 @@ def create_app(settings: Settings) -> Flask:
     app.add_url_rule("/model", view_func=require("predict", "admin")(service.model))
     app.add_url_rule("/healthz", view_func=service.healthz)
     app.add_url_rule("/readyz", view_func=service.readyz)
-    app.register_error_handler(HTTPException, problem)
-    app.register_error_handler(Exception, fault)
+    app.register_error_handler(Exception, lambda error: problem(service.explain(error), getattr(error, "errors", ())))
     app.after_request(service.finish)
     for extension in settings.load_extensions():
         extension.init_app(app, service)
-    if settings.trusted_proxies:
-        hops = settings.trusted_proxies
+    if hops := settings.trusted_proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=hops, x_proto=hops)  # type: ignore[method-assign]  # Flask's own advice
     return app
 
 
+@cache
 def __getattr__(name: str) -> Any:
     """Make `server.app` on first access (PEP 562), so that importing this module reads nothing."""
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()["app"] = create_app(Settings.from_environ(os.environ))
-    return globals()["app"]
+    if name == "app":
+        return create_app(Settings.from_environ(os.environ))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass
@@ -90,20 +97,18 @@ class Service:
         self.settings = settings
         # Runs a function beside the event loop and returns its result; a worker class may replace it.
         self.run_in_thread: Callable[..., Any] = call_directly
-        source = NoSource() if settings.model_path is None else SingleFile(settings.model_path)
+        source = SingleFile(settings.model_path)
         self.serving = Serving(source, self._in_thread, settings.allow_version_mismatch, settings.max_waiting_rows)
         self.users = None if settings.auth == "off" else Users(settings.users_file, self._in_thread)
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
-        self.slot = WorkerSlot(settings.journal_dir / "workers")
         self.recorded = {"predict"}  # endpoints whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
-        self.on_start: list[Callable[[], None]] = [self.take_slot]  # in each process, after the fork
+        self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.every_second: list[Callable[[], None]] = [
             lambda: self.serving.end_if_hung(settings.predict_timeout),
             self.bodies.expire_reads,
-            self.take_slot,
             self.request_log.tick,
         ]
         # A user's own extension may replace these two, to change the rows or the answer.
@@ -124,14 +129,15 @@ class Service:
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
         rows, method = read_rows(request, self.bodies, self.settings.max_rows, self.run_in_thread)
-        headers = request.environ
-        answer = self.infer(
-            rows, method, headers.get("HTTP_X_MODEL_VERSION", ""), headers.get("HTTP_X_ROUTING_KEY", "")
-        )
+        given = request.environ.get
+        answer = self.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))
         content = {"prediction": answer.prediction}
         if answer.classes is not None:
             content["classes"] = answer.classes
-        return json_response(content)
+        try:
+            return json_response(content)
+        except TypeError as error:  # orjson's: a complex number, a set, half a surrogate pair
+            raise ModelFailed("the prediction has no form in JSON") from error
 
     def model(self) -> Response:
         """GET /model: what is served."""
@@ -148,7 +154,7 @@ class Service:
 
     def readyz(self) -> Response:
         """GET /readyz: the model is loaded and has answered its sample."""
-        self.choose()
+        self.serving.choose()
         return json_response({"status": "ready"})
 
     # --- inference
@@ -162,63 +168,56 @@ class Service:
             version: the version to ask, for admins; "" for the one that is served.
             routing_key: requests with the same key get the same version; "" for no preference.
 
-        Raises:
-            HTTPException: 403, 422, 500 or 503, with what the caller can do about it.
+        Raises: what `explain` explains.
         """
         record = g.record
         if version and not has_role("admin"):
             raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
-        model, record["variant"] = self.choose(routing_key, version)
+        model, record["variant"] = self.serving.choose(routing_key, version)
         record["model_version"] = model.version
         if method not in model.methods:
-            raise Unprocessable(f"this model has no method {method[:80]!r}; it has {', '.join(model.methods)}")
+            raise BadRows(f"this model has no method {method[:80]!r}; it has {', '.join(model.methods)}")
         record["method"] = method
-        rows = self.before_predict(rows, record)
-        try:
-            rows = model.signature.validate(rows)
-            record["rows"] = len(rows)
-            prediction = model.predict(rows, method)
-        except BadRows as bad:
-            raise Unprocessable(bad.detail, bad.errors) from None
-        except RowsRefused as refusal:
-            # The model's own words may hold the caller's values: they stay in this log.
-            log.warning("request %s: the model refused its rows: %r", record["request_id"], refusal.__cause__)
-            raise Unprocessable(f"the model does not take the values of these rows (it raised {refusal})") from None
-        except ModelFailed as failure:
-            raise ModelFault(failure) from None
-        except Overloaded as reason:
-            raise ServiceUnavailable(f"overloaded: {reason}; try again", retry_after=1) from None
+        rows = model.signature.validate(self.before_predict(rows, record))
+        record["rows"] = len(rows)
+        prediction = model.predict(rows, method)
         return self.after_predict(Answer(prediction, model.classes_for(method), model), record)
 
-    def choose(self, routing_key: str = "", version: str = "") -> tuple[LoadedModel, str]:
-        """Return the model for a request, and its variant. Raises: NotReady, Unprocessable."""
-        try:
-            return self.serving.choose(routing_key, version)
-        except ModelNotReady as reason:
-            raise NotReady(f"not ready: {reason}", retry_after=5) from None
-        except UnknownVersion as reason:
-            raise Unprocessable(f"X-Model-Version: {reason}") from None
+    def explain(self, error: Exception) -> HTTPException:
+        """Return the HTTP error for an exception, and note it in the record with whose fault it is.
+
+        A blueprint with another form of errors calls this too. Alerts watch the types model, overload and internal. An
+        exception's own words may hold a caller's values, or a library's: they go to the log, never out.
+        """
+        request_id = g.record["request_id"]
+        if isinstance(error, HTTPException):
+            http = error
+        elif isinstance(error, BadRows):
+            http = UnprocessableEntity(error.detail)
+        elif isinstance(error, RowsRefused):
+            log.warning("request %s: the model refused its rows: %r", request_id, error.__cause__)
+            http = UnprocessableEntity(f"the model does not take the values of these rows (it raised {error})")
+        elif isinstance(error, Overloaded):
+            http = ServiceUnavailable(f"overloaded: {error}; try again", retry_after=1)
+        elif isinstance(error, ModelNotReady):
+            http = ServiceUnavailable(f"not ready: {error}", retry_after=5)
+        else:
+            who = "model" if isinstance(error, MODEL_FAULTS) else "server"
+            log.error("request %s: the %s failed", request_id, who, exc_info=error)
+            http = InternalServerError(f"the {who} failed on this request; the server's log says why")
+        code = http.code or 500
+        error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
+        g.record.update(error=http.name, error_type="model" if isinstance(error, MODEL_FAULTS) else error_type)
+        return http
 
     # --- around every request
 
     def begin(self) -> None:
         """Start the record of a request."""
         g.began = time.perf_counter()
-        environ = request.environ
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        g.record = {
-            "error": "",
-            "error_type": "",
-            "path": environ["PATH_INFO"],
-            "rows": 0,
-            "model_version": "",
-            "variant": "",
-            "user": None,  # until the password was verified
-            "method": "",
-            "request_id": given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}",  # no secret
-        }
-        if not environ.get("HTTP_AUTHORIZATION", "").isascii():
-            del environ["HTTP_AUTHORIZATION"]  # base64 is ASCII; werkzeug would raise
+        given = request.environ.get("HTTP_X_REQUEST_ID", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no secret
+        g.record = BLANK | {"path": request.environ["PATH_INFO"], "request_id": request_id}
         self.start()
 
     def finish(self, response: Response) -> Response:
@@ -254,10 +253,3 @@ class Service:
                     task()
                 except Exception:  # one bad round must not be the last
                     self._limit.error(repr(task), "a background task failed", exc_info=True)
-
-    def take_slot(self) -> None:
-        """Take this worker's number. Without one, what it counts and serves is not known to others."""
-        try:
-            self.slot.take()
-        except OSError as error:
-            self._limit.error("slot", "the directory of the journal cannot be written: %s", error)

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -34,34 +35,17 @@ def usable_cores() -> int:
         return cores
 
 
-def _string(value: str) -> str:
-    return value
-
-
 def _path(value: str) -> Path:
-    try:
-        return Path(value).expanduser()
-    except RuntimeError:  # no such user: then there will be no such file either
-        return Path(value)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, or a directory that is closed to us
-        return False
+    return Path(os.path.expanduser(value))  # which leaves a user that does not exist as it is
 
 
 def _number(lowest: float, highest: float, unit: str, kind: type = int) -> Callable[[str], Any]:
     def parse(value: str) -> Any:
-        try:
-            number = kind(value)
-        except ValueError:
-            number = None
-        if number is None or not lowest <= number <= highest:
-            what = "a whole number" if kind is int else "a number"
-            raise SettingsError(f"expected {what} of {unit} from {lowest} to {highest}")
-        return number
+        with suppress(ValueError):
+            if lowest <= (number := kind(value)) <= highest:
+                return number
+        what = "a whole number" if kind is int else "a number"
+        raise SettingsError(f"expected {what} of {unit} from {lowest} to {highest}")
 
     return parse
 
@@ -102,7 +86,7 @@ class Settings:
     """The server's settings. Tests make one directly or from a plain dict."""
 
     # Where it listens
-    host: str = _setting(_string, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
+    host: str = _setting(str, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
     port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
     web_concurrency: int = _setting(_number(1, 1024, "worker processes"), usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
@@ -134,10 +118,10 @@ class Settings:
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
 
     # Where the records go (sls/); shipping is on when the first three are set
-    sls_endpoint: str = _setting(_string, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
-    sls_project: str = _setting(_string, "")
-    sls_logstore: str = _setting(_string, "")
-    sls_region: str = _setting(_string, "")  # such as cn-hangzhou; then requests are signed with version 4
+    sls_endpoint: str = _setting(str, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https
+    sls_project: str = _setting(str, "")
+    sls_logstore: str = _setting(str, "")
+    sls_region: str = _setting(str, "")  # such as cn-hangzhou; then requests are signed with version 4
 
     @property
     def ships(self) -> bool:
@@ -154,8 +138,7 @@ class Settings:
         values = {}
         for each in fields(cls):
             name = each.name.upper()
-            given = environ.get(name, "")
-            if given:
+            if given := environ.get(name, ""):
                 try:
                     values[each.name] = each.metadata["parse"](given)
                 except SettingsError as error:
@@ -173,10 +156,8 @@ class Settings:
 
     def extension_names(self) -> list[str]:
         """Return the modules of the extensions, in order."""
-        if any(entry[0] not in "+-" for entry in self.extensions):
-            names = [entry.lstrip("+-") for entry in self.extensions]
-        else:
-            names = [*EXTENSIONS, *(entry[1:] for entry in self.extensions)]
+        replaced = any(entry[0] not in "+-" for entry in self.extensions)
+        names = [*([] if replaced else EXTENSIONS), *(entry.lstrip("+-") for entry in self.extensions)]
         return [name for name in dict.fromkeys(names) if f"-{name}" not in self.extensions]
 
     def load_extensions(self) -> list[ModuleType]:
@@ -207,11 +188,9 @@ class Settings:
         Raises:
             SettingsError: the model file or the users file is not there.
         """
-        if self.model_path is not None and not _is_file(self.model_path):
-            raise SettingsError(
-                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file that can be read"
-            )
-        if self.auth == "basic" and not _is_file(self.users_file):
+        if self.model_path is not None and not os.path.isfile(self.model_path):
+            raise SettingsError(f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file to read")
+        if self.auth == "basic" and not os.path.isfile(self.users_file):
             raise SettingsError(
                 f"USERS_FILE={str(self.users_file)!r}: there is no such file that can be read, so nobody could log in. "
                 "Make a user with: python -m auth add NAME --role predict"

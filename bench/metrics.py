@@ -21,8 +21,8 @@ from gevent import monkey
 
 monkey.patch_all()
 
-from processes import WorkerSlot  # noqa: E402  # as in a worker, after the patches
 from telemetry.metrics import Metrics  # noqa: E402
+from worker_slot import WorkerSlot  # noqa: E402  # as in a worker, after the patches
 
 COUNT = 20_000  # updates in a loop
 SUCCESS = {"error_type": "", "model_version": "1", "variant": "stable"}

@@ -43,7 +43,8 @@ class _Call:
         self.result: Any = None
         self.error: BaseException | None = None
         self.answered = False
-        self.wake: threading.Lock | None = None  # that a caller who does not lead waits for
+        self.wake = threading.Lock()  # held until the caller is answered, or is to lead
+        self.wake.acquire()
 
 
 class Batcher:
@@ -53,17 +54,17 @@ class Batcher:
         self,
         run_in_thread: Callable[..., Any] = call_directly,
         max_waiting: int = 50_000,
-        observe: Callable[[int, float], None] = lambda rows, waited: None,
+        observers: Sequence[Callable[[int, float], None]] = (),
     ) -> None:
         """Make a batcher for one model.
 
         Args:
             run_in_thread: runs a function on a native thread and returns its result; the caller's event loop goes on.
             max_waiting: rows that may wait; a further caller is rejected, unless none wait.
-            observe: called for each call of the model with its rows, and the seconds that the first of them waited.
+            observers: called for each call of the model with its rows, and the seconds that the first of them waited.
         """
         self.timings = Timings()
-        self._run_in_thread, self._max_waiting, self._observe = run_in_thread, max_waiting, observe
+        self._run_in_thread, self._max_waiting, self._observers = run_in_thread, max_waiting, observers
         self._queue: deque[_Call] = deque()
         self._waiting = 0  # rows in the queue
         self._leader: _Call | None = None
@@ -81,9 +82,7 @@ class Batcher:
             method: of the model.
             shape: only rows of the same shape are merged.
 
-        Raises:
-            Overloaded: too many rows wait.
-            Exception: what `run` raised at these rows alone.
+        Raises: Overloaded, too many rows wait; or what `run` raised at these rows alone.
         """
         call = _Call(rows, (method, shape))
         with self._lock:
@@ -93,13 +92,10 @@ class Batcher:
             self._waiting += len(rows)
             if self._leader is None:
                 self._leader = call
-            else:
-                call.wake = threading.Lock()
-                call.wake.acquire()
+                call.wake.release()
         batch: list[_Call] = []
         try:
-            if call.wake is not None:
-                call.wake.acquire()
+            call.wake.acquire()
             if not call.answered:  # so it leads
                 # Other ready callers get as far as the queue. A caller that has been alone yields only now and then,
                 # since that costs as much as the rest of this function. By its full name: a `sleep` that was imported
@@ -138,17 +134,16 @@ class Batcher:
                     left.append(other)
             self._queue.extendleft(reversed(left))
             self._waiting -= size
-        self._observe(size, time.perf_counter() - call.since)
+        for observe in self._observers:
+            observe(size, time.perf_counter() - call.since)
         return batch
 
     def _answer(self, run: Run, batch: list[_Call], method: str) -> None:
         size = sum(len(each.rows) for each in batch)
-        is_slow = self.timings.expect(method, size) > SLOW
-        parts = [each.rows for each in batch]
+        call = self._run_in_thread if self.timings.expect(method, size) > SLOW else call_directly
         self._running_since = time.perf_counter()
         try:
-            call = self._run_in_thread if is_slow else call_directly
-            results, seconds = call(_timed, run, parts, method)
+            results, seconds = call(_timed, run, [each.rows for each in batch], method)
         except Exception as error:
             if len(batch) > 1:  # the rows of one caller may have spoiled it for all
                 for each in batch:
@@ -180,8 +175,7 @@ class Batcher:
             if self._leader is not None:
                 woken.append(self._leader)
         for each in woken:
-            if each.wake is not None:
-                each.wake.release()
+            each.wake.release()
 
 
 def _timed(run: Run, parts: Sequence[Any], method: str) -> tuple[list[Any], float]:

@@ -49,11 +49,7 @@ class LoadedModel:
     def predict(self, rows: Any, method: str = "predict") -> Any:
         """Return predictions for rows that `signature.validate` returned, from one call with those of other callers.
 
-        Returns:
-            What `to_json` returns, for these rows.
-
-        Raises:
-            Overloaded, BadRows, RowsRefused, ModelFailed: see there.
+        See `to_json` for the result. Raises: Overloaded, BadRows, RowsRefused, ModelFailed.
         """
         shape = self.signature.batch_key(rows)
         if len(rows) <= MAX_BATCH_ROWS:
@@ -67,11 +63,7 @@ class LoadedModel:
         return [result] if len(parts) == 1 else _split(result, [len(part) for part in parts])
 
     def call(self, inputs: Any, method: str = "predict") -> Any:
-        """Call the estimator's method on what `signature.parse` returned; see `to_json` for the result.
-
-        Raises:
-            RowsRefused, ModelFailed: see there.
-        """
+        """Call the estimator's method on what `signature.parse` returned. Raises: RowsRefused, ModelFailed."""
         try:
             result = getattr(self.estimator, method)(inputs)
         except (ValueError, TypeError) as error:
@@ -80,16 +72,13 @@ class LoadedModel:
             raise ModelFailed(f"{type(error).__name__} in {method}") from error
         try:
             return to_json(result, len(inputs))
-        except ModelFailed:
-            raise
         except Exception as error:
-            raise ModelFailed(f"{method} returned something other than one prediction per row") from error
+            raise ModelFailed(f"{method} did not return one prediction per row: {error}") from error
 
     def classes_for(self, method: str) -> Any:
         """Return the classes in the order of the columns of the method's result, or None if it has no such columns."""
-        if method == "decision_function" and self.scores_pairs:
-            return None
-        return self.classes if method in _METHODS_WITH_CLASSES else None
+        of_pairs = method == "decision_function" and self.scores_pairs
+        return self.classes if method in _METHODS_WITH_CLASSES and not of_pairs else None
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /model shows of the model, as JSON values."""
@@ -102,13 +91,8 @@ class LoadedModel:
 def to_json(result: Any, n_rows: int) -> Any:
     """Turn a model's result into what orjson encodes: one entry per row; for several outputs a tuple of those.
 
-    Args:
-        result: an array `(n_rows, …)`, sparse or not, a data frame, a list of values, or (multi-output
-            `predict_proba`) a list of arrays.
-        n_rows: the number of rows asked about.
-
-    Raises:
-        ModelFailed: the result does not have one entry per row.
+    The result is an array `(n_rows, …)`, sparse or not, a data frame, a list of values, or (multi-output
+    `predict_proba`) a list of arrays. Raises: ModelFailed, it does not have one entry per row.
     """
     if isinstance(result, list):
         arrays = bool(result) and all(isinstance(each, np.ndarray) for each in result)
@@ -218,8 +202,6 @@ def hash_file(path: Path) -> str:
 
 
 def _as_lists(classes: Any) -> Any:
-    if classes is None:
-        return None
     if isinstance(classes, (list, tuple)):  # one array for each output
         return [_as_lists(each) for each in classes]
-    return np.asarray(classes).tolist()
+    return None if classes is None else np.asarray(classes).tolist()

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,16 +24,13 @@ from typing import Any, Protocol
 from .batching import Batcher, call_directly
 from .formats import ModelLoadError
 from .loaded import LoadedModel, load_model
+from .signature import BadRows
 
 log = logging.getLogger(__name__)
 
 
 class ModelNotReady(Exception):
     """No version has been loaded and validated yet."""
-
-
-class UnknownVersion(Exception):
-    """A version that a request named is not served."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Routes:
     def choose(self, key: str, version: str) -> tuple[LoadedModel, str]:
         """Return the model for a request, and its variant; see `Serving.choose`."""
         if version not in ("", self.stable.version):
-            raise UnknownVersion(f"no such version is served; there is: {self.stable.version}")
+            raise BadRows(f"X-Model-Version: no such version is served; there is: {self.stable.version}")
         return self.stable, "stable"
 
     def models(self) -> list[LoadedModel]:
@@ -63,12 +60,8 @@ class Routes:
         return f"version {self.stable}"
 
 
-@dataclass
-class Update:
-    """What a source found: the routes to serve from now on, None to keep the present ones, and what went wrong."""
-
-    routes: Routes | None = None
-    errors: list[str] = field(default_factory=list)
+# What a source found: the routes to serve from now on, None to keep the present ones; and what went wrong.
+Update = tuple[Routes | None, list[str]]
 
 
 class Source(Protocol):
@@ -85,23 +78,15 @@ class SingleFile:
 
     interval: float | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def update(self, serving: "Serving") -> Update:
         """Load the file, unless it was loaded before the fork."""
+        if self._path is None:
+            raise ModelLoadError("there is no model to serve: set MODEL_PATH=/path/to/model.joblib")
         loaded = serving.loaded()
-        return Update(Routes(loaded[0] if loaded else serving.load(partial(load_model, self._path))))
-
-
-class NoSource:
-    """No model at all: `MODEL_PATH` is not set, and no extension has named another source."""
-
-    interval: float | None = None
-
-    def update(self, serving: "Serving") -> Update:
-        """Explain what is missing."""
-        raise ModelLoadError("there is no model to serve: set MODEL_PATH=/path/to/model.joblib")
+        return Routes(loaded[0] if loaded else serving.load(partial(load_model, self._path))), []
 
 
 class Serving:
@@ -150,7 +135,7 @@ class Serving:
 
         Raises:
             ModelNotReady: no model is loaded.
-            UnknownVersion: that version is not served.
+            BadRows: that version is not served.
         """
         routes = self.routes
         if routes is None:
@@ -184,11 +169,7 @@ class Serving:
 
     def preload(self) -> None:
         """Load here and now, before a fork: the children share the memory that nobody writes to."""
-        run_in_thread, self.run_in_thread = self.run_in_thread, call_directly
-        try:
-            self._update()
-        finally:
-            self.run_in_thread = run_in_thread
+        self._update()
         # Not as routes: a worker that is forked later has to find out what is to be served by then.
         self._preloaded, self.routes, self.errors = self.loaded(), None, []
 
@@ -215,9 +196,8 @@ class Serving:
         return model
 
     def _load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
-        interval = sys.getswitchinterval()
-        started = time.monotonic()
-        batcher = Batcher(lambda *call: self.run_in_thread(*call), self._max_waiting_rows, self._observe_batch)
+        interval, started = sys.getswitchinterval(), time.monotonic()
+        batcher = Batcher(self.run_in_thread, self._max_waiting_rows, self.on_batch)
         try:
             sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
             model = loader(allow_version_mismatch=self._allow_version_mismatch, batcher=batcher)
@@ -229,10 +209,6 @@ class Serving:
             sys.setswitchinterval(interval)
         model.about["load_seconds"] = round(time.monotonic() - started, 3)
         return model
-
-    def _observe_batch(self, rows: int, waited: float) -> None:
-        for hook in self.on_batch:
-            hook(rows, waited)
 
     # --- the background thread
 
@@ -257,26 +233,20 @@ class Serving:
         try:
             update = self.source.update(self)
         except ModelLoadError as error:
-            update = Update(errors=[str(error)])
+            update = None, [str(error)]
         if update is None:
             return False
-        if update.routes is not None:
-            self.routes, self._preloaded = update.routes, []
-        self.errors = update.errors
-        for message in update.errors:
+        routes, self.errors = update
+        if routes is not None:
+            self.routes, self._preloaded = routes, []
+        for message in self.errors:
             log.error("%s: %s", "NOT READY, no model is served" if self.routes is None else "not served", message)
         if self.routes is not None and str(old) != str(self.routes):
             log.info("serving %s", self.routes)
-            _collect_garbage(everything=old is not None)
+            # Collect now, and exempt what was loaded from later collections, which would each stop all requests for
+            # 0.1 s. The first time not what was there before a fork: looking at it would write to shared memory.
+            if old is not None:
+                gc.unfreeze()
+            gc.collect()
+            gc.freeze()
         return True
-
-
-def _collect_garbage(everything: bool) -> None:
-    """Collect now, and exempt what was loaded from later collections, which would each stop all requests for 0.1 s.
-
-    The first time not what was there before a fork: looking at it would write to memory that processes share.
-    """
-    if everything:
-        gc.unfreeze()
-    gc.collect()
-    gc.freeze()

@@ -7,6 +7,7 @@ model.predict(signature.parse([[5.1, 3.5, 1.4, 0.2]]))
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -34,29 +35,18 @@ EXPECTED: dict[Kind, str] = {
     "boolean": "true or false",
     "any": "a number, a string, or true or false",
 }
-JSON_NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    type(None): "null",
-    int: "a number",
-    float: "a number",
-}
+JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
 class BadRows(ValueError):
-    """Rows that do not fit the model.
+    """A request that does not fit: `detail` says what the caller has to fix, and `errors` where.
 
-    Attributes:
-        detail: what the caller has to fix.
-        errors: where, as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; row and column are optional.
+    Each as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; row and column are optional.
     """
 
     def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(detail)
-        self.detail = detail
-        self.errors = list(errors)
+        self.detail, self.errors = detail, list(errors)
 
 
 @dataclass(frozen=True)
@@ -94,8 +84,7 @@ class Signature:
 
     Layouts: "array" a 2-D array, `(n_rows, n_columns)` float64 (object if a column does not hold numbers); "frame" a
     pandas data frame; "texts" and "numbers" a list of `n_rows` scalars. `columns` is None if the model does not show
-    how many it takes, and empty if rows have no columns. For tensors see
-    `formats/tensor_signature.py`.
+    how many it takes, and empty if rows have no columns. For tensors see `formats/tensor_signature.py`.
     """
 
     layout: Layout
@@ -103,21 +92,13 @@ class Signature:
     precision: str = "float64"  # of an array; some models take only the float32 they were fitted on
 
     def parse(self, data: Any) -> Any:
-        """Turn the decoded JSON value of `data` into what the model's `predict` takes.
-
-        Raises:
-            BadRows: naming the row and column, with at most `MAX_ERRORS` places.
-        """
+        """Turn the decoded JSON value of `data` into what the model's `predict` takes. Raises: as `validate`."""
         return self.assemble([self.validate(data)])
 
     def validate(self, data: Any) -> Any:
-        """Return the rows of `data`, as a list or an array, if they fit the model.
+        """Return the rows of a decoded JSON value or an array of numbers `(n_rows, …)`, if they fit the model.
 
-        Args:
-            data: a decoded JSON value, or an array of numbers `(n_rows, …)`.
-
-        Raises:
-            BadRows: naming the row and column, with at most `MAX_ERRORS` places.
+        Raises: BadRows, naming the row and column, with at most `MAX_ERRORS` places.
         """
         if isinstance(data, np.ndarray):
             return self._validate_array(data)
@@ -134,13 +115,9 @@ class Signature:
         return len(rows[0]) if self.columns is None else None
 
     def assemble(self, parts: Sequence[Any]) -> Any:
-        """Make what the model's `predict` takes.
+        """Make what the model's `predict` takes of what `validate` returned to callers with the same `batch_key`.
 
-        Args:
-            parts: what `validate` returned to one caller or several, all with the same `batch_key`.
-
-        Raises:
-            BadRows: a number does not fit the type of its column.
+        Raises: BadRows, a number does not fit the type of its column.
         """
         if isinstance(parts[0], np.ndarray):
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -172,17 +149,10 @@ class Signature:
             columns = [{"name": c.name, "type": c.kind, "nullable": c.nullable} for c in self.columns]
         return {"layout": self.layout, "columns": columns, "form": self.example()}
 
-    @property
-    def sizes_open(self) -> bool:
-        """Whether rows may have a shape that only the model itself can reject."""
-        return self.columns is None
-
     @cached_property
     def _is_one_array(self) -> bool:
         """Whether all values go into one array of the signature's precision."""
-        if self.layout == "texts":
-            return False
-        return kind_of(self.precision) != "number" or all(c.dtype == "float64" for c in self.columns or ())
+        return self.layout != "texts" and all(c.dtype == "float64" for c in self.columns or ())
 
     @property
     def _row_shape(self) -> tuple[int | None, ...]:
@@ -276,8 +246,7 @@ class Signature:
         return data
 
     def _validate_array(self, array: Any) -> Any:
-        kind = kind_of(self.precision)
-        if not self._is_one_array or kind not in ("number", "integer"):
+        if not self._is_one_array:
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
         if array.ndim == 0 or len(array) == 0:
             raise BadRows("the array has no rows")
@@ -285,12 +254,11 @@ class Signature:
         if not matches(shape, array.shape[1:]):
             expected = ", ".join(["rows", *("any" if size is None else str(size) for size in shape)])
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")
-        if array.dtype.kind not in ("iu" if kind == "integer" else "iuf"):
+        if array.dtype.kind not in "iuf":
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(array, dtype=self.precision)
-        if kind == "number":
-            self._check_finite(numbers)
+        self._check_finite(numbers)
         return numbers
 
     def _check_finite(self, numbers: Any) -> None:
@@ -318,28 +286,15 @@ def matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
     return all(wanted in (None, found) for wanted, found in zip(shape, sizes, strict=True))
 
 
-def kind_of(dtype: str) -> Kind:
-    """Return what a caller sends for a numpy type."""
-    if dtype in ("str", "bool"):
-        return "text" if dtype == "str" else "boolean"
-    return "integer" if "int" in dtype else "number"
-
-
 # --- arrays and columns
 
 
 def to_array(values: Sequence[Any], dtype: str) -> Any:
-    if dtype == "str":
-        return np.array(values, dtype=object)
-    try:
-        with np.errstate(over="ignore"):
-            array = np.array(values, dtype=dtype)
-        too_large = dtype in ("float32", "float16") and np.isinf(array).any()
-    except OverflowError:
-        too_large = True
-    if too_large:
-        raise BadRows(f"data holds a number that is too large for {dtype}, which the model takes")
-    return array
+    with np.errstate(over="ignore"), suppress(OverflowError):
+        array = np.array(values, dtype=dtype)
+        if dtype not in ("float32", "float16") or not np.isinf(array).any():
+            return array
+    raise BadRows(f"data holds a number that is too large for {dtype}, which the model takes")
 
 
 def _are_whole(values: list[Any]) -> bool:
@@ -416,4 +371,4 @@ def _wrong_values(rows: list[Any], columns: Sequence[Column]) -> Iterable[dict[s
 
 
 def json_name(value: Any) -> str:
-    return JSON_NAMES.get(type(value), "a value")
+    return JSON_NAMES.get(type(value), "a number")

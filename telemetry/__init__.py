@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from processes import WorkerSlot
+from worker_slot import WorkerSlot, slot_of
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -34,7 +34,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     from telemetry.metrics import Metrics
 
     settings = service.settings
-    metrics = Metrics(settings.journal_dir, settings.ships)
+    metrics, slot = Metrics(settings.journal_dir, settings.ships), slot_of(app, service)
     service.observers.append(metrics.count_request)
     service.serving.on_batch.append(metrics.count_batch)
     service.serving.on_load_failure.append(metrics.count_load_failure)
@@ -42,7 +42,7 @@ def init_app(app: "Flask", service: "Service") -> None:
 
     def join() -> None:
         if _has_workers:
-            metrics.join(service.slot)
+            metrics.join(slot)
 
     def start() -> None:
         join()

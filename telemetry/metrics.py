@@ -1,7 +1,7 @@
 """The metrics of GET /metrics: what each worker counts, and what is looked up when Prometheus asks.
 
     metrics = Metrics(Path("var/journal"))
-    metrics.join(service.slot)               # in a worker, after the fork
+    metrics.join(slot)                       # in a worker, after the fork
     metrics.count_request(0.0021, record)    # the record that goes into the journal
     body, content_type = metrics.expose("", serving.describe())
 
@@ -23,9 +23,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from monitor import LOSSES, segments
-from processes import LogLimit, WorkerSlot
+from processes import LogLimit
 from telemetry import shipping_progress
 from telemetry.shared_counters import SharedCounters, collect
+from worker_slot import WorkerSlot
 
 RESPONSE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WAIT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)

@@ -47,7 +47,7 @@ class SharedCounters:
     Format: `counter_<number>.db`, `gauge_livesum_<number>.db` and `histogram_<number>.db`, as prometheus_client's
     `mmap_dict` describes them.
 
-    Concurrency: only the worker that holds the number (processes.WorkerSlot) writes to them, and anyone may read. So
+    Concurrency: only the worker that holds the number (worker_slot.WorkerSlot) writes to them, and anyone may read. So
     there are never more files than workers that lived at once, and no sum goes down. A kill loses nothing: what was
     written to a memory map is the kernel's.
     """

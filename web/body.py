@@ -8,8 +8,8 @@ which ends the read at once under every worker class. For a body that has arrive
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from flask import Response
@@ -35,24 +35,16 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        declared = get_content_length(environ)
-        stream, length = environ["wsgi.input"], declared or 0
-        if declared is None and "HTTP_TRANSFER_ENCODING" in environ:
-            length = self.max_bytes + 1
-        elif length > self.max_bytes:
+        declared = _length(environ)
+        if (declared or 0) > self.max_bytes:
             raise self._too_large()
-        body, broken, deadline = b"", False, time.monotonic() + self.timeout
-        with self._until(deadline, environ):
-            try:
-                body = stream.read(length) if length <= CHUNK_SIZE else b"".join(_chunks(stream, length, deadline))
-            except Exception:  # whatever the server raises for a bad chunk or a lost connection
-                broken = True
-        if len(body) > self.max_bytes:
+        length = self.max_bytes + 1 if declared is None else declared
+        body, in_time = self._collect(environ, length, self.timeout, b"".join)
+        if len(body or b"") > self.max_bytes:
             raise self._too_large()
-        in_time = time.monotonic() < deadline
-        environ["body.complete"] = complete = in_time and not broken and len(body) >= (declared or 0)
-        if complete:
-            return body
+        environ["body.complete"] = in_time and body is not None and len(body) >= (declared or 0)
+        if environ["body.complete"]:
+            return body  # type: ignore[no-any-return]  # the joined chunks
         if not in_time:
             raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
         raise BadRequest("the body breaks off before its end, or its chunks are malformed")
@@ -62,24 +54,17 @@ class BodyReader:
 
     def finish(self, environ: dict[str, Any], response: Response) -> None:
         """Keep the rest of a body from being taken for the next request, when the answer came before its end."""
-        if environ.get("body.complete"):
-            return
-        length = get_content_length(environ)
-        if not (length or "HTTP_TRANSFER_ENCODING" in environ):
-            return
-        if "body.complete" in environ:  # it broke off, or was too slow
+        complete = environ.get("body.complete")  # None if it was not read; False if it broke off, or was too slow
+        if complete is False:
             response.call_on_close(lambda: _shutdown(environ, socket.SHUT_RDWR))
-        else:
-            response.call_on_close(lambda: self._discard(environ, length))
+        elif complete is None and _length(environ) != 0:
+            response.call_on_close(lambda: self._discard(environ))
 
-    def _discard(self, environ: dict[str, Any], length: int | None) -> None:
+    def _discard(self, environ: dict[str, Any]) -> None:
         """Read on a little, then shut the connection down: closed with unread data it is reset, and the answer lost."""
-        count, ended, deadline = 0, False, time.monotonic() + LINGER
-        with suppress(Exception), self._until(deadline, environ):
-            for chunk in _chunks(environ["wsgi.input"], self.max_bytes + 1, deadline):
-                count += len(chunk)
-            ended = count <= self.max_bytes and time.monotonic() < deadline
-        if not ended or length not in (None, count):
+        length = self.max_bytes + 1
+        count, in_time = self._collect(environ, length, LINGER, lambda chunks: sum(map(len, chunks)))
+        if not in_time or count in (None, length) or _length(environ) not in (None, count):
             _shutdown(environ, socket.SHUT_RDWR)
 
     def expire_reads(self) -> None:
@@ -89,14 +74,24 @@ class BodyReader:
             if deadline <= now and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
 
-    @contextmanager
-    def _until(self, deadline: float, environ: dict[str, Any]) -> Iterator[None]:
-        token = object()
+    def _collect(
+        self, environ: dict[str, Any], length: int, seconds: float, collect: Callable[[Iterator[bytes]], Any]
+    ) -> tuple[Any, bool]:
+        """Return what `collect` makes of a body's first bytes, None if they break off; and if they came in time."""
+        token, deadline = object(), time.monotonic() + seconds
         self._reads[token] = (deadline, environ)
         try:
-            yield
+            found = collect(_chunks(environ["wsgi.input"], length, deadline))
+        except Exception:  # whatever the server raises for a bad chunk or a lost connection
+            found = None
         finally:
             self._reads.pop(token, None)
+        return found, time.monotonic() < deadline
+
+
+def _length(environ: dict[str, Any]) -> int | None:
+    """Return how many bytes a request's body has; None if it comes in chunks."""
+    return None if "HTTP_TRANSFER_ENCODING" in environ else get_content_length(environ) or 0
 
 
 def _chunks(stream: Any, length: int, deadline: float) -> Iterator[bytes]:

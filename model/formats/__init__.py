@@ -18,7 +18,7 @@ LOADERS = {
     ".joblib": "model.formats.sklearn:load_joblib",
     ".pkl": "model.formats.sklearn:load_joblib",
     ".pickle": "model.formats.sklearn:load_joblib",
-    ".skops": "model.formats.sklearn:load_skops",
+    ".skops": "model.formats.skops:load_skops",
     ".onnx": "model.formats.onnx:load_onnx",
     ".pt": "model.formats.torch:load_torch",
     ".pt2": "model.formats.torch:load_torch",
@@ -44,11 +44,17 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         immutable: the file is only ever replaced by another, never written to, so its large arrays may be mapped into
             memory and shared by all processes that load it.
 
-    Raises:
-        ModelLoadError: an unknown suffix, a damaged file, a library or class that is not installed, or a model that
-            another minor version of scikit-learn made.
+    Raises: ModelLoadError, with the cause and what to do about it.
     """
-    check_name(path)
+    if path.suffix == ".pb" or (path / "saved_model.pb").exists():
+        directory = path.parent if path.suffix == ".pb" else path
+        raise ModelLoadError(
+            f"{path.name} is TensorFlow's SavedModel, a directory; a model is served from one file. Make one:\n"
+            "    pip install tf2onnx\n"
+            f"    python -m tf2onnx.convert --saved-model {directory} --output model.onnx"
+        )
+    if path.suffix.lower() not in LOADERS:
+        raise ModelLoadError(f"{path.name}: the suffix names the format; expected one of {', '.join(LOADERS)}")
     module, _, function = LOADERS[path.suffix.lower()].partition(":")
     try:
         loader = getattr(importlib.import_module(module), function)
@@ -66,23 +72,6 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
             f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
         )
     return model
-
-
-def check_name(path: Path) -> None:
-    """Reject a file by its name, before it is opened.
-
-    Raises:
-        ModelLoadError: an unknown suffix, or TensorFlow's SavedModel.
-    """
-    if path.suffix == ".pb" or (path / "saved_model.pb").exists():
-        directory = path.parent if path.suffix == ".pb" else path
-        raise ModelLoadError(
-            f"{path.name} is TensorFlow's SavedModel, a directory; a model is served from one file. Make one:\n"
-            "    pip install tf2onnx\n"
-            f"    python -m tf2onnx.convert --saved-model {directory} --output model.onnx"
-        )
-    if path.suffix.lower() not in LOADERS:
-        raise ModelLoadError(f"{path.name}: the suffix names the format; expected one of {', '.join(LOADERS)}")
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -111,14 +100,13 @@ def _explain(path: Path, error: Exception) -> str:
             f"{summary}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
             "train and save it again with the versions in requirements.txt"
         )
-    if isinstance(error, ModuleNotFoundError) and root.isidentifier():
-        return (
-            f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
-            "install it beside the server"
-        )
-    if isinstance(error, (AttributeError, ImportError, OSError, MemoryError)) and not isinstance(
-        error, ModuleNotFoundError
-    ):
+    if isinstance(error, ModuleNotFoundError):
+        if root.isidentifier():
+            return (
+                f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
+                "install it beside the server"
+            )
+    elif isinstance(error, (AttributeError, ImportError, OSError, MemoryError)):
         return summary
     return f"{summary}. The file is damaged, incomplete, or not of the format that its suffix names"
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from ..signature import Column, Signature, kind_of
+from ..signature import Column, Signature
 from . import UnsupportedModel
-from .tensor_signature import TensorSignature
+from .tensor_signature import TensorSignature, TypedSignature, kind_of
 
 
 class TensorModel:
@@ -50,11 +50,16 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
     columns = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
     if len(columns) != shape[0]:
         raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata names {len(columns)}")
-    return Signature(
+    return (Signature if kind == "number" else TypedSignature)(
         "array",
         tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in columns),
         precision=dtype,
     )
+
+
+def has_open_sizes(signature: Signature) -> bool:
+    """Return whether rows may have a shape that only the model itself can reject."""
+    return signature.columns is None or (isinstance(signature, TensorSignature) and None in signature.shape)
 
 
 def threads() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import UnsupportedModel
 from .archive_checks import refuse_calling_layers
-from .base import TensorModel, first, first_line, import_library, import_torch, of_rows
+from .base import TensorModel, first, first_line, has_open_sizes, import_library, import_torch, of_rows
 
 _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 
@@ -71,7 +71,7 @@ class KerasModel(TensorModel):
                 f"takes exactly {rows} row(s) at a time; build it over keras.Input(shape) without batch_size"
             )
         self.signature = of_rows(tuple(shape), str(inputs[0].dtype))
-        self.sizes_open = self.signature.sizes_open
+        self.sizes_open = has_open_sizes(self.signature)
 
     def predict(self, rows: Any) -> Any:
         """Return the model's output as an array `(n_rows, …)`; of several outputs the first."""

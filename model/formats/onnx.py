@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..signature import Column, Signature, kind_of
+from ..signature import Column, Signature
 from . import UnsupportedModel
-from .base import TensorModel, first_line, import_library, of_rows, threads
-from .tensor_signature import RecordSignature
+from .base import TensorModel, first_line, has_open_sizes, import_library, of_rows, threads
+from .tensor_signature import RecordSignature, kind_of
 
 METADATA = "prediction-server"  # the key in an ONNX file's metadata under which `python -m model export` leaves more
 
@@ -57,7 +57,7 @@ class OnnxModel(TensorModel):
         self._inputs = session.get_inputs()
         self._outputs = [output.name for output in session.get_outputs()]
         self.signature = _signature_of(self._inputs, known)
-        self.sizes_open = self.signature.sizes_open
+        self.sizes_open = has_open_sizes(self.signature)
         # scikit-learn's regressors return one value a row, their ONNX form a column.
         self._flat = session.get_modelmeta().producer_name == "skl2onnx"
 

@@ -1,8 +1,4 @@
-"""scikit-learn's models: `.joblib` and pickles by joblib, `.skops` by skops.
-
-Loading a pickle runs whatever code its author put in it. `.skops` is the exception: its types are checked before
-anything is built.
-"""
+"""scikit-learn's models: `.joblib` and pickles by joblib. Loading one runs whatever code its author put in it."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,24 +21,10 @@ def load_joblib(path: Path, *, allow_version_mismatch: bool, immutable: bool) ->
     # Copy on write: the compiled parts of some models take no read-only arrays. A file that is written to while it is
     # mapped would change the model, or kill the process.
     mode = "c" if immutable and _is_mappable(path) else None
-    return _ready(lambda: joblib.load(path, mmap_mode=mode), allow_version_mismatch)
+    return ready(lambda: joblib.load(path, mmap_mode=mode), allow_version_mismatch)
 
 
-def load_skops(path: Path, *, allow_version_mismatch: bool, immutable: bool) -> Any:
-    """Load what `skops.io.dump` wrote. Raises: ModelLoadError, types that are not known to be safe."""
-    import skops.io
-
-    found = skops.io.get_untrusted_types(file=path)
-    unknown = [name for name in found if not name.startswith(_COMPILED)]
-    if unknown:
-        raise ModelLoadError(
-            f"{path.name} holds types that are not known to be safe: {', '.join(unknown)}. "
-            "If you trust its author, save the model with joblib instead"
-        )
-    return _ready(lambda: skops.io.load(path, trusted=found), allow_version_mismatch)
-
-
-def _ready(load_it: Callable[[], Any], allow_version_mismatch: bool) -> Any:
+def ready(load_it: Callable[[], Any], allow_version_mismatch: bool) -> Any:
     """Load a model and make it ready to predict in one thread."""
     for prepare in before_import:
         prepare()
@@ -59,18 +41,6 @@ def _is_mappable(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(1) == b"\x80"  # a pickle's first byte; a compressed file has another
-
-
-# scikit-learn's compiled parts: arrays with methods. skops knows its Python classes and leaves these to the user.
-_COMPILED = (
-    "sklearn.tree._tree.",
-    "sklearn.ensemble._hist_gradient_boosting.",
-    "sklearn.metrics._dist_metrics.",
-    "sklearn.neighbors._kd_tree.",
-    "sklearn.neighbors._ball_tree.",
-    "sklearn._loss.",
-    "sklearn.linear_model._sgd_fast.",
-)
 
 
 def _with_version_check(load_it: Callable[[], Any], allowed: bool) -> Any:

@@ -7,7 +7,42 @@ from typing import Any
 
 import numpy as np
 
-from ..signature import ACCEPTED, EXAMPLES, EXPECTED, Signature, bad_rows, json_name, kind_of, matches, to_array
+from ..signature import ACCEPTED, EXAMPLES, EXPECTED, BadRows, Kind, Signature, bad_rows, json_name, matches, to_array
+
+
+def kind_of(dtype: str) -> Kind:
+    """Return what a caller sends for a numpy type."""
+    if dtype in ("str", "bool"):
+        return "text" if dtype == "str" else "boolean"
+    return "integer" if "int" in dtype else "number"
+
+
+def to_typed(values: Sequence[Any], dtype: str) -> Any:
+    """Make an array of any numpy type; of strings one of objects."""
+    return np.array(values, dtype=object) if dtype == "str" else to_array(values, dtype)
+
+
+@dataclass(frozen=True)
+class TypedSignature(Signature):
+    """Takes an array `(n_rows, n_columns)` of a numpy type, such as int64."""
+
+    def assemble(self, parts: Sequence[Any]) -> Any:
+        """Make an array of the rows of callers."""
+        if isinstance(parts[0], np.ndarray):
+            return np.concatenate(parts)
+        return to_typed(list(itertools.chain.from_iterable(parts)), self.precision)
+
+    def _validate_array(self, array: Any) -> Any:
+        kinds = {"number": "iuf", "integer": "iu"}.get(kind_of(self.precision))
+        if kinds is None:
+            raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
+        if array.dtype.kind not in kinds:
+            raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
+        return super()._validate_array(array)
+
+    @property
+    def _is_one_array(self) -> bool:  # a cached property there
+        return True
 
 
 @dataclass(frozen=True)
@@ -23,20 +58,15 @@ class RecordSignature(Signature):
         fields = [(str(c.name), object if c.dtype == "str" else c.dtype) for c in self.columns]
         array = np.empty(len(rows), dtype=fields)
         for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
-            array[column.name] = to_array(values, column.dtype)  # null becomes NaN
+            array[column.name] = to_typed(values, column.dtype)  # null becomes NaN
         return array
 
 
 @dataclass(frozen=True)
-class TensorSignature(Signature):
+class TensorSignature(TypedSignature):
     """Takes an array `(n_rows, *shape)`, such as images; the rows are nested lists."""
 
     shape: tuple[int | None, ...] = ()  # of a row; None is a size that may differ between requests
-
-    @property
-    def sizes_open(self) -> bool:
-        """Whether rows may have a shape that only the model itself can reject."""
-        return None in self.shape
 
     def example(self) -> str:
         """Show the form of `data` with one row, as JSON."""
@@ -62,7 +92,7 @@ class TensorSignature(Signature):
         sizes, values, types = _flatten(data)
         if sizes is None or not matches(self.shape, sizes[1:]) or not types <= ACCEPTED[kind_of(self.precision)]:
             raise bad_rows(self._wrong_rows(data))
-        return to_array(values, self.precision).reshape(sizes)
+        return to_typed(values, self.precision).reshape(sizes)
 
     def _wrong_rows(self, data: list[Any]) -> Iterable[dict[str, Any]]:
         kind, shape = kind_of(self.precision), self.shape

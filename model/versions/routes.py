@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..loaded import LoadedModel
-from ..serving import Routes, UnknownVersion
+from ..serving import Routes
+from ..signature import BadRows
 from .store import Routing
 
 
@@ -24,7 +25,7 @@ class StoreRoutes(Routes):
                 if model.version == version:
                     return model, variant
             served = ", ".join(model.version for model in self.models())
-            raise UnknownVersion(f"no such version is served; there are: {served}")
+            raise BadRows(f"X-Model-Version: no such version is served; there are: {served}")
         if self.canary is not None and share_of(key, self.canary.version) < self.routing.weight:
             return self.canary, "canary"
         return self.stable, "stable"

@@ -45,16 +45,16 @@ class StoreWatcher:
         try:
             routing = self._routing(serving, errors)
         except ModelLoadError as error:
-            return Update(None, [str(error)])
+            return None, [str(error)]
         stable = self._stable(serving, routing, errors)
         canary = self._canary(serving, routing, errors)
         if not self._is_wanted(routing):
             return None  # the next update serves what is wanted now
         if stable is None:
-            return Update(None, errors)
+            return None, errors
         if not errors:
             self._remember(routing)
-        return Update(StoreRoutes(stable, canary, routing), errors)
+        return StoreRoutes(stable, canary, routing), errors
 
     def _etags(self) -> tuple[Any, ...]:
         """Return what changes when a file that matters is replaced, repaired or removed."""

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from processes import WorkerSlot
+from worker_slot import WorkerSlot
 
 log = logging.getLogger(__name__)
 

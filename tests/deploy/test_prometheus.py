@@ -18,8 +18,8 @@ from conftest import PASSWORD, ROOT, Server, free_port, gunicorn, write_users
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitor import LOSSES, Journal
-from processes import WorkerSlot
 from telemetry.metrics import OUTCOMES, Metrics
+from worker_slot import WorkerSlot
 
 HERE = ROOT / "deploy/prometheus"
 RULES = yaml.safe_load((HERE / "rules.yml").read_text())

@@ -250,7 +250,7 @@ def test_it_is_told_of_each_call() -> None:
         told.append((rows, waited))
         model.seconds = waited + 0.05  # so the second waits for longer than the first
 
-    batcher = Batcher(observe=observe)
+    batcher = Batcher(observers=[observe])
     hold(model, batcher, 1)
     second = meanwhile(model, lambda: batcher.submit(model, [2] * 5, "square"))
     at_once(lambda: batcher.submit(model, [1] * 3, "square"), second)

@@ -27,7 +27,7 @@ from sklearn.svm import SVC
 
 from model.formats import ModelLoadError
 from model.loaded import ModelFailed, RowsRefused, load_model, to_json
-from model.serving import ModelNotReady, NoSource, Serving, SingleFile
+from model.serving import ModelNotReady, Serving, SingleFile
 
 IRIS = load_iris(as_frame=True)
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -58,7 +58,7 @@ def served(path: Path) -> Serving:
 
 
 def test_server_without_a_model_says_how_to_name_one() -> None:
-    serving = Serving(NoSource())
+    serving = Serving(SingleFile(None))
     serving.start()
     assert serving.finished.wait(60)
     assert "set MODEL_PATH=" in serving.describe()["error"]

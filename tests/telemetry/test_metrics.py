@@ -27,11 +27,11 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitor import LOSSES, UNWRITABLE, Journal
-from processes import WorkerSlot
 from settings import Settings
 from telemetry import before_fork, report
 from telemetry.metrics import AUTH_STATUSES, OUTCOMES, Metrics
 from telemetry.shared_counters import FILES, SharedCounters
+from worker_slot import WorkerSlot
 
 ROW = [5.1, 3.5, 1.4, 0.2]
 SERVED: dict[str, Any] = {"ready": True, "stable": None, "canary": None}
@@ -468,7 +468,7 @@ from pathlib import Path
 
 from gevent import get_hub
 
-from processes import WorkerSlot
+from worker_slot import WorkerSlot
 from telemetry.metrics import Metrics
 
 place = Path(sys.argv[1])

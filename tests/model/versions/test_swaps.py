@@ -34,7 +34,7 @@ from model.versions.guard import MIN_REQUESTS
 from model.versions.loading import load_version
 from model.versions.routes import share_of
 from model.versions.store import Routing, Store, write_json
-from processes import WorkerSlot
+from worker_slot import WorkerSlot
 
 IRIS = load_iris().data
 SAMPLE = IRIS[[60, 110]].tolist()

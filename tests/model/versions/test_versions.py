@@ -32,7 +32,7 @@ from model.__main__ import main
 from model.formats import ModelLoadError
 from model.versions import publishing, worker_status
 from model.versions.store import Routing, Store, StoreError, read_manifest, read_rows, write_json
-from processes import WorkerSlot
+from worker_slot import WorkerSlot
 
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
 # What a manifest says of a version that was not really validated.

@@ -18,7 +18,7 @@ from model.versions import worker_status
 from model.versions.routes import StoreRoutes
 from model.versions.store import Routing, Store, write_json
 from model.versions.watcher import StoreWatcher
-from processes import WorkerSlot
+from worker_slot import WorkerSlot
 
 IRIS = load_iris()
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -123,15 +123,16 @@ def test_unchanged_store_is_no_update(store: Store, tmp_path: Path) -> None:
     serving = Serving(watcher)
     update = watcher.update(serving)
     assert update
-    serving.routes = update.routes
+    serving.routes = update[0]
     assert watcher.update(serving) is None
     store.canary("2", 5)
     update = watcher.update(serving)
     assert update
-    assert isinstance(update.routes, StoreRoutes)
-    assert update.routes.canary
-    assert (update.routes.canary.version, update.routes.routing.weight) == ("2", 5)
-    assert update.routes.stable is serving.routes.stable  # type: ignore[union-attr]
+    routes, _ = update
+    assert isinstance(routes, StoreRoutes)
+    assert routes.canary
+    assert (routes.canary.version, routes.routing.weight) == ("2", 5)
+    assert routes.stable is serving.routes.stable  # type: ignore[union-attr]
 
 
 def test_version_that_is_rolled_back_while_it_loads_is_not_served(store: Store, tmp_path: Path) -> None:
@@ -149,8 +150,8 @@ def test_version_that_is_rolled_back_while_it_loads_is_not_served(store: Store, 
     assert watcher.update(serving) is None
     update = watcher.update(serving)
     assert update
-    assert update.routes
-    assert update.routes.stable.version == "1"
+    assert update[0]
+    assert update[0].stable.version == "1"
 
 
 def test_rollback_of_this_host_is_honoured_from_the_start_and_ends_with_its_file(store: Store, tmp_path: Path) -> None:
@@ -179,8 +180,9 @@ def test_failed_load_is_counted_once(store: Store, tmp_path: Path) -> None:
     artifact.write_bytes(b"damaged")
     update = watcher.update(serving)
     assert update
-    assert update.routes is None
-    assert [re.sub(".*/", "", error)[:12] for error in update.errors] == ["model.joblib"]
+    routes, errors = update
+    assert routes is None
+    assert [re.sub(".*/", "", error)[:12] for error in errors] == ["model.joblib"]
     assert failures == ["failed"]
     write_json(store.directory / "routing.json", Routing("gone").to_json())
     watcher.update(serving)

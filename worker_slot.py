@@ -1,0 +1,84 @@
+"""The number of a worker among those of its host, for rooms that count or publish something for each worker."""
+
+import itertools
+import json
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from processes import FileLock, LogLimit, is_locked
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Service
+
+log = logging.getLogger(__name__)
+
+
+def slot_of(app: "Flask", service: "Service") -> "WorkerSlot":
+    """Return the slot of a service's worker, which is taken when it starts, and again if it is lost."""
+    slot: WorkerSlot | None = app.extensions.get("worker_slot")
+    if slot is not None:
+        return slot
+    slot = app.extensions["worker_slot"] = WorkerSlot(service.settings.journal_dir / "workers")
+    limit, take_slot = LogLimit(log), slot.take
+
+    def take() -> None:
+        try:
+            take_slot()
+        except OSError as error:  # then what this worker counts and serves is not known to others
+            limit.error("", "the directory of the journal cannot be written: %s", error)
+
+    service.on_start.append(take)
+    service.every_second.append(take)
+    return slot
+
+
+class WorkerSlot:
+    """A worker's number among those of its host: the lowest that no living process holds in a directory.
+
+    Format: a file `slot-<n>` for each worker that lives or lived, which the worker holds with `flock`. It contains the
+    JSON object that was published last, padded with spaces, or nothing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock: FileLock | None = None
+        self.number = -1  # until one is taken
+
+    def take(self) -> bool:
+        """Take the lowest free number; return whether it is another than before. Raises: OSError."""
+        if self._lock is not None and self._lock.fd is not None and os.fstat(self._lock.fd).st_nlink:
+            return False
+        for number in itertools.count():
+            lock = FileLock(self._directory / f"slot-{number}")
+            if lock.acquire():
+                break
+            lock.release()
+        self._lock, self.number = lock, number
+        os.truncate(self._directory / f"slot-{number}", 0)  # what a dead worker published
+        return True
+
+    def publish(self, state: dict[str, Any]) -> None:
+        """Publish a JSON object of at most some kilobytes to readers on this host. Raises: OSError."""
+        self.take()
+        assert self._lock is not None
+        assert self._lock.fd is not None
+        content = json.dumps(state).encode()
+        os.pwrite(self._lock.fd, content.ljust(os.fstat(self._lock.fd).st_size), 0)
+
+    @staticmethod
+    def read(directory: Path) -> dict[int, dict[str, Any]]:
+        """Return what the living workers have published, by number; {} for one that has published nothing."""
+        found = {}
+        for path in directory.glob("slot-*"):
+            with suppress(OSError, ValueError):  # removed just now
+                if is_locked(path):
+                    content = path.read_bytes()
+                    while content != (again := path.read_bytes()):  # it was being written
+                        content = again
+                    found[int(path.name.removeprefix("slot-"))] = json.loads(content or b"{}")
+        return dict(sorted(found.items()))
