@@ -105,6 +105,7 @@ class Service:
         self.request_log = RequestLog(self.journal)
         self.recorded = {"predict"}  # endpoints whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
+        self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.every_second: list[Callable[[], None]] = [
             lambda: self.serving.end_if_hung(settings.predict_timeout),
@@ -208,6 +209,8 @@ class Service:
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
         g.record.update(error=http.name, error_type="model" if isinstance(error, MODEL_FAULTS) else error_type)
+        for hook in self.on_error:
+            hook(code, g.record)
         return http
 
     # --- around every request
@@ -215,9 +218,10 @@ class Service:
     def begin(self) -> None:
         """Start the record of a request."""
         g.began = time.perf_counter()
-        given = request.environ.get("HTTP_X_REQUEST_ID", "")
+        environ = request.environ
+        given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no secret
-        g.record = BLANK | {"path": request.environ["PATH_INFO"], "request_id": request_id}
+        g.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": request_id}
         self.start()
 
     def finish(self, response: Response) -> Response:

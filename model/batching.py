@@ -43,8 +43,7 @@ class _Call:
         self.result: Any = None
         self.error: BaseException | None = None
         self.answered = False
-        self.wake = threading.Lock()  # held until the caller is answered, or is to lead
-        self.wake.acquire()
+        self.wake: threading.Lock | None = None  # that a caller who does not lead waits for
 
 
 class Batcher:
@@ -92,10 +91,13 @@ class Batcher:
             self._waiting += len(rows)
             if self._leader is None:
                 self._leader = call
-                call.wake.release()
+            else:
+                call.wake = threading.Lock()
+                call.wake.acquire()
         batch: list[_Call] = []
         try:
-            call.wake.acquire()
+            if call.wake is not None:
+                call.wake.acquire()
             if not call.answered:  # so it leads
                 # Other ready callers get as far as the queue. A caller that has been alone yields only now and then,
                 # since that costs as much as the rest of this function. By its full name: a `sleep` that was imported
@@ -175,7 +177,8 @@ class Batcher:
             if self._leader is not None:
                 woken.append(self._leader)
         for each in woken:
-            each.wake.release()
+            if each.wake is not None:
+                each.wake.release()
 
 
 def _timed(run: Run, parts: Sequence[Any], method: str) -> tuple[list[Any], float]:

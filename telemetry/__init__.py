@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from worker_slot import WorkerSlot, slot_of
 
@@ -28,7 +28,7 @@ def before_fork(settings: "Settings") -> None:
 
 def init_app(app: "Flask", service: "Service") -> None:
     """Count what the service does, and answer GET /metrics."""
-    from flask import Response, g, request
+    from flask import Response, request
 
     from auth import require
     from telemetry.metrics import Metrics
@@ -39,6 +39,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.serving.on_batch.append(metrics.count_batch)
     service.serving.on_load_failure.append(metrics.count_load_failure)
     service.journal.on_loss.append(metrics.count_loss)
+    service.every_second.append(metrics.note_in_flight)
 
     def join() -> None:
         if _has_workers:
@@ -53,11 +54,10 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.on_start.append(start)
     service.every_second.append(join)
 
-    @app.after_request
-    def count_rejected(response: Response) -> Response:
-        if g.record["error_type"] == "auth":
-            metrics.count_rejected(response.status_code)
-        return response
+    @service.on_error.append
+    def count_rejected(status: int, record: dict[str, Any]) -> None:
+        if record["error_type"] == "auth":
+            metrics.count_rejected(status)
 
     @app.get("/metrics")
     @require("metrics")

@@ -49,6 +49,7 @@ class Metrics:
         self._is_alone = True
         self._shared: SharedCounters | None = None
         self._trouble = LogLimit(logging.getLogger(__name__), 3600.0)
+        self._handled: set[object] = set()  # one for each request that is being handled
         self._registry = CollectorRegistry()
         self._make(self._registry)
 
@@ -131,14 +132,18 @@ class Metrics:
 
         @wraps(view)
         def counted(**arguments: Any) -> Any:
-            gauge = self._in_flight
-            gauge.inc()
+            handled = object()
+            self._handled.add(handled)
             try:
                 return view(**arguments)
             finally:
-                gauge.dec()
+                self._handled.discard(handled)
 
         return counted
+
+    def note_in_flight(self) -> None:
+        """Publish how many requests are being handled. Once a second, since a shared gauge costs too much at each."""
+        self._in_flight.set(len(self._handled))
 
     def count_batch(self, rows: int, waited: float) -> None:
         """Count a call of the model with so many rows, the first of which waited so many seconds."""
@@ -166,6 +171,7 @@ class Metrics:
             accept: the header, or "".
             served: what `Serving.describe` returned.
         """
+        self.note_in_flight()
         workers = WorkerSlot.read(self._journal_dir / "workers")
         directory = self._journal_dir / "metrics"
         counted = self._registry.collect() if self._is_alone else collect(directory, workers.keys())
