@@ -166,8 +166,7 @@ class Service:
         Args:
             rows: a decoded JSON value, or an array `(n_rows, …)`.
             method: of the model.
-            version: the version to ask, for admins; "" for the one that is served.
-            routing_key: requests with the same key get the same version; "" for no preference.
+            version, routing_key: as in `Serving.choose`; only admins may name a version.
 
         Raises: what `explain` explains.
         """

@@ -1,5 +1,7 @@
 """What password, record and metrics cost together: this server against itself without them.
 
+With BENCH_BEFORE=DIRECTORY it is compared with another checkout of itself instead, such as an earlier commit.
+
     python -m bench.cost [--pairs 15] [--count 3000] [--model iris.joblib]
 
 Both run side by side on one core and are asked in turn, in changing order, from another. What is compared is the
@@ -16,7 +18,7 @@ from tempfile import TemporaryDirectory
 from bench.environments import Cases, cores, prepare, start_of
 from bench.load import fixed_count
 from bench.running import Running, free_ports, running
-from bench.servers import OURS
+from bench.servers import BY_NAME, OURS
 
 BARE = replace(
     OURS,
@@ -35,15 +37,16 @@ def main() -> None:
     parser.add_argument("--model", default="iris.joblib")
     given = parser.parse_args()
     prepare(set())
-    cases, (core, other, _) = Cases(given.model), cores()
+    cases, (core, other, _), against = Cases(given.model), cores(), BY_NAME.get("before", BARE)
     bodies = cases.bodies(1)
     with ExitStack() as stack:
         runs: list[Running] = []
-        for server in OURS, BARE:
+        for server in OURS, against:
             place = stack.enter_context(TemporaryDirectory(prefix="bench-"))
             start = start_of(server, given.model, 1, free_ports(1), place)
             runs.append(stack.enter_context(running(server, start, core, cases.some(1)))[0])
-        print(f"| {given.model}, 1 row | with, µs | without, µs | difference, µs | with / without (quartiles) |")
+        name = against.name
+        print(f"| {given.model}, 1 row | it, µs | {name}, µs | difference, µs | it / {name} (quartiles) |")
         print("|---|---|---|---|---|")
         for connections in 1, 64:
             for run in runs:
@@ -53,11 +56,11 @@ def main() -> None:
                 turn = {}
                 for run in runs[:: -1 if number % 2 else 1]:
                     turn[run.server.name] = fixed_count(run, bodies, given.count, connections, other)["cpu"] * 1e6
-                pairs.append((turn["ours"], turn["bare"]))
-            ratios = [ours / bare for ours, bare in pairs]
+                pairs.append((turn["ours"], turn[against.name]))
+            ratios = [ours / theirs for ours, theirs in pairs]
             low, middle, high = quantiles(ratios, n=4)
-            cells = [median(ours for ours, _ in pairs), median(bare for _, bare in pairs)]
-            cells.append(median(ours - bare for ours, bare in pairs))
+            cells = [median(ours for ours, _ in pairs), median(theirs for _, theirs in pairs)]
+            cells.append(median(ours - theirs for ours, theirs in pairs))
             print(
                 f"| {connections} connection{'s' * (connections > 1)} |" + "".join(f" {cell:.0f} |" for cell in cells),
                 end="",
