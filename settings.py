@@ -170,6 +170,8 @@ class Settings:
         for name in self.extension_names():
             try:
                 module = importlib.import_module(name)
+                if not module.__file__:  # a directory of that name, such as what git leaves of a removed room
+                    raise ModuleNotFoundError(name=name)
             except ModuleNotFoundError as error:
                 if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                     raise  # a library that it needs

@@ -71,6 +71,15 @@ def test_default_extension_that_was_removed_is_left_out(
     ]
 
 
+def test_directory_that_is_left_of_a_removed_room_is_no_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone_room/__pycache__").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("settings.EXTENSIONS", ("gone_room",))
+    assert Settings(extensions=sys.modules["settings"].EXTENSIONS).load_extensions() == []
+
+
 @pytest.mark.parametrize("name", ["gone_room", "gone.room", "model.gone"])
 def test_extension_that_was_named_must_be_there(name: str) -> None:
     with pytest.raises(SettingsError, match=f"EXTENSIONS: there is no module '{re.escape(name)}'"):
