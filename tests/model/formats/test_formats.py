@@ -272,7 +272,7 @@ def test_class_or_function_of_a_notebook_is_explained(tmp_path: Path, thing: str
 
 @pytest.mark.parametrize(
     "module",
-    ["model", "model__mine", "model__formats", "server", "settings", "auth", "monitor", "web", "telemetry"],
+    ["model", "model__mine", "model__formats", "server", "settings", "auth", "monitor", "web", "processes"],
 )
 def test_users_module_with_a_name_of_the_servers_is_explained(tmp_path: Path, module: str) -> None:
     dotted = module.replace("__", ".")
