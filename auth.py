@@ -81,7 +81,7 @@ def require(*roles: str) -> Callable[[View], View]:
 
 
 def has_role(role: str) -> bool:
-    """Return whether the user whom `require` let pass has a role; False with AUTH=off."""
+    """Return whether the user that `require` let pass has a role; False with AUTH=off."""
     return "user" in g and role in g.user.roles
 
 

@@ -68,7 +68,7 @@ http_parser = "python"
 control_socket_disable = True
 
 # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
-# With PRELOAD one: OpenMP's threads do not survive the fork, and whoever waits for them hangs.
+# With PRELOAD one: OpenMP's threads do not survive the fork, and a call that waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
 
 # For TLS 1.2, if gunicorn speaks TLS itself: as in the nginx set-up. Debian's Python would take all of OpenSSL's.

@@ -25,7 +25,6 @@ from processes import LogLimit, after_fork, flock, is_locked
 
 log = logging.getLogger(__name__)
 
-TOPIC = "model_service_monitor"  # in SLS
 LOSSES = FULL, UNWRITABLE = "the journal was full", "the journal could not be written"
 # A segment is closed at this size, or earlier, so that the open ones are at most a quarter of the journal's bound.
 SEGMENT_BYTES = 8 * 2**20  # small enough to count a dropped one's records in some 20 ms

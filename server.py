@@ -91,7 +91,12 @@ class Answer:
 
 
 class Service:
-    """What one worker process holds, its views, and the hooks of extensions."""
+    """What one worker process holds, its views, and the hooks of extensions.
+
+    An extension is a module with `init_app(app, service)`. It may also have `before_fork(settings)`, which gunicorn's
+    master calls, and `WORKER_CLASSES` (see gunicorn.conf.py). Hooks are called in the order in which they were added;
+    `finish` runs after every other function that is registered with `app.after_request`.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

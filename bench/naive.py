@@ -1,4 +1,4 @@
-"""The snippet of the README, mended only so far that it answers: `tolist()`, no debugger, and nothing is logged.
+"""The usual snippet (docs/tour.md), fixed only as far as it needs to answer: `tolist()`, no debugger, nothing logged.
 
 gunicorn bench.naive:app, with its default worker, which closes each connection after an answer.
 """

@@ -14,10 +14,10 @@ from aliyun.log import LogClient, LogException
 from aliyun.log.credentials import Credentials, CredentialsProvider
 from aliyun.log.log_logs_raw_pb2 import LogGroupRaw
 
-from monitor import TOPIC
 from settings import Settings
 from sls.shipper import SLSError
 
+TOPIC = "model_service_monitor"
 METADATA = "http://100.100.100.200/latest"  # of an ECS instance
 RENEW = 600.0  # seconds before they expire that temporary credentials are renewed, or at half their life
 
