@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from processes import LogLimit, after_fork, flock, is_locked
+from processes import LogLimit, after_fork, flock, is_locked, run_hooks
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +198,7 @@ class Journal:
 
     def _lose(self, reason: str, count: int) -> None:
         self._lost[reason] += count
-        for hook in self.on_loss:
-            hook(reason, count)
+        run_hooks(self.on_loss, reason, count)
 
     def close(self) -> None:
         """Finish the segment."""

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -152,3 +152,15 @@ class LogLimit:
     def reset(self) -> None:
         """Log the next error of each kind: the trouble is over."""
         self._logged.clear()
+
+
+_hooks = LogLimit(logging.getLogger("hooks"))
+
+
+def run_hooks(hooks: Sequence[Callable[..., Any]], *arguments: Any) -> None:
+    """Call the hooks of extensions. One that fails is logged; the others, and what they hang on, go on."""
+    for hook in hooks:
+        try:
+            hook(*arguments)
+        except (Exception, SystemExit):
+            _hooks.error(repr(hook), "a hook failed: %r", hook, exc_info=True)

@@ -40,7 +40,7 @@ from model.loaded import LoadedModel, ModelFailed, RowsRefused
 from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
 from monitor import BLANK, Journal, RequestLog
-from processes import LogLimit
+from processes import run_hooks
 from settings import Settings
 from web.body import BodyReader
 from web.decoding import read_rows
@@ -120,7 +120,6 @@ class Service:
         # A user's own extension may replace these two, to change the rows or the answer.
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = lambda rows, record: rows
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
-        self._limit = LogLimit(log)
         self._started_in: int | None = None
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
@@ -213,8 +212,7 @@ class Service:
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
         g.record.update(error=http.name, error_type="model" if isinstance(error, MODEL_FAULTS) else error_type)
-        for hook in self.on_error:
-            hook(code, g.record)
+        run_hooks(self.on_error, code, g.record)
         return http
 
     # --- around every request
@@ -238,8 +236,7 @@ class Service:
         if request.endpoint in self.recorded:
             record["status"], record["success"] = response.status_code, response.status_code < 400
             seconds = time.perf_counter() - g.began
-            for observe in self.observers:
-                observe(seconds, record)
+            run_hooks(self.observers, seconds, record)
         return response
 
     # --- beside the requests
@@ -256,8 +253,4 @@ class Service:
     def _run_background_tasks(self) -> None:
         while True:
             time.sleep(1.0)
-            for task in self.every_second:
-                try:
-                    task()
-                except Exception:  # one bad round must not be the last
-                    self._limit.error(repr(task), "a background task failed", exc_info=True)
+            run_hooks(self.every_second)

@@ -67,7 +67,7 @@ def _switch(value: str) -> bool:
 
 def _extensions(value: str) -> tuple[str, ...]:
     entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
-    if not all(part.isidentifier() for entry in entries for part in entry.lstrip("+-").split(".")):
+    if not all(part.isidentifier() for entry in entries for part in entry[entry[0] in "+-" :].split(".")):
         raise SettingsError("expected dotted module names, separated by commas, each with or without + or - before it")
     unknown = [entry for entry in entries if entry[0] == "-" and entry[1:] not in EXTENSIONS]
     if unknown:
@@ -157,7 +157,7 @@ class Settings:
     def extension_names(self) -> list[str]:
         """Return the modules of the extensions, in order."""
         replaced = any(entry[0] not in "+-" for entry in self.extensions)
-        names = [*([] if replaced else EXTENSIONS), *(entry.lstrip("+-") for entry in self.extensions)]
+        names = [*([] if replaced else EXTENSIONS), *(entry[entry[0] in "+-" :] for entry in self.extensions)]
         return [name for name in dict.fromkeys(names) if f"-{name}" not in self.extensions]
 
     def load_extensions(self) -> list[ModuleType]:
@@ -170,7 +170,7 @@ class Settings:
         for name in self.extension_names():
             try:
                 module = importlib.import_module(name)
-                if not module.__file__:  # a directory of that name, such as what git leaves of a removed room
+                if not getattr(module, "__file__", None):  # only a directory: git may leave one
                     raise ModuleNotFoundError(name=name)
             except ModuleNotFoundError as error:
                 if error.name is None or not f"{name}.".startswith(f"{error.name}."):

@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from processes import run_hooks
+
 from .timings import SLOW, Timings
 
 MAX_BATCH_ROWS = 4096  # of one call of the model; a request with more goes in pieces, with others in between
@@ -136,8 +138,7 @@ class Batcher:
                     left.append(other)
             self._queue.extendleft(reversed(left))
             self._waiting -= size
-        for observe in self._observers:
-            observe(size, time.perf_counter() - call.since)
+        run_hooks(self._observers, size, time.perf_counter() - call.since)
         return batch
 
     def _answer(self, run: Run, batch: list[_Call], method: str) -> None:

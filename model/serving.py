@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from processes import run_hooks
+
 from .batching import Batcher, call_directly
 from .formats import ModelLoadError
 from .loaded import LoadedModel, load_model
@@ -189,8 +191,7 @@ class Serving:
         try:
             model: LoadedModel = self.run_in_thread(self._load, loader)
         except ModelLoadError:
-            for hook in self.on_load_failure:
-                hook()
+            run_hooks(self.on_load_failure)
             raise
         self._batchers.add(model.batcher)
         return model
@@ -216,8 +217,7 @@ class Serving:
         while True:
             try:
                 if self._update():
-                    for hook in self.on_update:
-                        hook(self.describe())
+                    run_hooks(self.on_update, self.describe())
             except Exception:  # one bad round must not be the last
                 log.exception("looking for a new model failed")
                 self.errors = self.errors or ["looking for a new model failed"]

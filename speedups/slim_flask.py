@@ -146,7 +146,7 @@ def _adapters(app: Flask) -> Callable[[Request | None], MapAdapter | None]:
             return bind(request)
         get = request.environ.get
         scheme, host, query = get("wsgi.url_scheme", "http"), get("HTTP_HOST", "").lower(), get("QUERY_STRING", "")
-        if not host or get("SCRIPT_NAME") or get("HTTP_UPGRADE"):  # a WebSocket's
+        if not host or get("SCRIPT_NAME"):
             return bind(request)
         host = host.removesuffix(":443" if scheme == "https" else ":80")
         if not query.isascii():

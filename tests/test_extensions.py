@@ -53,7 +53,7 @@ def test_signs_change_the_default_list_and_names_without_replace_it() -> None:
     assert names("+sls") == list(EXTENSIONS)
 
 
-@pytest.mark.parametrize("value", ["a b", "1", "+", "a..b", "os;x", "-mine", "../x"])
+@pytest.mark.parametrize("value", ["a b", "1", "+", "a..b", "os;x", "-mine", "../x", "+-sls", "++sls"])
 def test_what_is_no_list_of_modules_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=r"EXTENSIONS=.*expected"):
         names(value)
@@ -130,6 +130,23 @@ def test_answer_of_a_hook_without_a_form_in_json_is_the_models_fault(serve: Any,
 
     client.service.after_predict = after
     assert client.post({"data": [ROW]}).status_code == 500
+
+
+def test_hook_that_fails_harms_nobody(serve: Any, iris_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    client = serve(iris_file)
+    service = client.service
+
+    def fail(*_: Any) -> None:
+        raise SystemExit("a hook")
+
+    for hooks in (service.observers, service.on_error, service.every_second, service.journal.on_loss):
+        hooks.insert(0, fail)
+    service.serving.on_batch.insert(0, fail)
+    assert client.predict([ROW]) == {"prediction": [0]}
+    assert client.post({"data": []}).status_code == 422
+    assert client.http.get("/nowhere").status_code == 404
+    assert [record["status"] for record in records(client.journal_dir)] == [200, 422]
+    assert "a hook failed" in caplog.text
 
 
 @pytest.mark.parametrize("worker_class", ["gthread", "gevent"])

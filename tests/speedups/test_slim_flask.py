@@ -132,7 +132,6 @@ HOSTS = ["localhost", "localhost:80", "LOCALHOST:5000", "a.b", "[::1]:80", ""]
 PLACES: list[dict[str, Any]] = [
     *({"path": "/urls", "environ_overrides": {"HTTP_HOST": host}} for host in HOSTS),
     *({"path": "/urls", "base_url": f"https://{host}/under/ä"} for host in ("localhost", "localhost:443", "a.b")),
-    {"path": "/urls", "headers": {"Connection": "upgrade", "Upgrade": "websocket"}},
     {"path": "/old", "base_url": "https://a.b/under"},
 ]
 
@@ -157,7 +156,7 @@ def test_every_kind_of_response_is_as_without(each: dict[str, Any], monkeypatch:
 def test_every_host_is_as_without(config: dict[str, Any]) -> None:
     expected = answers(application(False, **config), *PLACES, *PLACES)
     assert answers(application(True, **config), *PLACES, *PLACES) == expected
-    assert len({str(each) for each in expected}) > 2
+    assert len({str(each) for each in expected}) > 1
 
 
 @pytest.mark.parametrize("host", ["a b", "ä", "a..b", "x" * 70])

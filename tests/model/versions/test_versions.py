@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from model.__main__ import main
 from model.formats import ModelLoadError
 from model.versions import publishing, worker_status
-from model.versions.store import Routing, Store, StoreError, read_manifest, read_rows, write_json
+from model.versions.store import Manifest, Routing, Store, StoreError, read_manifest, read_rows, write_json
 from worker_slot import WorkerSlot
 
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -1020,7 +1020,7 @@ def test_published_manifest_says_what_is_known(published: Path, iris: Path) -> N
         "note": "Grüße",
     }
     assert {key: about[key] for key in expected} == expected
-    documented = set(re.findall(r"`([a-z0-9_]+)`", (read_manifest.__doc__ or "").partition("Format:")[2]))
+    documented = set(re.findall(r"`([a-z0-9_]+)`", (Manifest.__doc__ or "").partition("Format:")[2]))
     assert set(about) == documented
 
 
