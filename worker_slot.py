@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import FileLock, LogLimit, is_locked
+from processes import FileLock, LogLimit, is_locked, replace_file
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -40,8 +40,8 @@ def slot_of(app: "Flask", service: "Service") -> "WorkerSlot":
 class WorkerSlot:
     """A worker's number among those of its host: the lowest that no living process holds in a directory.
 
-    Format: a file `slot-<n>` for each worker that lives or lived, which the worker holds with `flock`. It contains the
-    JSON object that was published last, padded with spaces, or nothing.
+    Format: an empty file `slot-<n>` for each worker that lives or lived, which the worker holds with `flock`, and
+    beside it `status-<n>`, the JSON object that it published last.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,26 +59,22 @@ class WorkerSlot:
                 break
             lock.release()
         self._lock, self.number = lock, number
-        os.truncate(self._directory / f"slot-{number}", 0)  # what a dead worker published
+        (self._directory / f"status-{number}").unlink(missing_ok=True)  # what a dead worker published
         return True
 
     def publish(self, state: dict[str, Any]) -> None:
-        """Publish a JSON object of at most some kilobytes to readers on this host. Raises: OSError."""
+        """Publish a JSON object to readers on this host. Raises: OSError."""
         self.take()
-        assert self._lock is not None
-        assert self._lock.fd is not None
-        content = json.dumps(state).encode()
-        os.pwrite(self._lock.fd, content.ljust(os.fstat(self._lock.fd).st_size), 0)
+        replace_file(self._directory / f"status-{self.number}", json.dumps(state).encode(), durable=False)
 
     @staticmethod
     def read(directory: Path) -> dict[int, dict[str, Any]]:
         """Return what the living workers have published, by number; {} for one that has published nothing."""
-        found = {}
+        found: dict[int, dict[str, Any]] = {}
         for path in directory.glob("slot-*"):
-            with suppress(OSError, ValueError):  # removed just now
+            with suppress(OSError, ValueError):  # removed just now, or not ours
+                number = int(path.name.removeprefix("slot-"))
                 if is_locked(path):
-                    content = path.read_bytes()
-                    while content != (again := path.read_bytes()):  # it was being written
-                        content = again
-                    found[int(path.name.removeprefix("slot-"))] = json.loads(content or b"{}")
+                    found[number] = {}
+                    found[number] = json.loads((directory / f"status-{number}").read_bytes())
         return dict(sorted(found.items()))
