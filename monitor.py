@@ -112,7 +112,6 @@ class Journal:
         self._torn = False
         self._lost: Counter[str] = Counter()  # reason → records lost, and not yet reported in the journal
         self._limit = LogLimit(log)
-        self._looked = 0.0
         # Hooks of extensions, called with the reason, one of `LOSSES`, and the number of records that were lost.
         self.on_loss: list[Callable[[str, int], None]] = []
         self._begin()
@@ -122,7 +121,7 @@ class Journal:
         """Append one record of JSON values. A journal that cannot be written stops no request: the loss is counted."""
         with self._lock:
             try:
-                if self._fd is None or self._size >= self._segment_bytes or self._is_removed(self._fd):
+                if self._fd is None or self._size >= self._segment_bytes:
                     self._open_segment()
                 while self._lost:
                     reason, count = next(iter(self._lost.items()))
@@ -147,17 +146,6 @@ class Journal:
         self._torn = written < len(line)
         if written < len(line) - 1:  # without its last byte a line is still whole
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _is_removed(self, fd: int) -> bool:
-        """Return whether the segment was deleted; it would still take writes that nobody could ever read.
-
-        Looked at ten times a second, since it costs a third of the whole record.
-        """
-        now = time.monotonic()
-        if now - self._looked < 0.1:
-            return False
-        self._looked = now
-        return not os.fstat(fd).st_nlink
 
     def _open_segment(self) -> None:
         self.close()
@@ -199,6 +187,12 @@ class Journal:
     def _lose(self, reason: str, count: int) -> None:
         self._lost[reason] += count
         run_hooks(self.on_loss, reason, count)
+
+    def close_if_removed(self) -> None:
+        """Close a segment that was deleted, since nobody could read what it is given. To be called once a second."""
+        with self._lock:
+            if self._fd is not None and not os.fstat(self._fd).st_nlink:
+                self.close()
 
     def close(self) -> None:
         """Finish the segment."""

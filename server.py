@@ -25,13 +25,7 @@ from functools import cache
 from typing import Any
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import (
-    Forbidden,
-    HTTPException,
-    InternalServerError,
-    ServiceUnavailable,
-    UnprocessableEntity,
-)
+from werkzeug.exceptions import Forbidden, HTTPException, InternalServerError, ServiceUnavailable, UnprocessableEntity
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users, has_role, require
@@ -104,7 +98,7 @@ class Service:
         self.run_in_thread: Callable[..., Any] = call_directly
         source = SingleFile(settings.model_path)
         self.serving = Serving(source, self._in_thread, settings.allow_version_mismatch, settings.max_waiting_rows)
-        self.users = None if settings.auth == "off" else Users(settings.users_file, self._in_thread)
+        self.users = Users(settings.users_file, self._in_thread) if settings.auth == "basic" else None
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
@@ -115,6 +109,7 @@ class Service:
         self.every_second: list[Callable[[], None]] = [
             lambda: self.serving.end_if_hung(settings.predict_timeout),
             self.bodies.expire_reads,
+            self.journal.close_if_removed,
             self.request_log.tick,
         ]
         # A user's own extension may replace these two, to change the rows or the answer.
@@ -147,8 +142,7 @@ class Service:
     def model(self) -> Response:
         """GET /model: what is served."""
         found = self.serving.describe()
-        if found["error"] and not has_role("admin"):
-            # The messages themselves hold paths, and words of libraries.
+        if found["error"] and not has_role("admin"):  # its words hold paths, and messages of libraries
             what = "something is wrong with the versions" if found["ready"] else "the model did not load"
             found["error"] = f"{what}; the server's log says why"
         return json_response(found)
@@ -211,7 +205,7 @@ class Service:
             http = InternalServerError(f"the {who} failed on this request; the server's log says why")
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
-        g.record.update(error=http.name, error_type="model" if isinstance(error, MODEL_FAULTS) else error_type)
+        g.record |= {"error": http.name, "error_type": "model" if isinstance(error, MODEL_FAULTS) else error_type}
         run_hooks(self.on_error, code, g.record)
         return http
 
@@ -235,8 +229,7 @@ class Service:
             response.headers.add("X-Model-Version", record["model_version"])
         if request.endpoint in self.recorded:
             record["status"], record["success"] = response.status_code, response.status_code < 400
-            seconds = time.perf_counter() - g.began
-            run_hooks(self.observers, seconds, record)
+            run_hooks(self.observers, time.perf_counter() - g.began, record)
         return response
 
     # --- beside the requests

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from processes import run_hooks
@@ -34,18 +35,17 @@ def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+@dataclass(slots=True, eq=False)
 class _Call:
     """One caller's rows, and their result."""
 
-    __slots__ = ("answered", "error", "key", "result", "rows", "since", "wake")
-
-    def __init__(self, rows: Any, key: Hashable) -> None:
-        self.rows, self.key = rows, key
-        self.since = time.perf_counter()
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.answered = False
-        self.wake: threading.Lock | None = None  # that a caller who does not lead waits for
+    rows: Any
+    key: Hashable  # only calls with equal keys are merged
+    since: float
+    wake: "threading.Lock | None" = None  # that a caller who does not lead waits for
+    answered: bool = False
+    result: Any = None
+    error: Exception | None = None
 
 
 class Batcher:
@@ -60,7 +60,7 @@ class Batcher:
         """Make a batcher for one model.
 
         Args:
-            run_in_thread: runs a function on a native thread and returns its result; the caller's event loop goes on.
+            run_in_thread: runs a function on a native thread and returns its result.
             max_waiting: rows that may wait; a further caller is rejected, unless none wait.
             observers: called for each call of the model with its rows, and the seconds that the first of them waited.
         """
@@ -85,7 +85,7 @@ class Batcher:
 
         Raises: Overloaded, too many rows wait; or what `run` raised at these rows alone.
         """
-        call = _Call(rows, (method, shape))
+        call = _Call(rows, (method, shape), time.perf_counter())
         with self._lock:
             if self._waiting and self._waiting + len(rows) > self._max_waiting:
                 raise Overloaded(f"{self._waiting} rows wait for the model")
@@ -122,21 +122,16 @@ class Batcher:
 
     def _take(self, call: _Call) -> list[_Call]:
         """Take this call off the queue, and the others that may go with it."""
-        batch, size, left = [call], len(call.rows), deque[_Call]()
+        batch, size = [call], len(call.rows)
         with self._lock:
-            while self._queue:
-                other = self._queue.popleft()
-                if other is call:
-                    continue
-                if size + len(other.rows) > MAX_BATCH_ROWS:
-                    left.append(other)
-                    break  # in turn: a large request is not overtaken for ever
-                if other.key == call.key:
+            for other in self._queue:
+                if other is not call and other.key == call.key:
+                    if size + len(other.rows) > MAX_BATCH_ROWS:
+                        break  # in turn: a large request is not overtaken for ever
                     batch.append(other)
                     size += len(other.rows)
-                else:
-                    left.append(other)
-            self._queue.extendleft(reversed(left))
+            taken = set(batch)
+            self._queue = deque(each for each in self._queue if each not in taken)
             self._waiting -= size
         run_hooks(self._observers, size, time.perf_counter() - call.since)
         return batch
@@ -170,11 +165,12 @@ class Batcher:
                 self._waiting -= len(call.rows)
             if self._leader is not call:
                 return
-            again = [each for each in batch if each is not call and not each.answered]  # their leader was killed
+            others = [each for each in batch if each is not call]
+            again = [each for each in others if not each.answered]  # this caller was killed before it had answered them
             self._queue.extendleft(reversed(again))
             self._waiting += sum(len(each.rows) for each in again)
             self._leader = self._queue[0] if self._queue else None
-            woken = [each for each in batch if each is not call and each.answered]
+            woken = [each for each in others if each.answered]
             if self._leader is not None:
                 woken.append(self._leader)
         for each in woken:

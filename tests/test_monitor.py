@@ -552,7 +552,7 @@ def remove_segments(directory: Path) -> None:
 def test_journal_that_is_deleted_while_serving_is_begun_anew(client: Client, remove: Callable[[Path], None]) -> None:
     client.predict([[1]])
     remove(client.journal_dir)
-    time.sleep(1.2)  # the body is looked at once a second
+    time.sleep(2.2)  # it is looked at once a second
     client.predict([[2], [3]])
     assert [record["rows"] for record in records(client.journal_dir)] == [2], "written to a file that nobody can read"
 

@@ -8,12 +8,12 @@ which ends the read at once under every worker class. For a body that has arrive
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from flask import Response
-from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, RequestTimeout
+from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.wsgi import get_content_length
 
 CHUNK_SIZE = 2**14  # bytes that are read at a time
@@ -36,21 +36,13 @@ class BodyReader:
             BadRequest: it breaks off, or its chunks are malformed.
         """
         declared = _length(environ)
-        if (declared or 0) > self.max_bytes:
-            raise self._too_large()
-        length = self.max_bytes + 1 if declared is None else declared
-        body, in_time = self._collect(environ, length, self.timeout, b"".join)
-        if len(body or b"") > self.max_bytes:
-            raise self._too_large()
-        environ["body.complete"] = in_time and body is not None and len(body) >= (declared or 0)
-        if environ["body.complete"]:
-            return body  # type: ignore[no-any-return]  # the joined chunks
-        if not in_time:
-            raise RequestTimeout(f"the body did not arrive within {self.timeout:g} seconds")
-        raise BadRequest("the body breaks off before its end, or its chunks are malformed")
-
-    def _too_large(self) -> RequestEntityTooLarge:
-        return RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
+        body, length = b"", self.max_bytes + 1 if declared is None else declared
+        if declared is None or declared <= self.max_bytes:
+            body = b"".join(self._chunks(environ, length, self.timeout))
+        if max(len(body), declared or 0) > self.max_bytes:
+            raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
+        environ["body.complete"] = True
+        return body
 
     def finish(self, environ: dict[str, Any], response: Response) -> None:
         """Keep the rest of a body from being taken for the next request, when the answer came before its end."""
@@ -62,9 +54,10 @@ class BodyReader:
 
     def _discard(self, environ: dict[str, Any]) -> None:
         """Read on a little, then shut the connection down: closed with unread data it is reset, and the answer lost."""
-        length = self.max_bytes + 1
-        count, in_time = self._collect(environ, length, LINGER, lambda chunks: sum(map(len, chunks)))
-        if not in_time or count in (None, length) or _length(environ) not in (None, count):
+        count = self.max_bytes + 1
+        with suppress(HTTPException):
+            count = sum(map(len, self._chunks(environ, count, LINGER)))
+        if count > self.max_bytes:
             _shutdown(environ, socket.SHUT_RDWR)
 
     def expire_reads(self) -> None:
@@ -74,41 +67,41 @@ class BodyReader:
             if deadline <= now and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
 
-    def _collect(
-        self, environ: dict[str, Any], length: int, seconds: float, collect: Callable[[Iterator[bytes]], Any]
-    ) -> tuple[Any, bool]:
-        """Return what `collect` makes of a body's first bytes, None if they break off; and if they came in time."""
-        token, deadline = object(), time.monotonic() + seconds
+    def _chunks(self, environ: dict[str, Any], length: int, seconds: float) -> Iterator[bytes]:
+        """Yield at most `length` bytes of a body as they arrive, and let other requests in between.
+
+        gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
+        Raises: RequestTimeout, BadRequest; the connection is of no further use then.
+        """
+        token, left, yielded = object(), length, time.monotonic()
+        deadline = yielded + seconds
         self._reads[token] = (deadline, environ)
         try:
-            found = collect(_chunks(environ["wsgi.input"], length, deadline))
+            while left > 0 and (chunk := environ["wsgi.input"].read(min(left, CHUNK_SIZE))):
+                left -= len(chunk)
+                yield chunk
+                now = time.monotonic()
+                if now >= deadline:
+                    break
+                if now - yielded > 0.01:
+                    time.sleep(0.0001)  # not 0: gevent would then run other ready callbacks before it looks at sockets
+                    yielded = now
+            complete = length - left >= (_length(environ) or 0)
         except Exception:  # whatever the server raises for a bad chunk or a lost connection
-            found = None
+            complete = False
         finally:
             self._reads.pop(token, None)
-        return found, time.monotonic() < deadline
+        late = time.monotonic() >= deadline
+        if late or not complete:
+            environ["body.complete"] = False
+            if late:
+                raise RequestTimeout(f"the body did not arrive within {seconds:g} seconds")
+            raise BadRequest("the body breaks off before its end, or its chunks are malformed")
 
 
 def _length(environ: dict[str, Any]) -> int | None:
     """Return how many bytes a request's body has; None if it comes in chunks."""
     return None if "HTTP_TRANSFER_ENCODING" in environ else get_content_length(environ) or 0
-
-
-def _chunks(stream: Any, length: int, deadline: float) -> Iterator[bytes]:
-    """Yield at most `length` bytes of a body as they arrive, until the deadline, and let other requests in between.
-
-    gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
-    """
-    yielded = time.monotonic()
-    while length > 0 and (chunk := stream.read(min(length, CHUNK_SIZE))):
-        length -= len(chunk)
-        yield chunk
-        now = time.monotonic()
-        if now >= deadline:
-            return
-        if now - yielded > 0.01:
-            time.sleep(0.0001)  # not 0: gevent would then run other ready callbacks before it looks at sockets
-            yielded = now
 
 
 def _shutdown(environ: dict[str, Any], how: int) -> None:

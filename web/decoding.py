@@ -55,9 +55,8 @@ def decode_json(body: bytes) -> tuple[Any, str]:
         raise BadRequest(_explain_json(body, error)) from None
     if type(call) is not dict:
         raise UnprocessableEntity(f"the body is not an object; {form}")
-    for key in call:
-        if key not in ("data", "method"):
-            raise UnprocessableEntity(f"unknown key {key[:80]!r}; the body has data and may have method")
+    if unknown := call.keys() - {"data", "method"}:
+        raise UnprocessableEntity(f"unknown key {min(unknown)[:80]!r}; the body has data and may have method")
     if "data" not in call:
         raise UnprocessableEntity(f"data is missing; {form}")
     rows, method = call["data"], call.get("method", "predict")
