@@ -30,9 +30,9 @@ def ship(forever: bool) -> None:
     lock = FileLock(settings.journal_dir / "ship.lock")
     if not lock.acquire():
         return  # another shipper runs
-    from sls.client import connect, sender  # the SDK takes a fifth of a second, and a second shipper ends above
+    from sls.client import Client  # the SDK takes a fifth of a second, and a second shipper ends above
 
-    shipper = Shipper(settings.journal_dir, sender(settings, connect(settings, os.environ)), forever)
+    shipper = Shipper(settings.journal_dir, Client(settings, os.environ).send, forever)
     threading.Thread(target=_end_in_time, args=(shipper, settings.graceful_timeout), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: shipper.stop())
@@ -61,7 +61,7 @@ def setup(make_project: bool, keep_days: int | None, dry_run: bool) -> int:
     from sls import client, console
 
     return console.setup(
-        partial(client.connect, environ=os.environ),
+        partial(client.Client, environ=os.environ),
         _settings(),
         console.Recipients.from_environ(os.environ),
         make_project=make_project,
@@ -75,8 +75,7 @@ def check() -> int:
     """Send one record, search for it, and report what is wrong."""
     from sls import check, client
 
-    settings = _settings()
-    return check.check(client.connect(settings, os.environ), settings)
+    return check.check(client.Client(_settings(), os.environ))
 
 
 @commands.command()
@@ -84,8 +83,7 @@ def test_alert() -> int:
     """Make the alert "Test alert" fire."""
     from sls import check, client
 
-    settings = _settings()
-    return check.fire_test_alert(client.connect(settings, os.environ), settings)
+    return check.fire_test_alert(client.Client(_settings(), os.environ))
 
 
 def _settings() -> Settings:

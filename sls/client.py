@@ -6,8 +6,9 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import requests
 from aliyun.log import LogClient, LogException
@@ -28,17 +29,33 @@ class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
     It does so as soon as the SDK sees an error, so the SDK's own retries (ten, a second apart) are off.
     """
 
-    def __init__(self, settings: Settings, credentials: "RenewedCredentials") -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        """Connect to nothing yet: the first request finds out whether settings and credentials work."""
+        self.project, self.logstore = settings.sls_project, settings.sls_logstore
+        self._credentials = RenewedCredentials(find_credentials(environ))
         endpoint = settings.sls_endpoint
         super().__init__(
             endpoint if "://" in endpoint else f"https://{endpoint}",
             source=socket.gethostname(),  # without it, the SDK looks up its own name
             auth_version="v4" if settings.sls_region else "v1",
             region=settings.sls_region,
-            credentials_provider=credentials,
+            credentials_provider=self._credentials,
         )
         self.timeout = (3, 10)  # seconds to connect, and to answer
-        self._credentials = credentials
+
+    def send(self, records: list[dict[str, Any]]) -> None:
+        """Store records, in one call. Raises: SLSError."""
+        group = LogGroupRaw(Topic=TOPIC, Source=socket.gethostname())
+        for record in records:
+            seconds, microseconds = divmod(round(record["time"] * 1e6), 10**6)
+            # One call with all contents: a call for each would cost twice as much.
+            contents = [
+                {"Key": key, "Value": (value if type(value) is str else _to_string(value)).encode()}
+                for key, value in record.items()
+                if key != "time"
+            ]
+            group.Logs.add(Time=seconds, Time_ns=microseconds * 1000, Contents=contents)
+        self.put_log_raw(self.project, self.logstore, group)
 
     def _send(self, *arguments: Any, **named: Any) -> Any:
         try:
@@ -56,31 +73,6 @@ class Client(LogClient):  # type: ignore[misc]  # the SDK's types are left out
             raise SLSError(error.get_error_code(), message[:500], error.get_resp_status()) from None
 
 
-def connect(settings: Settings, environ: Mapping[str, str]) -> Client:
-    """Return a client; the first request finds out whether it works."""
-    return Client(settings, RenewedCredentials(find_credentials(environ)))
-
-
-def sender(settings: Settings, client: Client) -> Callable[[list[dict[str, Any]]], None]:
-    """Return a function that sends records in one call, or raises SLSError."""
-    source = socket.gethostname()
-
-    def send(records: list[dict[str, Any]]) -> None:
-        group = LogGroupRaw(Topic=TOPIC, Source=source)
-        for record in records:
-            seconds, microseconds = divmod(round(record["time"] * 1e6), 10**6)
-            # One call with all contents: a call for each would cost twice as much.
-            contents = [
-                {"Key": key, "Value": (value if type(value) is str else _to_string(value)).encode()}
-                for key, value in record.items()
-                if key != "time"
-            ]
-            group.Logs.add(Time=seconds, Time_ns=microseconds * 1000, Contents=contents)
-        client.put_log_raw(settings.sls_project, settings.sls_logstore, group)
-
-    return send
-
-
 def _to_string(value: Any) -> str:
     """Write a value as SLS takes it: it has only strings."""
     if isinstance(value, bool):
@@ -91,12 +83,7 @@ def _to_string(value: Any) -> str:
 # --- credentials
 
 
-class Fetched(NamedTuple):
-    """Credentials, and how long they last."""
-
-    credentials: Credentials
-    renew_in: float = float("inf")  # seconds
-    expire_in: float = float("inf")  # seconds
+Fetched = tuple[Credentials, float, float]  # in how many seconds to renew them, and in how many they expire
 
 
 def find_credentials(environ: Mapping[str, str]) -> Callable[[], Fetched]:
@@ -110,7 +97,7 @@ def find_credentials(environ: Mapping[str, str]) -> Callable[[], Fetched]:
     """
     if environ.get("ALIBABA_CLOUD_ACCESS_KEY_ID"):
         names = [f"ALIBABA_CLOUD_{name}" for name in ("ACCESS_KEY_ID", "ACCESS_KEY_SECRET", "SECURITY_TOKEN")]
-        return lambda: Fetched(_credentials(environ, *names))
+        return lambda: (_credentials(environ, *names), inf, inf)
     if path := environ.get("ALIBABA_CLOUD_CREDENTIALS_FILE"):
         return lambda: _from_file(Path(path).expanduser(), environ.get("ALIBABA_CLOUD_PROFILE") or "default")
     if uri := environ.get("ALIBABA_CLOUD_CREDENTIALS_URI"):
@@ -131,7 +118,7 @@ def _parts(found: Credentials) -> set[str]:
 def _from_file(path: Path, section: str) -> Fetched:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read_string(path.read_text("utf-8"))
-    return Fetched(_credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), renew_in=5.0)
+    return _credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), 5.0, inf
 
 
 def _from_ecs(role: str) -> Fetched:
@@ -148,7 +135,7 @@ def _from_response(body: str) -> Fetched:
     expires = datetime.strptime(content["Expiration"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     left = expires.timestamp() - time.time()
     found = _credentials(content, "AccessKeyId", "AccessKeySecret", "SecurityToken")
-    return Fetched(found, renew_in=max(left / 2, left - RENEW), expire_in=left)
+    return found, max(left / 2, left - RENEW), left
 
 
 def _request(method: str, url: str, **headers: str) -> str:
@@ -164,33 +151,31 @@ class RenewedCredentials(CredentialsProvider):  # type: ignore[misc]  # the SDK'
 
     def __init__(self, fetch: Callable[[], Fetched]) -> None:
         self._fetch = fetch
-        self._found: Fetched | None = None
-        self._fetched = 0.0
+        self._credentials: Credentials | None = None
+        self._renew_at = self._expire_at = 0.0  # seconds of the monotonic clock
         self._seen: set[str] = set()  # every key that was ever used here
 
     def get_credentials(self) -> Credentials:
         """Return credentials that are valid now; the SDK calls this for each signature. Raises: SLSError."""
-        age = time.monotonic() - self._fetched
-        if self._found is None or age >= self._found.renew_in:
+        now = time.monotonic()
+        if now >= self._renew_at:
             try:
-                self._found = self._fetch()
-                self._fetched = time.monotonic()
-                self._seen |= _parts(self._found.credentials)
+                self._credentials, renew_in, expire_in = self._fetch()
             except (OSError, ValueError, LookupError, TypeError, configparser.Error) as error:
-                if self._found is None or age >= self._found.expire_in:
+                if now >= self._expire_at:
                     # A parser's message would quote what it could not read.
                     detail = error.args[0] if isinstance(error, KeyError) else getattr(error, "strerror", None)
                     why = f"{type(error).__name__}{f', {detail}' if detail else ''}"
                     raise SLSError("NoCredentials", f"there are no credentials ({why})", 0) from None
-        return self._found.credentials
+            else:
+                self._renew_at, self._expire_at = now + renew_in, now + expire_in
+                self._seen |= _parts(self._credentials)
+        return self._credentials
 
     def renew(self) -> bool:
         """Fetch them again; return whether they have changed."""
-        old = self._found
-        if old is not None:
-            self._found = old._replace(renew_in=0.0)
-        new = self.get_credentials()
-        return old is not None and _parts(new) != _parts(old.credentials)
+        old, self._renew_at = self._credentials, 0.0
+        return old is not None and _parts(self.get_credentials()) != _parts(old)
 
     def redact(self, message: str) -> str:
         """Return a message without the keys."""

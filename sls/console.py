@@ -1,8 +1,5 @@
 """Sets the console of SLS up: index, dashboard, saved searches, alerts and their recipients.
 
-    python -m sls setup              creates the resources that do not exist, and updates the others
-    python -m sls setup --dry-run    prints all of them, and sends nothing
-
 The files in `deploy/sls/` hold what SLS takes, with `$name` in place of a value (`$$` is a `$`), and under `every` what
 several resources have in common. Change the files, not the console: the next setup overwrites it.
 """
@@ -11,7 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -21,7 +18,6 @@ from aliyun.log import IndexConfig
 from aliyun.log.resource_params import ResourceRecord
 
 from settings import Settings, SettingsError
-from sls.check import Echo, explain
 from sls.client import Client
 from sls.shipper import SLSError
 
@@ -37,12 +33,13 @@ NO_RECIPIENTS = (
 )
 
 
-class Recipients(NamedTuple):
+@dataclass(frozen=True)
+class Recipients:
     """Alert recipients. With the robot's URL and secret anyone could write to the group: they are never printed."""
 
     mail: str = ""  # an address
-    dingtalk: str = ""  # the URL of a group's robot
-    secret: str = ""  # SEC…, if the robot checks signatures
+    dingtalk: str = field(default="", repr=False)  # the URL of a group's robot
+    secret: str = field(default="", repr=False)  # SEC…, if the robot checks signatures
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Recipients":
@@ -51,9 +48,6 @@ class Recipients(NamedTuple):
 
     def __bool__(self) -> bool:
         return bool(self.mail or self.dingtalk)
-
-    def __repr__(self) -> str:
-        return "Recipients(***)"
 
     def redact(self, message: str) -> str:
         """Return a message without the URL and the secret, and without the beginning of a token that was cut off."""
@@ -78,7 +72,6 @@ def setup(
     make_project: bool = False,
     keep_days: int | None = None,
     dry_run: bool = False,
-    echo: Echo = click.echo,
 ) -> int:
     """Create or update each resource and print a line for it; return the exit status. After a failure, run it again.
 
@@ -89,28 +82,24 @@ def setup(
         make_project: create the project too.
         keep_days: how long SLS keeps records; None means KEEP_DAYS for a new logstore, and no change of another.
         dry_run: print everything instead, and send nothing.
-        echo: prints a line.
 
-    Raises:
-        SettingsError: the region is not known.
+    Raises: SettingsError, the region is not known.
     """
     resources = list(desired(settings, recipients, make_project, keep_days))
     if dry_run:
         for kind, name, body in resources:
-            echo(recipients.redact(f"{kind} {name} {json.dumps(body, indent=2, ensure_ascii=False)}"))
+            click.echo(recipients.redact(f"{kind} {name} {json.dumps(body, indent=2, ensure_ascii=False)}"))
         return 0
-    writer = Writer(
-        connect(settings), connect(for_account(settings)), settings.sls_project, keep_days, bool(recipients)
-    )
+    writer = Writer(connect(settings), connect(for_account(settings)), keep_days, bool(recipients))
     for resource in resources:
         try:
-            echo(f"{resource.kind} {resource.name}: {writer.write(resource)}")
+            click.echo(f"{resource.kind} {resource.name}: {writer.write(resource)}")
         except SLSError as error:
-            echo(recipients.redact(f"{resource.kind} {resource.name}: {explain(error)}"))
-            echo("setup stopped; run it again when that is fixed")
+            click.echo(recipients.redact(f"{resource.kind} {resource.name}: {error.explain()}"))
+            click.echo("setup stopped; run it again when that is fixed")
             return 1
     if not recipients:
-        echo(NO_RECIPIENTS)
+        click.echo(NO_RECIPIENTS)
     return 0
 
 
@@ -119,7 +108,7 @@ def desired(
 ) -> Iterator[Resource]:
     """Yield the resources that SLS is to have, each after those that it needs. Raises: SettingsError."""
     project, logstore = settings.sls_project, settings.sls_logstore
-    values = {"project": project, "logstore": logstore, "region": region(settings)} | recipients._asdict()
+    values = {"project": project, "logstore": logstore, "region": region(settings)} | vars(recipients)
     # Unique in the account, and of at most 60 characters.
     values["policy"] = f"alerts-{project}"[:60] if recipients else "sls.builtin"
     if make_project:
@@ -182,15 +171,15 @@ def _read(name: str) -> Any:
     return json.loads((FILES / f"{name}.json").read_text("utf-8"))
 
 
+@dataclass
 class Writer:
     """Writes resources, whether they exist or not."""
 
-    def __init__(
-        self, client: Client, account: Client, project: str, keep_days: int | None, has_recipients: bool
-    ) -> None:
-        self._client, self._account, self._project = client, account, project
-        self._keep_days, self._has_recipients = keep_days, has_recipients
-        self._settled = 0.0  # when all of SLS knows a new project and logstore
+    client: Client
+    account: Client  # for what belongs to the account
+    keep_days: int | None
+    has_recipients: bool
+    settled: float = 0.0  # when all of SLS knows a new project and logstore, in seconds of the monotonic clock
 
     def write(self, resource: Resource) -> str:
         """Create a resource or update it; return which. Raises: SLSError."""
@@ -201,43 +190,43 @@ class Writer:
                 # Only the message says that a dashboard exists: its code is ParameterInvalid.
                 if "alreadyexist" in str(error).replace(" ", "").lower():
                     return self._update(*resource)
-                if error.code not in ("ProjectNotExist", "LogStoreNotExist") or time.monotonic() >= self._settled:
+                if error.code not in ("ProjectNotExist", "LogStoreNotExist") or time.monotonic() >= self.settled:
                     raise
                 time.sleep(1.0)
             else:
                 if resource.kind in ("project", "logstore"):
-                    self._settled = time.monotonic() + SETTLING
+                    self.settled = time.monotonic() + SETTLING
                 return "written" if "." in resource.kind else "created"  # for a record, SLS does not say which
 
     def _create(self, kind: str, name: str, body: dict[str, Any]) -> None:
         match kind:
             case "project":
-                self._client.create_project(name, **body)
+                self.client.create_project(name, **body)
             case "logstore":
-                self._client.create_logstore(self._project, name, **body)
+                self.client.create_logstore(self.client.project, name, **body)
             case "index":
-                self._client.create_index(self._project, name, _index(body))
+                self.client.create_index(self.client.project, name, _index(body))
             case "dashboard" | "savedsearch" | "alert":
-                getattr(self._client, f"create_{kind}")(self._project, body)
+                getattr(self.client, f"create_{kind}")(self.client.project, body)
             case _:  # a record, which this updates if it exists
-                self._account.upsert_resource_record(kind, [ResourceRecord(name, **body)])
+                self.account.upsert_resource_record(kind, [ResourceRecord(name, **body)])
 
     def _update(self, kind: str, name: str, body: dict[str, Any]) -> str:
-        if kind == "project" or (kind == "logstore" and self._keep_days is None):
+        if kind == "project" or (kind == "logstore" and self.keep_days is None):
             return "exists"  # a shorter time than it has would delete older records
         if kind == "logstore":
-            self._client.update_logstore(self._project, name, ttl=self._keep_days)
+            self.client.update_logstore(self.client.project, name, ttl=self.keep_days)
         elif kind == "index":
-            existing = self._client.get_index_config(self._project, name).get_index_config()
+            existing = self.client.get_index_config(self.client.project, name).get_index_config()
             existing.key_config_list |= _index(body).key_config_list  # keys that others added stay
-            self._client.update_index(self._project, name, existing)
+            self.client.update_index(self.client.project, name, existing)
         else:
             if kind == "alert":
                 del body["state"]  # an alert that was switched off stays off
-                if not self._has_recipients:
-                    existing = self._client.get_alert(self._project, name).get_body()["configuration"]
+                if not self.has_recipients:
+                    existing = self.client.get_alert(self.client.project, name).get_body()["configuration"]
                     body["configuration"]["policyConfiguration"] = existing["policyConfiguration"]
-            getattr(self._client, f"update_{kind}")(self._project, body)
+            getattr(self.client, f"update_{kind}")(self.client.project, body)
         return "updated"
 
 

@@ -30,22 +30,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STATE = "ship.json"
 DEAD_LETTERS = "refused.json"
-COUNTS = ("shipped", "refused", "dropped")
 BATCH_RECORDS = 2048  # SLS takes 4096 in one call; decoded, these are some 5 MB
 BATCH_BYTES = 2 * 2**20  # of journal lines; SLS takes 10 MB, and 3 MB of raw logs is advised
 LINGER = 2.0  # seconds that a batch which is not full waits for more
-BACK_OFF = 0.1, 50.0  # seconds: before the first retry, doubled up to the second
+FIRST_RETRY, LONGEST_PAUSE = 0.1, 50.0  # seconds before a retry, doubled for each
 SLOW_RETRY = 30.0  # seconds, if an operator has to act first
 REMIND = 3600.0  # seconds between two log lines on the same trouble
+TOO_OLD = 7 * 86400.0  # seconds; SLS rejects older records
 
 # What an operator can do about an error code of SLS.
 ADVICE = {
     "NoCredentials": "set ALIBABA_CLOUD_ACCESS_KEY_ID and ALIBABA_CLOUD_ACCESS_KEY_SECRET, or "
     "ALIBABA_CLOUD_CREDENTIALS_FILE, or give this ECS instance a RAM role",
-    "Unauthorized": "check ALIBABA_CLOUD_ACCESS_KEY_ID and the permissions of its RAM user (log:PostLogStoreLogs)",
+    "Unauthorized": "check ALIBABA_CLOUD_ACCESS_KEY_ID, and that its RAM user has the permission that SLS names",
     "SignatureNotMatch": "check ALIBABA_CLOUD_ACCESS_KEY_SECRET",
-    "ProjectNotExist": "check SLS_PROJECT and SLS_ENDPOINT, or create the project",
-    "LogStoreNotExist": "check SLS_LOGSTORE, or create the logstore",
+    "LogRequestError": "check SLS_ENDPOINT, and this machine's DNS, network and proxy",
+    "ProjectNotExist": "check SLS_PROJECT and SLS_ENDPOINT, or create it: python -m sls setup --make-project",
+    "LogStoreNotExist": "check SLS_LOGSTORE, or create it: python -m sls setup",
+    "IndexConfigNotExist": "create it: python -m sls setup",
     "RequestTimeExpired": "set this machine's clock; it is more than 15 minutes off",
 }
 TRANSIENT = ("LogRequestError", "WriteQuotaExceed", "ShardWriteQuotaExceed", "ExceedQuota", "ServerBusy", "BadResponse")
@@ -58,7 +60,6 @@ CONTENT = (
     "InvalidKey",
     "Unshippable",  # our own
 )
-TOO_OLD = 7 * 86400.0  # seconds; SLS rejects older records
 
 
 class SLSError(Exception):
@@ -67,16 +68,13 @@ class SLSError(Exception):
     def __init__(self, code: str, message: str, status: int) -> None:
         super().__init__(f"{code}: {message}")
         self.code, self.status = code, status
+        # Whether it goes away by itself: throttling, a fault of SLS's, the network.
+        self.is_transient = code in TRANSIENT or status in (408, 429) or status >= 500
+        self.is_content = code in CONTENT  # whether SLS rejects the batch for its content
 
-    @property
-    def is_transient(self) -> bool:
-        """Whether it goes away by itself: throttling, a fault of SLS's, the network."""
-        return self.code in TRANSIENT or self.status in (408, 429) or self.status >= 500
-
-    @property
-    def is_content(self) -> bool:
-        """Whether SLS rejects the batch for its content."""
-        return self.code in CONTENT
+    def explain(self) -> str:
+        """Return the error, and what to do about it."""
+        return f"{self}: {ADVICE[self.code]}" if self.code in ADVICE else str(self)
 
 
 # --- the worker's side
@@ -94,63 +92,37 @@ class ShipperSupervisor:
     def tick(self) -> None:
         """Share `serving.lock`, and start a shipper if none runs. To be called once a second; it does not wait.
 
-        Raises:
-            OSError: the journal's directory cannot be written.
+        Raises: OSError, the journal's directory cannot be written.
         """
         self._serving.acquire(shared=True)  # if a shipper is just checking whether anyone serves, the next tick gets it
-        if self._shipper is not None and self._shipper.poll() is not None:
-            self._shipper = None
-        # A new shipper needs a moment to take its lock.
-        if self._shipper is None and time.monotonic() - self._started_at > 5.0 and not self._is_shipping():
-            self._started_at = time.monotonic()
-            # From our own directory, since the working directory may be another; in a session of its own, so that a
-            # Ctrl-C meant for the server lets it finish.
-            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-            self._shipper = subprocess.Popen(
-                [sys.executable, "-P", "-m", "sls", "ship"],
-                env=os.environ | {"PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def _is_shipping(self) -> bool:
-        try:
-            return is_locked(self._ship_lock)
-        except FileNotFoundError:
-            return False
+        is_running = self._shipper is not None and self._shipper.poll() is None
+        if is_running or time.monotonic() - self._started_at < 5.0:
+            return  # a new one needs a moment to take its lock
+        with suppress(FileNotFoundError):
+            if is_locked(self._ship_lock):
+                return
+        self._started_at = time.monotonic()
+        # From our own directory, since the working directory may be another; in a session of its own, so that a Ctrl-C
+        # meant for the server lets it finish.
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._shipper = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sls", "ship"],
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 # --- the shipper
-
-
-@dataclass
-class Batch:
-    """Records to send in one call, and how far that takes each segment."""
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    offsets: dict[str, int] = field(default_factory=dict)  # segment → the end of what was read of it, in bytes
-    finished: list[Path] = field(default_factory=list)  # segments to remove with this batch
-    size: int = 0  # bytes of journal lines
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it holds as much as one call may."""
-        return len(self.records) >= BATCH_RECORDS or self.size >= BATCH_BYTES
 
 
 class Shipper:
     """Sends a journal's records, the oldest segment first, and removes the segments that are finished and sent."""
 
     def __init__(self, directory: Path, send: Callable[[list[dict[str, Any]]], None], forever: bool = False) -> None:
-        """Read how far the last one got.
-
-        Args:
-            directory: the journal's.
-            send: sends records or raises SLSError.
-            forever: go on when no worker serves.
-        """
+        """Read how far the last one got. `send` raises SLSError; with `forever`, go on when no worker serves."""
         self._directory, self._send, self._forever = directory, send, forever
-        self._state = _read_state(directory) or _no_progress()
+        self._progress = Progress.read(directory) or Progress()
         self._ending = False  # once true, it stays so: workers that start meanwhile start a shipper of their own
         # Held open, it shows whether the journal was removed, even if workers have made another one since.
         self._serving = os.open(directory / "serving.lock", os.O_RDONLY | os.O_CREAT, 0o640)
@@ -164,80 +136,83 @@ class Shipper:
         """Ship until `is_ending`, and then what is left. While SLS does not take it, this does not return."""
         while True:
             ending = self.is_ending()  # before reading, so that what the last worker wrote is read
-            batch = self.collect()
-            self._deliver(batch.records)
-            self._commit(batch)
-            if batch.is_full:
+            records, ends, is_full = self._collect()
+            if records:
+                self._deliver(records)
+            self._commit(records, ends, is_full)
+            if is_full:
                 continue
-            if ending and not batch.records:
+            if ending and not records:
                 return
             self._wait(0.1 if ending else LINGER)
 
     def is_ending(self) -> bool:
         """Return whether to end once everything is sent: stopped, no worker serves, or the journal was removed."""
-        self._ending = self._ending or not self._is_needed()
-        return self._ending
-
-    def _is_needed(self) -> bool:
         try:
             is_removed = not os.fstat(self._serving).st_nlink
-            return not is_removed and (self._forever or is_locked(self._directory / "serving.lock"))
+            if is_removed or not (self._forever or is_locked(self._directory / "serving.lock")):
+                self._ending = True
         except OSError:  # removed or moved just now
-            return False
+            self._ending = True
+        return self._ending
 
-    def collect(self) -> Batch:
-        """Read the next records of the journal."""
-        batch = Batch()
+    def _collect(self) -> tuple[list[dict[str, Any]], dict[str, int], bool]:
+        """Return the next records, how far that takes each segment, and whether it is as much as one call may send."""
+        records: list[dict[str, Any]] = []
+        ends: dict[str, int] = {}
+        size = 0  # bytes of journal lines
         for path in segments(self._directory):
+            start = end = self._progress.offsets.get(path.name, 0)
             try:
-                self._read(path, batch)
+                for end, record in read_lines(path, start):
+                    ends[path.name] = end
+                    if _is_record(record):
+                        records.append(record)
+                    if len(records) >= BATCH_RECORDS or size + end - start >= BATCH_BYTES:
+                        return records, ends, True
             except FileNotFoundError:  # a worker dropped it to make room
                 continue
             except OSError as error:
                 self._errors.error(path.name, "%s cannot be read, its records wait: %s", path, error)
-            if batch.is_full:
-                break
-        return batch
+            size += end - start
+        return records, ends, False
 
-    def _read(self, path: Path, batch: Batch) -> None:
-        start = end = self._state["offsets"].get(path.name, 0)
-        size = batch.size
-        for end, record in read_lines(path, start):
-            if _is_record(record):
-                batch.records.append(record)
-            batch.offsets[path.name], batch.size = end, size + end - start
-            if batch.is_full:
-                return
-        # Its writer may have added lines between the last one and its end; after them only a line that a kill cut off.
-        if not is_locked(path) and path.stat().st_size >= end and next(read_lines(path, end), None) is None:
-            batch.finished.append(path)
-
-    def _commit(self, batch: Batch) -> None:
-        """Remove the segments that are done with, and save the progress."""
-        if not (batch.offsets or batch.finished):
-            return
-        for path in batch.finished:
+    def _commit(self, records: list[dict[str, Any]], ends: dict[str, int], is_full: bool) -> None:
+        """Remove the segments that are finished and sent, and save the progress."""
+        ends = self._progress.offsets | ends
+        left = {}
+        for path in segments(self._directory):
+            end = ends.get(path.name, 0)
+            if is_full and not end:
+                continue  # it was not read yet
             try:
-                path.unlink(missing_ok=True)
+                # Its writer may have added lines before it ended; after them only a line that a kill cut off.
+                if not is_locked(path) and next(read_lines(path, end), None) is None:
+                    path.unlink()
+                    continue
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 self._errors.error(path.name, "%s is sent and cannot be removed: %s", path, error)
-        offsets = self._state["offsets"] | batch.offsets
-        left = {path.name for path in segments(self._directory)}
-        self._state["offsets"] = {name: offset for name, offset in offsets.items() if name in left}
-        self._state["shipped"] += len(batch.records)
-        self._state["dropped"] += sum(record.get("dropped", 0) for record in batch.records)
-        self._save()
+            if end:
+                left[path.name] = end
+        if records or left != self._progress.offsets:
+            self._progress.offsets = left
+            self._progress.shipped += len(records)
+            self._progress.dropped += sum(record.get("dropped", 0) for record in records)
+            self._save()
 
     def _save(self) -> None:
         path = self._directory / STATE
         try:
-            replace_file(path, json.dumps(self._state).encode(), durable=False)  # at worst, some are sent again
+            content = json.dumps(vars(self._progress)).encode()
+            replace_file(path, content, durable=False)  # at worst, some are sent again
         except OSError as error:  # a full disk: going on makes room
             self._errors.error(STATE, "the progress cannot be written to %s: %s", path, error)
 
     def _deliver(self, records: list[dict[str, Any]]) -> None:
         """Send records, again and again, until they are stored or kept as dead letters."""
-        retries = 0
+        pause = FIRST_RETRY
         while (error := self._attempt(records)) is not None:
             self._note(error)
             gc.collect()  # a connection that failed leaves a cycle that holds the whole batch
@@ -250,20 +225,18 @@ class Shipper:
                 return
             if error.is_content and self._dead_letter(records, error):
                 return
-            first, longest = BACK_OFF
-            pause = min(longest, first * 2**retries) if error.is_transient else SLOW_RETRY
-            retries = min(retries + 1, 30)
-            self._wait(pause * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, no secret
-        if records and self._state["error"]:
+            jitter = random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+            self._wait(jitter * (pause if error.is_transient else SLOW_RETRY))
+            pause = min(2 * pause, LONGEST_PAUSE)
+        if self._progress.error:
             log.info("SLS takes records again")
-            self._state["error"] = None
+            self._progress.error = None
             self._errors.reset()
 
     def _attempt(self, records: list[dict[str, Any]]) -> SLSError | None:
-        """Send records, if there are any; return the error, None if they are stored."""
+        """Send records; return the error, None if they are stored."""
         try:
-            if records:
-                self._send(records)
+            self._send(records)
         except SLSError as error:
             return error
         except (ValueError, TypeError) as error:  # a record that was edited by hand, for example
@@ -272,12 +245,9 @@ class Shipper:
 
     def _note(self, error: SLSError) -> None:
         """Keep the error for reports, and log it once an hour."""
-        self._state["error"] = {"time": time.time(), "code": error.code, "message": str(error)}
+        self._progress.error = {"time": time.time(), "code": error.code, "message": str(error)}
         self._save()
-        default = "" if error.is_transient or error.is_content else "see SLS's list of error codes"
-        advice = ADVICE.get(error.code, default)
-        message = "records wait in the journal, SLS does not take them (%s)%s"
-        self._errors.error(error.code, message, error, f": {advice}" if advice else "")
+        self._errors.error(error.code, "records wait in the journal, SLS does not take them: %s", error.explain())
 
     def _dead_letter(self, records: list[dict[str, Any]], error: SLSError) -> bool:
         """Keep records that SLS rejects for their content in a file, for an operator; return False if that fails."""
@@ -285,14 +255,11 @@ class Shipper:
             with (self._directory / DEAD_LETTERS).open("ab") as file:
                 file.write(b"".join(orjson.dumps({"refused": str(error), **record}) + b"\n" for record in records))
         except OSError as failure:
-            self._errors.error(
-                DEAD_LETTERS, "a record that SLS rejects cannot be kept in %s: %s", DEAD_LETTERS, failure
-            )
+            message = "a record that SLS rejects cannot be kept in %s: %s"
+            self._errors.error(DEAD_LETTERS, message, DEAD_LETTERS, failure)
             return False
-        self._state["refused"] += len(records)
-        log.error(
-            "SLS rejects %d records for their content (%s); they are kept in %s", len(records), error, DEAD_LETTERS
-        )
+        self._progress.refused += len(records)
+        log.error("SLS rejects %d records for their content (%s): see %s", len(records), error, DEAD_LETTERS)
         return True
 
     def _wait(self, seconds: float) -> None:
@@ -308,54 +275,43 @@ class Shipper:
 # --- progress
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
-    """How far shipping has come, for reports and metrics."""
+    """How far shipping has come, as `ship.json` holds it."""
 
-    shipped: int  # records
-    refused: int  # records that SLS rejected for their content
-    dropped: int  # records that were lost before they could be shipped, as the journal says
-    waiting: int  # bytes of journal
-    oldest: float | None  # seconds since 1970: when the oldest record that waits was written
-    error: str  # SLS's last, until it takes records again; else ""
+    offsets: dict[str, int] = field(default_factory=dict)  # segment → the end of what was sent of it, in bytes
+    shipped: int = 0  # records
+    refused: int = 0  # records that SLS rejected for their content
+    dropped: int = 0  # records that were lost before they could be shipped, as the journal says
+    error: dict[str, Any] | None = None  # SLS's last, until it takes records again: `time`, `code` and `message`
 
     @classmethod
-    def read(cls, directory: Path, expected: bool = False) -> "Progress | None":
-        """Read it from a journal's directory; return None if no shipper has been at work, unless one is `expected`."""
-        state = _read_state(directory) or (_no_progress() if expected else {})
-        if not state:
+    def read(cls, directory: Path) -> "Progress | None":
+        """Read it from a journal's directory; return None if there is none, or none that can be used."""
+        try:
+            state = json.loads((directory / STATE).read_text("utf-8"))
+            offsets = {name: int(offset) for name, offset in state["offsets"].items()}
+            counts = {name: int(state[name]) for name in ("shipped", "refused", "dropped")}
+            return cls(offsets, **counts, error=state["error"])
+        except FileNotFoundError:
             return None
-        waiting, oldest = 0, None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # sent again rather than never
+            log.error("%s cannot be used, so everything is sent again: %s", directory / STATE, error)
+            return None
+
+    def waiting(self, directory: Path) -> tuple[int, float | None]:
+        """Return how many bytes of the journal wait, and when the oldest record in them was written (since 1970)."""
+        size, oldest = 0, None
         for path in segments(directory):
-            offset = state["offsets"].get(path.name, 0)
+            offset = self.offsets.get(path.name, 0)
             with suppress(OSError):  # sent meanwhile, or dropped to make room
-                waiting += path.stat().st_size - offset
+                size += path.stat().st_size - offset
                 if oldest is None:
-                    records = (record for _, record in read_lines(path, offset) if _is_record(record))
-                    oldest = next((record["time"] for record in records), None)
-        error = state["error"]["message"] if state["error"] else ""
-        return cls(state["shipped"], state["refused"], state["dropped"], waiting, oldest, error)
+                    times = (record["time"] for _, record in read_lines(path, offset) if _is_record(record))
+                    oldest = next(times, None)
+        return size, oldest
 
 
 def _is_record(entry: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
     """Return whether a journal line can be sent: if it was torn or edited by hand, it may have no time."""
     return entry is not None and isinstance(entry.get("time"), (int, float))
-
-
-def _no_progress() -> dict[str, Any]:
-    return {"offsets": {}, **dict.fromkeys(COUNTS, 0), "error": None}
-
-
-def _read_state(directory: Path) -> dict[str, Any]:
-    """Read `ship.json`: offsets of segments, counts, and the last error. Return {} if it cannot be used."""
-    try:
-        state = json.loads((directory / STATE).read_text("utf-8"))
-        numbers = [*state["offsets"].values(), *(state[name] for name in COUNTS)]
-        if not all(isinstance(number, int) for number in numbers):
-            raise TypeError("expected whole numbers")
-        return {name: state[name] for name in ("offsets", *COUNTS, "error")}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # sent again rather than never
-        log.error("%s cannot be used, so shipping begins as if nothing had been sent: %s", directory / STATE, error)
-        return {}

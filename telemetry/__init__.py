@@ -73,4 +73,4 @@ def shipping_progress(journal_dir: Path, expected: bool = False) -> "Progress | 
         from sls.shipper import Progress
     except ModuleNotFoundError:
         return None
-    return Progress.read(journal_dir, expected)
+    return Progress.read(journal_dir) or (Progress() if expected else None)

@@ -188,11 +188,12 @@ class Metrics:
         progress = shipping_progress(self._journal_dir, expected=True) if self._ships else None
         if progress is None:
             return
-        waiting = "Bytes of the journal that wait to be shipped"
-        yield GaugeMetricFamily("prediction_journal_waiting_bytes", waiting, progress.waiting)
-        if progress.oldest is not None:
-            oldest = "When the oldest waiting record was written, in seconds since 1970"
-            yield GaugeMetricFamily("prediction_journal_oldest_waiting_timestamp_seconds", oldest, progress.oldest)
+        waiting, oldest = progress.waiting(self._journal_dir)
+        text = "Bytes of the journal that wait to be shipped"
+        yield GaugeMetricFamily("prediction_journal_waiting_bytes", text, waiting)
+        if oldest is not None:
+            text = "When the oldest waiting record was written, in seconds since 1970"
+            yield GaugeMetricFamily("prediction_journal_oldest_waiting_timestamp_seconds", text, oldest)
         yield CounterMetricFamily("prediction_records_shipped", "Records that SLS has stored", progress.shipped)
         rejected = "Records that SLS rejected for their content"
         yield CounterMetricFamily("prediction_records_refused", rejected, progress.refused)

@@ -14,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cli import run
 from monitor import read_lines, segments
 from telemetry import shipping_progress
-
-if TYPE_CHECKING:
-    from sls.shipper import Progress
 
 
 def read(directory: Path, since: float) -> Iterator[dict[str, Any] | None]:
@@ -46,36 +43,35 @@ class Summary:
 
     response_times: "array[float]" = field(default_factory=lambda: array("d"))  # seconds
     succeeded: int = 0
-    errors: Counter[str] = field(default_factory=Counter)  # "<error_type>: <status> <error>" → requests
-    versions: Counter[str] = field(default_factory=Counter)
     rows: int = 0
-    events: Counter[str] = field(default_factory=Counter)
-    unauthenticated: int = 0  # requests without a valid password
-    dropped: int = 0
-    torn: int = 0
+    versions: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)  # "<error_type>: <status> <error>" → requests
+    others: Counter[str] = field(default_factory=Counter)  # what is not a request
 
     def add(self, record: dict[str, Any] | None) -> None:
         """Count one record. None counts as a torn line, and so does a record that lacks something."""
         try:
-            self._add(record or {})
-        except (KeyError, TypeError):
-            self.torn += 1
-
-    def _add(self, record: dict[str, Any]) -> None:
-        if "dropped" in record:
-            self.dropped += record["dropped"]
-        elif "event" in record:
-            self.events[f"{record['event']} of {record['model_version']}"] += 1
-        elif "requests" in record:
-            self.unauthenticated += record["requests"]
-        else:
-            self.response_times.append(record["response_time"])
-            self.rows += record["rows"]
-            self.versions[record["model_version"] or "none"] += 1
-            if record["success"]:
-                self.succeeded += 1
+            if record is None:
+                self.others["torn lines"] += 1
+            elif "dropped" in record:
+                self.others["records dropped"] += record["dropped"]
+            elif "event" in record:
+                self.others[f"{record['event']} of {record['model_version']}"] += 1
+            elif "requests" in record:
+                self.others["without a valid password"] += record["requests"]
             else:
-                self.errors[f"{record['error_type']}: {record['status']} {record['error']}"] += 1
+                self._add_request(record)
+        except (KeyError, TypeError):
+            self.others["torn lines"] += 1
+
+    def _add_request(self, record: dict[str, Any]) -> None:
+        self.response_times.append(record["response_time"])
+        self.rows += record["rows"]
+        self.versions[f"version {record['model_version'] or 'none'}"] += 1
+        if record["success"]:
+            self.succeeded += 1
+        else:
+            self.errors[f"{record['error_type']}: {record['status']} {record['error']}"] += 1
 
     def table(self, seconds: float) -> list[tuple[str, str]]:
         """Return the lines of the report, a name and a value each, for records of so many seconds (maybe infinite)."""
@@ -87,28 +83,24 @@ class Summary:
         if count:
             lines.append(("success", f"{100 * self.succeeded / count:.2f} %"))
             lines += [(f"p{q}", f"{1000 * percentile(times, q):.2f} ms") for q in (50, 90, 99)]
-        lines += [(f"version {version}", f"{n}") for version, n in self.versions.most_common()]
-        lines += [(error, f"{n}") for error, n in self.errors.most_common()]
-        lines += [(event, f"{n}") for event, n in self.events.most_common()]
-        for name, n in (
-            ("without a valid password", self.unauthenticated),
-            ("records dropped", self.dropped),
-            ("torn lines", self.torn),
-        ):
-            if n:
-                lines.append((name, f"{n}"))
+        for counter in (self.versions, self.errors, self.others):
+            lines += [(name, f"{n}") for name, n in counter.most_common() if n]
         return lines
 
 
-def shipping(progress: "Progress") -> list[tuple[str, str]]:
-    """Return the lines about shipping to SLS."""
-    lines = [("records shipped", f"{progress.shipped}"), ("bytes waiting", f"{progress.waiting}")]
-    if progress.oldest is not None:
-        lines.append(("waiting for", f"{max(0.0, time.time() - progress.oldest):.0f} s"))
+def shipping(directory: Path) -> list[tuple[str, str]]:
+    """Return the lines about shipping to SLS, none if it was never on."""
+    progress = shipping_progress(directory)
+    if progress is None:
+        return []
+    waiting, oldest = progress.waiting(directory)
+    lines = [("records shipped", f"{progress.shipped}"), ("bytes waiting", f"{waiting}")]
+    if oldest is not None:
+        lines.append(("waiting for", f"{max(0.0, time.time() - oldest):.0f} s"))
     if progress.refused:
         lines.append(("records refused by SLS", f"{progress.refused}"))
     if progress.error:
-        lines.append(("SLS, last error", progress.error))
+        lines.append(("SLS, last error", progress.error["message"]))
     return lines
 
 
@@ -154,8 +146,7 @@ def report(directory: Path, since: float) -> int:
     summary = Summary()
     for record in read(directory, time.time() - since):
         summary.add(record)
-    progress = shipping_progress(directory)
-    lines = summary.table(since) + (shipping(progress) if progress else [])
+    lines = summary.table(since) + shipping(directory)
     width = max(len(name) for name, _ in lines)
     right = max(len(value) for _, value in lines)
     for name, value in lines:

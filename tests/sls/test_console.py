@@ -20,7 +20,7 @@ from loopback_sls import LoopbackSLS
 from settings import Settings, SettingsError
 from sls import console
 from sls.check import check, fire_test_alert
-from sls.client import Client, connect
+from sls.client import Client
 from sls.console import KEEP_DAYS, Recipients, desired, for_account, region, setup
 
 TOKEN = "0123456789abcdef"
@@ -33,7 +33,7 @@ class Operator:
 
     def __init__(self, sls: LoopbackSLS) -> None:
         self.settings = Settings.from_environ(sls.environ())
-        self.connect = partial(connect, environ=sls.environ())
+        self.connect = partial(Client, environ=sls.environ())
         self.lines: list[str] = []
 
     @property
@@ -45,12 +45,12 @@ class Operator:
         return self.connect(self.settings)
 
     def setup(self, recipients: Recipients = BOTH, **options: Any) -> int:
-        self.lines = []
-        return setup(self.connect, self.settings, recipients, echo=self.lines.append, **options)
+        self.lines.clear()
+        return setup(self.connect, self.settings, recipients, **options)
 
     def check(self, wait: float = 90.0) -> int:
-        self.lines = []
-        return check(self.client, self.settings, self.lines.append, wait)
+        self.lines.clear()
+        return check(self.client, wait)
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def operator(sls: LoopbackSLS, monkeypatch: pytest.MonkeyPatch) -> Operator:
     for name in ("http_proxy", "no_proxy"):
         monkeypatch.setenv(name, sls.environ()[name])
     monkeypatch.setattr(console, "ACCOUNT_REGION", sls.region)
-    return Operator(sls)
+    operator = Operator(sls)
+    monkeypatch.setattr("click.echo", operator.lines.append)
+    return operator
 
 
 def test_setup_creates_everything(sls: LoopbackSLS, operator: Operator) -> None:
@@ -185,7 +187,7 @@ def test_setup_that_failed_half_way_continues_when_run_again(
     sls.bare()
     sls.fail(method, path)
     assert operator.setup(make_project=True) == 1
-    assert re.search("Unauthorized: denied by sts or ram: check the access key", operator.lines[-2])
+    assert re.search("Unauthorized: denied by sts or ram: check ALIBABA_CLOUD_ACCESS_KEY_ID", operator.lines[-2])
     assert "run it again" in operator.lines[-1]
     sls.heal()
     assert operator.setup(make_project=True) == 0
@@ -238,7 +240,7 @@ def test_recipients_are_written_in_the_accounts_region(
         asked.append(settings.sls_endpoint)
         return SimpleNamespace(upsert_resource_record=lambda kind, _: asked.append(kind)) if asked[1:] else MagicMock()
 
-    assert setup(connect, operator.settings, BOTH, echo=operator.lines.append) == 0
+    assert setup(connect, operator.settings, BOTH) == 0
     there = [resource.kind for resource in desired(operator.settings, BOTH, False, None) if "." in resource.kind]
     assert asked == [f"http://{sls.endpoint}", "http://cn-heyuan.log.aliyuncs.com", *there]
 
@@ -256,7 +258,7 @@ def test_check_finds_its_record(sls: LoopbackSLS, operator: Operator) -> None:
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
-        ("wrong key", "check the access key"),
+        ("wrong key", "check ALIBABA_CLOUD_ACCESS_KEY_ID"),
         ("no project", "setup --make-project"),
         ("no logstore", "create it: python -m sls setup"),
         ("skew", "clock"),
@@ -572,10 +574,10 @@ def test_records_of_check_and_test_alert_are_those_the_queries_were_tried_with(
     sls: LoopbackSLS, operator: Operator
 ) -> None:
     operator.check(wait=0.1)
-    assert fire_test_alert(operator.client, operator.settings, operator.lines.append) == 0
+    assert fire_test_alert(operator.client) == 0
     assert "Test alert" in operator.lines[-1]
     sent = [{key for key in log if not key.startswith("__")} for log in sls.logs]
     assert sent == [set(CHECK), set(TEST)]
     assert fires("test", sls.logs)
     sls.mode = "wrong key"
-    assert fire_test_alert(operator.client, operator.settings, operator.lines.append) == 1
+    assert fire_test_alert(operator.client) == 1
