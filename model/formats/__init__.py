@@ -1,13 +1,11 @@
 """One loader per file format, chosen by the file's suffix.
 
-    estimator = load(Path("model.joblib"))
-
 A loader's module is imported when a file of its format is loaded: a server needs only the libraries of its own model,
 and the modules of formats that it does not serve may be removed. Loading a pickle runs whatever code its author put in
 it: serve only files that you would run as a script.
 """
 
-import importlib
+import pkgutil
 import re
 import sys
 from pathlib import Path
@@ -39,7 +37,6 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
     """Load a fitted model from a file, ready to predict in one thread.
 
     Args:
-        path: its suffix names the format.
         allow_version_mismatch: load a model that another minor version of scikit-learn made.
         immutable: the file is only ever replaced by another, never written to, so its large arrays may be mapped into
             memory and shared by all processes that load it.
@@ -55,9 +52,8 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         )
     if path.suffix.lower() not in LOADERS:
         raise ModelLoadError(f"{path.name}: the suffix names the format; expected one of {', '.join(LOADERS)}")
-    module, _, function = LOADERS[path.suffix.lower()].partition(":")
     try:
-        loader = getattr(importlib.import_module(module), function)
+        loader = pkgutil.resolve_name(LOADERS[path.suffix.lower()])
         model = loader(path, allow_version_mismatch=allow_version_mismatch, immutable=immutable)
     except UnsupportedModel as error:
         raise ModelLoadError(f"{path.name} {error}") from error
@@ -65,32 +61,29 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         raise
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
-    if isinstance(model, type):
-        raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
-    if not callable(getattr(model, "predict", None)):
-        raise ModelLoadError(
-            f"{path.name} holds a {type(model).__name__} without predict(); save the fitted model itself"
-        )
+    what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__} without predict()"
+    if isinstance(model, type) or not callable(getattr(model, "predict", None)):
+        raise ModelLoadError(f"{path.name} holds {what}; save the fitted model itself")
     return model
 
 
 def _explain(path: Path, error: Exception) -> str:
     """Explain why a file did not load: each of the usual causes has its own fix."""
     summary = f"{path.name} does not load: {type(error).__name__}: {error}"
-    module = ""  # in which something was looked up
-    if isinstance(error, ModuleNotFoundError):
-        module = str(error.name)
-    elif isinstance(error, AttributeError) and (found := re.search(r"<module '([^']+)'", str(error))):
-        module = found[1]
+    missing = str(error.name) if isinstance(error, ModuleNotFoundError) else ""
+    if missing.startswith(f"{__name__}."):
+        return f"{path.name} is not served: this server was installed without {missing}, which {path.suffix} files need"
+    looked_in = re.search(r"<module '([^']+)'", str(error))  # "Can't get attribute 'Mine' on <module 'mine' from …>"
+    module = missing or (looked_in[1] if looked_in else "")
     root = module.partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and module.startswith(f"{__name__}."):
-        return f"{path.name} is not served: this server was installed without {module}, which {path.suffix} files need"
+    found_at = Path(getattr(sys.modules.get(root), "__file__", None) or "")
+    server = Path(__file__).resolve().parents[2]
     if module.endswith("__main__"):
         return (
             f"{summary}. It uses a class or function that was defined in a notebook or script: move that into a module "
             "of its own, put the module beside server.py, import it from there, train and save again"
         )
-    if (found_at := _here(root)) is not None:
+    if found_at.parent in (server, server / root):  # a module or package of the server's own, or beside it
         return (
             f"{summary}. It was saved beside a module named {root}, and here that name means {found_at}. If yours is "
             "another one, rename it, put it beside server.py, train and save again"
@@ -100,19 +93,11 @@ def _explain(path: Path, error: Exception) -> str:
             f"{summary}. It was made with another version of scikit-learn or numpy, whose parts have changed since: "
             "train and save it again with the versions in requirements.txt"
         )
-    if isinstance(error, ModuleNotFoundError):
-        if root.isidentifier():
-            return (
-                f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
-                "install it beside the server"
-            )
-    elif isinstance(error, (AttributeError, ImportError, OSError, MemoryError)):
+    if missing and root.isidentifier():
+        return (
+            f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
+            "install it beside the server"
+        )
+    if not missing and isinstance(error, (AttributeError, ImportError, OSError, MemoryError)):
         return summary
     return f"{summary}. The file is damaged, incomplete, or not of the format that its suffix names"
-
-
-def _here(module: str) -> Path | None:
-    """Return the file of a module that is this server's own, or lies beside it."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    root = Path(__file__).resolve().parents[2]
-    return Path(file) if file and Path(file).parent in (root, root / module) else None

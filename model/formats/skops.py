@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from . import ModelLoadError
+from . import UnsupportedModel
 from .sklearn import ready
 
 # scikit-learn's compiled parts: arrays with methods. skops knows its Python classes and leaves these to the user.
@@ -19,14 +19,14 @@ _COMPILED = (
 
 
 def load_skops(path: Path, *, allow_version_mismatch: bool, immutable: bool) -> Any:
-    """Load what `skops.io.dump` wrote. Raises: ModelLoadError, types that are not known to be safe."""
+    """Load what `skops.io.dump` wrote. Raises: UnsupportedModel, types that are not known to be safe; as `ready`."""
     import skops.io
 
     found = skops.io.get_untrusted_types(file=path)
     unknown = [name for name in found if not name.startswith(_COMPILED)]
     if unknown:
-        raise ModelLoadError(
-            f"{path.name} holds types that are not known to be safe: {', '.join(unknown)}. "
+        raise UnsupportedModel(
+            f"holds types that are not known to be safe: {', '.join(unknown)}. "
             "If you trust its author, save the model with joblib instead"
         )
     return ready(lambda: skops.io.load(path, trusted=found), allow_version_mismatch)
