@@ -16,7 +16,7 @@ class TensorModel:
     """A model of another library, with the methods of a scikit-learn estimator that the server uses."""
 
     signature: Signature | None = None  # None if the file does not record it
-    sizes_open = False  # whether rows may have a shape that only the model itself can reject
+    sizes_open = True  # whether rows may have a shape that only the model itself can reject
 
     def signatures(self, sample: list[Any] | None) -> Iterable[Signature]:
         """Yield what the model may take, the likeliest first; only one if the file records it."""
@@ -33,7 +33,7 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
 
     Args:
         shape: of one row; None for a size that is open.
-        dtype: numpy's name for the type of its elements.
+        dtype: numpy's name for the type of its elements; strings are objects.
         known: the metadata that `python -m model export` leaves in a file.
 
     Raises:
@@ -43,9 +43,9 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
     kind = kind_of(dtype)
     if kind in ("number", "text") and (not shape or known.get("layout") == "texts"):
         return Signature("texts" if kind == "text" else "numbers", (), precision=dtype)
+    if shape == (None,) and kind == "number":
+        return Signature("array", None, precision=dtype)
     if len(shape) != 1 or shape[0] is None:
-        if shape == (None,) and kind == "number":
-            return Signature("array", None, precision=dtype)
         return TensorSignature("tensor", (), precision=dtype, shape=shape)
     columns = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
     if len(columns) != shape[0]:
@@ -57,22 +57,17 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
     )
 
 
-def has_open_sizes(signature: Signature) -> bool:
-    """Return whether rows may have a shape that only the model itself can reject."""
-    return signature.columns is None or (isinstance(signature, TensorSignature) and None in signature.shape)
-
-
-def threads() -> int:
-    """Return how many threads a prediction may use: `OMP_NUM_THREADS`, which gunicorn.conf.py sets, else 1."""
-    found = re.match(r"\d+", os.environ.get("OMP_NUM_THREADS", ""))
-    return max(1, int(found[0])) if found else 1
-
-
 def first(result: Any) -> Any:
     """Return the first of several outputs."""
     while isinstance(result, (tuple, list, dict)):
         result = next(iter(result.values() if isinstance(result, dict) else result))
     return result
+
+
+def threads() -> int:
+    """Return how many threads a prediction may use: `OMP_NUM_THREADS`, which gunicorn.conf.py sets, else 1."""
+    found = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(found[0]) if found else 1
 
 
 def import_library(name: str, requirements: str) -> Any:
@@ -90,11 +85,9 @@ def import_library(name: str, requirements: str) -> Any:
 def import_torch() -> Any:
     """Import torch and set its threads to those that a worker has. Raises: UnsupportedModel, it is not installed."""
     torch = import_library("torch", "requirements/torch.txt")
-    if torch.get_num_threads() != threads():
-        torch.set_num_threads(threads())
-    if torch.get_num_interop_threads() != threads():
-        with suppress(RuntimeError):  # too late once torch has run anything; few models run operators in parallel
-            torch.set_num_interop_threads(threads())
+    torch.set_num_threads(threads())
+    with suppress(RuntimeError):  # too late once torch has run anything; few models run operators in parallel
+        torch.set_num_interop_threads(threads())
     return torch
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import UnsupportedModel
 from .archive_checks import refuse_calling_layers
-from .base import TensorModel, first, first_line, has_open_sizes, import_library, import_torch, of_rows
+from .base import TensorModel, first, first_line, import_library, import_torch, of_rows
 
 _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 
@@ -20,9 +20,7 @@ def load_keras(path: Path, **_: bool) -> "KerasModel":
         UnsupportedModel: no Keras or an old one, a damaged file, weights without a model, layers that hold code, or
             several inputs.
     """
-    os.environ.setdefault("KERAS_BACKEND", "torch")
-    if os.environ["KERAS_BACKEND"] == "torch":
-        import_torch()
+    torch = import_torch() if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch" else None
     # h5py asks for the processor's name when it is imported. Python would start a program for that, which gevent does
     # not allow on a native thread.
     vars(platform.uname()).setdefault("processor", "")
@@ -36,7 +34,7 @@ def load_keras(path: Path, **_: bool) -> "KerasModel":
         model = keras.saving.load_model(str(path.absolute()), compile=False, safe_mode=True)
     except Exception as error:  # a layer raises anything if its description is of another version
         raise UnsupportedModel(_explain(keras.__version__, error)) from error
-    return KerasModel(keras, model)
+    return KerasModel(keras, model, torch)
 
 
 def _explain(version: str, error: Exception) -> str:
@@ -60,8 +58,8 @@ def _explain(version: str, error: Exception) -> str:
 class KerasModel(TensorModel):
     """A Keras model of one input."""
 
-    def __init__(self, keras: Any, model: Any) -> None:
-        self._keras, self._model = keras, model
+    def __init__(self, keras: Any, model: Any, torch: Any) -> None:
+        self._keras, self._model, self._torch = keras, model, torch
         inputs = getattr(model, "inputs", None) or []
         if len(inputs) != 1:
             raise UnsupportedModel(f"takes {len(inputs)} inputs; build it over one, `keras.Input(shape)`")
@@ -71,15 +69,15 @@ class KerasModel(TensorModel):
                 f"takes exactly {rows} row(s) at a time; build it over keras.Input(shape) without batch_size"
             )
         self.signature = of_rows(tuple(shape), str(inputs[0].dtype))
-        self.sizes_open = has_open_sizes(self.signature)
+        self.sizes_open = None in shape
 
     def predict(self, rows: Any) -> Any:
         """Return the model's output as an array `(n_rows, …)`; of several outputs the first."""
         try:
-            if self._keras.backend.backend() == "torch":
-                with import_torch().inference_mode():
-                    return first(self._model(rows, training=False)).numpy(force=True)
-            return self._keras.ops.convert_to_numpy(first(self._model(rows, training=False)))
+            if self._torch is None:
+                return self._keras.ops.convert_to_numpy(first(self._model(rows, training=False)))
+            with self._torch.inference_mode():
+                return first(self._model(rows, training=False)).numpy(force=True)
         except RuntimeError as error:  # torch's, at sizes that do not fit
             if self.sizes_open:
                 raise ValueError("Keras refuses the rows") from error

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..signature import Column, Signature
 from . import UnsupportedModel
-from .base import TensorModel, first_line, has_open_sizes, import_library, of_rows, threads
+from .base import TensorModel, first_line, import_library, of_rows, threads
 from .tensor_signature import RecordSignature, kind_of
 
 METADATA = "prediction-server"  # the key in an ONNX file's metadata under which `python -m model export` leaves more
@@ -41,7 +41,7 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
             f"is not taken by onnxruntime {ort.__version__} ({reason}): the file is damaged, incomplete, or not of the "
             "format that its suffix names; or it needs an operator or an opset that this version does not have"
         ) from error
-    known = _metadata(session)
+    known = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
     is_classifier = _has_labels_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
     model = (OnnxClassifier if is_classifier else OnnxModel)(session, known)
     if isinstance(model, OnnxClassifier) and model.classes_ is None and not model.zipped:
@@ -57,7 +57,7 @@ class OnnxModel(TensorModel):
         self._inputs = session.get_inputs()
         self._outputs = [output.name for output in session.get_outputs()]
         self.signature = _signature_of(self._inputs, known)
-        self.sizes_open = has_open_sizes(self.signature)
+        self.sizes_open = any(not isinstance(size, int) for each in self._inputs for size in each.shape[1:])
         # scikit-learn's regressors return one value a row, their ONNX form a column.
         self._flat = session.get_modelmeta().producer_name == "skl2onnx"
 
@@ -70,10 +70,9 @@ class OnnxModel(TensorModel):
         if len(self._inputs) > 1:
             feed = {each.name: rows[each.name].reshape(-1, *each.shape[1:]) for each in self._inputs}
         else:
-            first = self._inputs[0]
-            dtype = _TYPES[first.type]
-            array = np.asarray(rows, dtype=object if dtype == "str" else dtype)
-            feed = {first.name: array.reshape(-1, 1) if array.ndim < len(first.shape) else array}
+            only = self._inputs[0]
+            array = np.asarray(rows, dtype=_TYPES[only.type])
+            feed = {only.name: array.reshape(-1, 1) if array.ndim < len(only.shape) else array}
         try:
             return self._session.run(outputs, feed)
         except Exception as error:  # its exceptions have no base of their own
@@ -114,7 +113,7 @@ _TYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
-    "tensor(string)": "str",
+    "tensor(string)": "object",
     "tensor(bool)": "bool",
 } | {f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
@@ -148,14 +147,6 @@ def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
     return RecordSignature("records", tuple(columns))
 
 
-def _metadata(session: Any) -> dict[str, Any]:
-    """Return what `python -m model export` left in the file; an empty dict for any other file."""
-    known = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA) or "{}")
-    if not isinstance(known, dict):
-        raise UnsupportedModel("has metadata that `python -m model export` did not write")
-    return known
-
-
 def _has_labels_and_scores(session: Any) -> bool:
     outputs = session.get_outputs()
     if len(outputs) != 2 or outputs[0].type not in ("tensor(int64)", "tensor(string)") or len(outputs[0].shape) != 1:
@@ -172,11 +163,11 @@ def _class_labels(content: bytes) -> list[Any] | None:
         onnx = import_library("onnx", "requirements/onnx.txt")
     except UnsupportedModel:  # answers then lack "classes"
         return None
-    found = []
-    for node in onnx.load_model_from_string(content).graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("classlabels_int64s", "classlabels_ints") and attribute.ints:
-                found.append(list(attribute.ints))
-            elif attribute.name == "classlabels_strings" and attribute.strings:
-                found.append([label.decode() for label in attribute.strings])
-    return found[0] if found and all(labels == found[0] for labels in found) else None
+    labels = [
+        list(attribute.ints) or [label.decode() for label in attribute.strings]
+        for node in onnx.load_model_from_string(content).graph.node
+        for attribute in node.attribute
+        if attribute.name.startswith("classlabels_")
+    ]
+    found = [each for each in labels if each]
+    return found[0] if found and all(each == found[0] for each in found) else None

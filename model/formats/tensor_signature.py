@@ -12,37 +12,26 @@ from ..signature import ACCEPTED, EXAMPLES, EXPECTED, BadRows, Kind, Signature, 
 
 def kind_of(dtype: str) -> Kind:
     """Return what a caller sends for a numpy type."""
-    if dtype in ("str", "bool"):
-        return "text" if dtype == "str" else "boolean"
+    if dtype in ("object", "bool"):
+        return "text" if dtype == "object" else "boolean"
     return "integer" if "int" in dtype else "number"
-
-
-def to_typed(values: Sequence[Any], dtype: str) -> Any:
-    """Make an array of any numpy type; of strings one of objects."""
-    return np.array(values, dtype=object) if dtype == "str" else to_array(values, dtype)
 
 
 @dataclass(frozen=True)
 class TypedSignature(Signature):
     """Takes an array `(n_rows, n_columns)` of a numpy type, such as int64."""
 
-    def assemble(self, parts: Sequence[Any]) -> Any:
-        """Make an array of the rows of callers."""
-        if isinstance(parts[0], np.ndarray):
-            return np.concatenate(parts)
-        return to_typed(list(itertools.chain.from_iterable(parts)), self.precision)
-
-    def _validate_array(self, array: Any) -> Any:
-        kinds = {"number": "iuf", "integer": "iu"}.get(kind_of(self.precision))
-        if kinds is None:
-            raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
-        if array.dtype.kind not in kinds:
-            raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
-        return super()._validate_array(array)
-
     @property
     def _is_one_array(self) -> bool:  # a cached property there
         return True
+
+    def _validate_array(self, array: Any) -> Any:
+        kind = kind_of(self.precision)
+        if kind not in ("number", "integer"):
+            raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
+        if kind == "integer" and array.dtype.kind not in "iu":
+            raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
+        return super()._validate_array(array)
 
 
 @dataclass(frozen=True)
@@ -55,10 +44,9 @@ class RecordSignature(Signature):
 
     def _assemble_columns(self, rows: list[Any]) -> Any:
         assert self.columns is not None
-        fields = [(str(c.name), object if c.dtype == "str" else c.dtype) for c in self.columns]
-        array = np.empty(len(rows), dtype=fields)
+        array = np.empty(len(rows), dtype=[(str(c.name), c.dtype) for c in self.columns])
         for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
-            array[column.name] = to_typed(values, column.dtype)  # null becomes NaN
+            array[column.name] = to_array(values, column.dtype)  # null becomes NaN
         return array
 
 
@@ -70,7 +58,10 @@ class TensorSignature(TypedSignature):
 
     def example(self) -> str:
         """Show the form of `data` with one row, as JSON."""
-        return _nested_example(EXAMPLES[kind_of(self.precision)], self.shape)
+        value = EXAMPLES[kind_of(self.precision)]
+        for size in reversed(self.shape):  # a list is shown in full if it is short, else as its first value
+            value = f"[{', '.join([value] * size)}]" if size and size * len(value) < 60 else f"[{value}, …]"
+        return f"[{value}]"
 
     def describe(self) -> dict[str, Any]:
         """Describe the signature for people and programs, as JSON values."""
@@ -92,7 +83,7 @@ class TensorSignature(TypedSignature):
         sizes, values, types = _flatten(data)
         if sizes is None or not matches(self.shape, sizes[1:]) or not types <= ACCEPTED[kind_of(self.precision)]:
             raise bad_rows(self._wrong_rows(data))
-        return to_typed(values, self.precision).reshape(sizes)
+        return to_array(values, self.precision).reshape(sizes)
 
     def _wrong_rows(self, data: list[Any]) -> Iterable[dict[str, Any]]:
         kind, shape = kind_of(self.precision), self.shape
@@ -126,10 +117,3 @@ def _show_sizes(shape: Sequence[int | None]) -> str:
     if not shape:
         return "a single value"
     return "nested lists of " + " × ".join("any number" if size is None else str(size) for size in shape)
-
-
-def _nested_example(value: str, shape: Sequence[int | None]) -> str:
-    """Show the first row of a tensor: `[[[0.5, …], …]]`, in full if it is short."""
-    for size in reversed(shape):
-        value = f"[{', '.join([value] * size)}]" if size and size * len(value) < 60 else f"[{value}, …]"
-    return f"[{value}]"

@@ -2,7 +2,7 @@
 
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ def load_torch(path: Path, **_: bool) -> "TorchModel":
     Raises:
         UnsupportedModel: no torch, a file of another kind or with code in it, or a model that does not take rows.
     """
-    load = _load_exported if _is_exported(path) else _load_scripted
+    model: Callable[[Path], TorchModel] = TorchExported if _is_exported(path) else TorchScripted
     torch = import_torch()
     try:
-        return load(path)
+        return model(path)
     except UnsupportedModel:
         raise
     except Exception as error:  # a reader written in C++, and one that fails on whatever it did not expect
@@ -42,54 +42,40 @@ def load_torch(path: Path, **_: bool) -> "TorchModel":
 
 def _is_exported(path: Path) -> bool:
     """Return True for a file of torch.export, False for TorchScript. Raises: UnsupportedModel, neither of them."""
-    pickled = UnsupportedModel(
-        "holds what torch.save wrote: a state_dict, which is weights without a model, or a pickled module, which "
-        f"only its own classes can read. {_EXPORT_AGAIN}"
-    )
     with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise pickled
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if min((entry.header_offset for entry in archive.infolist()), default=1):
-                raise zipfile.BadZipFile  # an archive within the truncated one
-            names = archive.namelist()
-    except zipfile.BadZipFile:
-        raise UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names") from None
+        is_pickle = file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    names = [] if is_pickle else _names_in_zip(path)
     inner = [name.partition("/")[2] for name in names]
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         return False
     if "archive_format" in inner:
         return True
-    if "data.pkl" in inner:
-        raise pickled
+    if is_pickle or "data.pkl" in inner:
+        raise UnsupportedModel(
+            "holds what torch.save wrote: a state_dict, which is weights without a model, or a pickled module, which "
+            f"only its own classes can read. {_EXPORT_AGAIN}"
+        )
     if "serialized_exported_program.json" in names:
         raise UnsupportedModel(f"was written by torch.export before PyTorch 2.8. {_EXPORT_AGAIN}")
     raise UnsupportedModel("is a zip archive, but not one of PyTorch's")
 
 
-def _load_exported(path: Path) -> "TorchExported":
-    # torch.export.load would log a traceback, and try to read an older format, which the check does not cover.
-    from torch.export.pt2_archive._package import load_pt2
-
+def _names_in_zip(path: Path) -> list[str]:
     try:
-        check_export(path)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}. {_EXPORT_AGAIN}") from error
-    return TorchExported(load_pt2(str(path)).exported_programs["model"])
-
-
-def _load_scripted(path: Path) -> "TorchScripted":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript gets no new features; it is still read
-        return TorchScripted(import_torch().jit.load(path, map_location="cpu"))
+        with zipfile.ZipFile(path) as archive:
+            if min((entry.header_offset for entry in archive.infolist()), default=1):
+                raise zipfile.BadZipFile  # an archive within the truncated one
+            return archive.namelist()
+    except zipfile.BadZipFile:
+        raise UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names") from None
 
 
 class TorchModel(TensorModel):
     """A PyTorch program of one input, run without gradients on the CPU."""
 
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: Any, inputs: int) -> None:
+        if inputs != 1:
+            raise UnsupportedModel(f"takes {inputs} inputs; wrap it in a module that takes one tensor of rows")
         self._torch, self._program = import_torch(), program
 
     def predict(self, rows: Any) -> Any:
@@ -97,22 +83,27 @@ class TorchModel(TensorModel):
         torch = self._torch
         with torch.inference_mode():
             try:
-                result = first(self._program(torch.from_numpy(np.ascontiguousarray(rows))))
+                result = first(self._program(torch.from_numpy(np.array(rows))))  # copied: a body is read-only
             except (RuntimeError, AssertionError) as error:  # how it rejects shapes, and sizes out of range
-                if self.sizes_open:
-                    raise ValueError("PyTorch rejects the rows") from error
-                raise
+                raise ValueError("PyTorch rejects the rows") from error
             return (result.float() if result.dtype == torch.bfloat16 else result).numpy(force=True)
 
 
 class TorchExported(TorchModel):
     """A program of torch.export, which records the shape and type of its input."""
 
-    def __init__(self, exported: Any) -> None:
-        super().__init__(exported.module(check_guards=False))  # guards are code in the file; bounds are checked anyway
+    def __init__(self, path: Path) -> None:
+        # torch.export.load would log a traceback, and try to read an older format, which the check does not cover.
+        from torch.export.pt2_archive._package import load_pt2
+
+        try:
+            check_export(path)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{error}. {_EXPORT_AGAIN}") from error
+        exported = load_pt2(str(path)).exported_programs["model"]
         inputs = exported.graph_signature.user_inputs
-        if len(inputs) != 1 or not isinstance(inputs[0], str):
-            raise UnsupportedModel(f"takes {len(inputs)} inputs; wrap it in a module that takes one tensor of rows")
+        # Its guards are code in the file; bounds are checked without them.
+        super().__init__(exported.module(check_guards=False), len(inputs))
         value = next(node for node in exported.graph.nodes if node.name == inputs[0]).meta["val"]
         sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
         if not sizes:
@@ -123,19 +114,17 @@ class TorchExported(TorchModel):
                 f"{_EXPORT_AGAIN}"
             )
         self.signature = of_rows(sizes[1:], str(value.dtype).removeprefix("torch."))
-        self.sizes_open = True  # the number of rows itself may have bounds
 
 
 class TorchScripted(TorchModel):
     """A TorchScript module. It does not record what it takes: that is guessed from a sample, or from its weights."""
 
-    sizes_open = True
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module.eval())
-        required = [each for each in module.forward.schema.arguments[1:] if not each.has_default_value()]
-        if len(required) != 1:
-            raise UnsupportedModel(f"takes {len(required)} inputs; wrap it in a module that takes one tensor of rows")
+    def __init__(self, path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript gets no new features; it is still read
+            module = import_torch().jit.load(path, map_location="cpu").eval()
+        arguments = module.forward.schema.arguments[1:]
+        super().__init__(module, sum(not each.has_default_value() for each in arguments))
 
     def signatures(self, sample: list[Any] | None) -> Iterable[Signature]:
         """Yield the shape of the sample; else what the first weight suggests: columns, images, or a list of tokens."""
