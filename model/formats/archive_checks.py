@@ -19,12 +19,10 @@ files. It refuses TFSMLayer, which runs a TensorFlow program from another direct
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import UnsupportedModel
-from .base import import_torch
 
 # What torch.export.save writes. Entries in `extra/` are only read as strings.
 _ENTRY = re.compile(
@@ -56,11 +54,9 @@ def check_export(path: Path) -> None:
     """Check that loading an archive of torch.export only makes tensors and a graph of PyTorch's own operators.
 
     The archive is read as torch.export.load reads it: another zip reader may find other entries in the same bytes.
-
-    Raises:
-        UnsupportedModel: the archive holds anything else.
+    Raises: UnsupportedModel, the archive holds anything else.
     """
-    torch = import_torch()
+    import torch
     from torch.export.pt2_archive import PT2ArchiveReader
 
     reader = PT2ArchiveReader(str(path))
@@ -73,29 +69,26 @@ def check_export(path: Path) -> None:
                     torch.load(io.BytesIO(content), weights_only=True)
             except Exception as error:
                 raise UnsupportedModel("holds sample inputs that are not plain tensors") from error
-        elif name.endswith("_config.json"):
-            for _, key, value in _values(json.loads(reader.read_string(name))):
-                if key == "use_pickle" and value is not False:
-                    raise UnsupportedModel(f"holds pickled objects ({name})")
-        elif name.startswith("models/"):
-            for parent, key, value in _values(json.loads(reader.read_string(name))):
-                if isinstance(value, str):
-                    _check_string(parent, key, value)
+        elif name.startswith(("data/", "models/")) and name.endswith(".json"):
+            _check_json(json.loads(reader.read_string(name)), key="", parent="")
 
 
-def _values(tree: Any, key: str = "", parent: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield each value in decoded JSON, with the key that it is under and the key above that one."""
-    yield parent, key, tree
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _values(value, name, key)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _values(value, key, parent)
+def _check_json(value: Any, key: str, parent: str) -> None:
+    """Check a value of decoded JSON and all within it; the value is under a key, and that one under a parent's."""
+    if key == "use_pickle" and value is not False:
+        raise UnsupportedModel("holds pickled objects")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_json(inner, name, key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_json(inner, key, parent)
+    elif isinstance(value, str):
+        _check_string(value, key, parent)
 
 
-def _check_string(parent: str, key: str, value: str) -> None:
-    """Check a string of a serialized graph by the rule of its key."""
+def _check_string(value: str, key: str, parent: str) -> None:
+    """Check a string by the rule of its key."""
     if key == "expr_str":
         if not _SIZE.fullmatch(value):
             raise UnsupportedModel("holds a size that is not plain arithmetic")

@@ -1,10 +1,7 @@
 """What the loaders of ONNX, PyTorch and Keras share."""
 
 import importlib
-import os
-import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 from ..signature import Column, Signature
@@ -15,29 +12,23 @@ from .tensor_signature import TensorSignature, TypedSignature, kind_of
 class TensorModel:
     """A model of another library, with the methods of a scikit-learn estimator that the server uses."""
 
-    signature: Signature | None = None  # None if the file does not record it
+    signature: Signature  # only if the file records it
     sizes_open = True  # whether rows may have a shape that only the model itself can reject
 
-    def signatures(self, sample: list[Any] | None) -> Iterable[Signature]:
-        """Yield what the model may take, the likeliest first; only one if the file records it."""
-        assert self.signature is not None
-        yield self.signature
-
-    def predict(self, rows: Any) -> Any:
-        """Return the model's output, `(n_rows, …)`; of several outputs the first."""
-        raise NotImplementedError
+    def signatures(self, sample: list[Any] | None) -> Sequence[Signature]:
+        """Return what the model may take, the likeliest first; only one if the file records it."""
+        return [self.signature]
 
 
 def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | None = None) -> Signature:
-    """Return the signature of rows of a shape: columns, named or not, if their number is fixed, else tensors.
+    """Return the signature of rows: columns, named or not, if their number is fixed, else tensors.
 
     Args:
         shape: of one row; None for a size that is open.
         dtype: numpy's name for the type of its elements; strings are objects.
         known: the metadata that `python -m model export` leaves in a file.
 
-    Raises:
-        UnsupportedModel: the metadata names another number of columns.
+    Raises: UnsupportedModel, the metadata names another number of columns.
     """
     known = known or {}
     kind = kind_of(dtype)
@@ -47,14 +38,11 @@ def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | N
         return Signature("array", None, precision=dtype)
     if len(shape) != 1 or shape[0] is None:
         return TensorSignature("tensor", (), precision=dtype, shape=shape)
-    columns = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
-    if len(columns) != shape[0]:
-        raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata names {len(columns)}")
-    return (Signature if kind == "number" else TypedSignature)(
-        "array",
-        tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in columns),
-        precision=dtype,
-    )
+    named = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
+    if len(named) != shape[0]:
+        raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata names {len(named)}")
+    columns = tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in named)
+    return (Signature if kind == "number" else TypedSignature)("array", columns, precision=dtype)
 
 
 def first(result: Any) -> Any:
@@ -64,31 +52,13 @@ def first(result: Any) -> Any:
     return result
 
 
-def threads() -> int:
-    """Return how many threads a prediction may use: `OMP_NUM_THREADS`, which gunicorn.conf.py sets, else 1."""
-    found = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
-    return int(found[0]) if found else 1
-
-
 def import_library(name: str, requirements: str) -> Any:
     """Import a library. Raises: UnsupportedModel, which names the requirements that install it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
-            raise
-        raise UnsupportedModel(
-            f"needs the library {error.name}, which is not installed: pip install -r {requirements}"
-        ) from None
-
-
-def import_torch() -> Any:
-    """Import torch and set its threads to those that a worker has. Raises: UnsupportedModel, it is not installed."""
-    torch = import_library("torch", "requirements/torch.txt")
-    torch.set_num_threads(threads())
-    with suppress(RuntimeError):  # too late once torch has run anything; few models run operators in parallel
-        torch.set_num_interop_threads(threads())
-    return torch
+        why = f"needs the library {error.name}, which is not installed: pip install -r {requirements}"
+        raise UnsupportedModel(why) from None
 
 
 def first_line(error: Exception) -> str:

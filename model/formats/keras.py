@@ -8,7 +8,7 @@ from typing import Any
 
 from . import UnsupportedModel
 from .archive_checks import refuse_calling_layers
-from .base import TensorModel, first, first_line, import_library, import_torch, of_rows
+from .base import TensorModel, first, first_line, import_library, of_rows
 
 _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 
@@ -16,11 +16,12 @@ _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 def load_keras(path: Path, **_: bool) -> "KerasModel":
     """Load a `.keras` or `.h5` file in Keras's safe mode, over PyTorch unless `KERAS_BACKEND` names another backend.
 
-    Raises:
-        UnsupportedModel: no Keras or an old one, a damaged file, weights without a model, layers that hold code, or
-            several inputs.
+    Raises: UnsupportedModel, no Keras or an old one, a damaged file, no whole model, layers that hold code, or several
+    inputs.
     """
-    torch = import_torch() if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch" else None
+    torch = None
+    if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch":
+        torch = import_library("torch", "requirements/torch.txt")
     # h5py asks for the processor's name when it is imported. Python would start a program for that, which gevent does
     # not allow on a native thread.
     vars(platform.uname()).setdefault("processor", "")

@@ -1,6 +1,8 @@
 """ONNX, by onnxruntime. Format: https://onnx.ai/onnx/intro/concepts.html"""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 
 from ..signature import Column, Signature
 from . import UnsupportedModel
-from .base import TensorModel, first_line, import_library, of_rows, threads
+from .base import TensorModel, first_line, import_library, of_rows
 from .tensor_signature import RecordSignature, kind_of
 
 METADATA = "prediction-server"  # the key in an ONNX file's metadata under which `python -m model export` leaves more
@@ -20,12 +22,13 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
     onnxruntime gets the model as bytes, so that it reads no weights from other files, which no hash would cover.
     Custom operators come in native libraries, and none is ever registered.
 
-    Raises:
-        UnsupportedModel: no onnxruntime, a model that it does not take, or inputs that are not rows.
+    Raises: UnsupportedModel, no onnxruntime, a model that it does not take, or inputs that are not rows.
     """
     ort = import_library("onnxruntime", "requirements/onnx.txt")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads()
+    # As OpenMP's libraries: gunicorn.conf.py sets it.
+    threads = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+    options.intra_op_num_threads = options.inter_op_num_threads = int(threads[0]) if threads else 1
     options.log_severity_level = 4  # fatal only: it raises what it would log
     content = path.read_bytes()
     try:
@@ -43,10 +46,7 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
         ) from error
     known = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
     is_classifier = _has_labels_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
-    model = (OnnxClassifier if is_classifier else OnnxModel)(session, known)
-    if isinstance(model, OnnxClassifier) and model.classes_ is None and not model.zipped:
-        model.classes_ = _class_labels(content)
-    return model
+    return OnnxClassifier(session, known, content) if is_classifier else OnnxModel(session, known)
 
 
 class OnnxModel(TensorModel):
@@ -88,21 +88,21 @@ class OnnxClassifier(OnnxModel):
     probabilities has its scores in their place, and nothing in the file distinguishes them.
     """
 
-    def __init__(self, session: Any, known: dict[str, Any]) -> None:
+    def __init__(self, session: Any, known: dict[str, Any], content: bytes) -> None:
         super().__init__(session, known)
-        self.classes_: list[Any] | None = known.get("classes")
-        self.zipped = session.get_outputs()[1].type.startswith("seq(map(")
+        self._zipped = session.get_outputs()[1].type.startswith("seq(map(")
+        self.classes_: list[Any] | None = known.get("classes") or (None if self._zipped else _class_labels(content))
 
     def predict(self, rows: Any) -> Any:
         """Return the labels, `(n_rows,)`."""
-        if self.zipped and self.classes_ is None:
+        if self._zipped and self.classes_ is None:
             self.predict_proba(rows)  # only its result names the classes
         return super().predict(rows)
 
     def predict_proba(self, rows: Any) -> Any:
         """Return the probabilities, `(n_rows, n_classes)`, in the order of `classes_`."""
         result = self._run(rows, self._outputs[1:2])[0]
-        if not self.zipped:
+        if not self._zipped:
             return result
         if self.classes_ is None:
             self.classes_ = list(result[0])
@@ -148,13 +148,10 @@ def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
 
 
 def _has_labels_and_scores(session: Any) -> bool:
-    outputs = session.get_outputs()
-    if len(outputs) != 2 or outputs[0].type not in ("tensor(int64)", "tensor(string)") or len(outputs[0].shape) != 1:
+    outputs = [(output.type, len(output.shape)) for output in session.get_outputs()]
+    if len(outputs) != 2 or outputs[0] not in (("tensor(int64)", 1), ("tensor(string)", 1)):
         return False
-    scores = outputs[1]
-    return scores.type.startswith("seq(map(") or (
-        scores.type in ("tensor(float)", "tensor(double)") and len(scores.shape) == 2
-    )
+    return outputs[1] in (("tensor(float)", 2), ("tensor(double)", 2)) or outputs[1][0].startswith("seq(map(")
 
 
 def _class_labels(content: bytes) -> list[Any] | None:

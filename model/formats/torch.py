@@ -2,7 +2,8 @@
 
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from ..signature import Signature
 from . import UnsupportedModel
 from .archive_checks import check_export
-from .base import TensorModel, first, first_line, import_torch, of_rows
+from .base import TensorModel, first, first_line, import_library, of_rows
 
 _EXPORT_AGAIN = (
     "In the program that trained it, write:\n"
@@ -24,11 +25,10 @@ _EXPORT_AGAIN = (
 def load_torch(path: Path, **_: bool) -> "TorchModel":
     """Load what `torch.jit.save` or `torch.export.save` wrote; the file's content decides which of them it was.
 
-    Raises:
-        UnsupportedModel: no torch, a file of another kind or with code in it, or a model that does not take rows.
+    Raises: UnsupportedModel, no torch, a file of another kind or with code in it, or a model that does not take rows.
     """
     model: Callable[[Path], TorchModel] = TorchExported if _is_exported(path) else TorchScripted
-    torch = import_torch()
+    torch = import_library("torch", "requirements/torch.txt")
     try:
         return model(path)
     except UnsupportedModel:
@@ -76,7 +76,7 @@ class TorchModel(TensorModel):
     def __init__(self, program: Any, inputs: int) -> None:
         if inputs != 1:
             raise UnsupportedModel(f"takes {inputs} inputs; wrap it in a module that takes one tensor of rows")
-        self._torch, self._program = import_torch(), program
+        self._torch, self._program = import_module("torch"), program
 
     def predict(self, rows: Any) -> Any:
         """Return the model's output as an array `(n_rows, …)`; of a tuple, list or dict the first."""
@@ -122,25 +122,20 @@ class TorchScripted(TorchModel):
     def __init__(self, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript gets no new features; it is still read
-            module = import_torch().jit.load(path, map_location="cpu").eval()
+            module = import_module("torch").jit.load(path, map_location="cpu").eval()
         arguments = module.forward.schema.arguments[1:]
         super().__init__(module, sum(not each.has_default_value() for each in arguments))
 
-    def signatures(self, sample: list[Any] | None) -> Iterable[Signature]:
-        """Yield the shape of the sample; else what the first weight suggests: columns, images, or a list of tokens."""
+    def signatures(self, sample: list[Any] | None) -> Sequence[Signature]:
+        """Return the shape of the sample; else what the first weight suggests: columns, images, or a list of tokens."""
         weights = [weight for weight in self._program.state_dict().values() if weight.is_floating_point()]
         dtype = str(weights[0].dtype).removeprefix("torch.") if weights else "float32"
         if sample and isinstance(sample, list) and isinstance(sample[0], (list, int, float)):
             shape = np.shape(np.array(sample[0], dtype=object))
-            yield of_rows(shape, dtype)
-            yield of_rows(shape, "int64")
-            return
-        shaped = next((tuple(weight.shape) for weight in weights if weight.ndim >= 2), None)
-        if shaped and len(shaped) == 2:
-            yield of_rows((shaped[1],), dtype)  # a linear layer's weight is (outputs, inputs)
-            yield of_rows((None,), "int64")  # an embedding's (words, size)
-        elif shaped:
-            yield of_rows((shaped[1], *[None] * (len(shaped) - 2)), dtype)  # a convolution's (outputs, channels, …)
-        else:
-            yield of_rows((None,), dtype)
-            yield of_rows((), dtype)
+            return [of_rows(shape, dtype), of_rows(shape, "int64")]
+        shape = next((tuple(weight.shape) for weight in weights if weight.ndim >= 2), ())
+        if len(shape) == 2:  # of a linear layer (outputs, inputs), or of an embedding (words, size)
+            return [of_rows((shape[1],), dtype), of_rows((None,), "int64")]
+        if shape:  # of a convolution (outputs, channels, …)
+            return [of_rows((shape[1], *[None] * (len(shape) - 2)), dtype)]
+        return [of_rows((None,), dtype), of_rows((), dtype)]

@@ -904,9 +904,15 @@ def test_each_library_runs_in_as_many_threads_as_a_worker_has(
     onnx: Any, torch: Any, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    scripted(torch, network, tmp_path / "m.pt")
-    formats.load(tmp_path / "m.pt")
-    assert torch.get_num_threads() == 1
+    program = """
+        import sys
+        from pathlib import Path
+        from model import formats
+        formats.load(Path(sys.argv[1]))
+        assert sys.modules["torch"].get_num_threads() == 1
+    """
+    path = scripted(torch, network, tmp_path / "m.pt")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(path)], cwd=ROOT, check=True, timeout=60)
     session = formats.load(converted(tmp_path, LinearRegression().fit(X[:, :3], X[:, 3]), X[:1, :3]))._session
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
