@@ -1,19 +1,11 @@
-"""What a `.pt2` or Keras file could run while it is loaded that its library would let it: refused here.
+"""What a `.pt2` file could run while PyTorch loads it: refused here.
 
-The checks answer the versions below; read their sources again at an upgrade.
-
-PyTorch 2.13: `torch.export.load` has no safe mode. It unpickles payloads marked `use_pickle`, custom and opaque
-objects, legacy weights and sample inputs; loads `data/aotinductor` as native libraries; evaluates sizes with
-`sympy.sympify`; imports the modules that tree specifications name; looks operators up anywhere below `torch`, which
-includes `os.system`; and compiles Python source made of the names in the graph.
-(`torch/export/pt2_archive/_package.py`, `torch/_export/serde/serialize.py`, `torch/utils/_pytree.py`,
-`torch/fx/graph.py`.) `torch.jit.load` needs no check: it has its own unpickler, which builds tensors and script objects
-only.
-
-Keras 3.11.3 to 3.15.1: `safe_mode=True` refuses Python bytecode and pickled PyTorch modules, in `.keras` and `.h5`. It
-lets a Lambda layer call almost any function of Keras by its name, with arguments from the file: some of them write
-files. It refuses TFSMLayer, which runs a TensorFlow program from another directory, from 3.12.1 on only.
-(`keras/src/saving/serialization_lib.py`.)
+The checks answer PyTorch 2.13; read its sources again at an upgrade. `torch.export.load` has no safe mode. It unpickles
+payloads marked `use_pickle`, custom and opaque objects, legacy weights and sample inputs; loads `data/aotinductor` as
+native libraries; evaluates sizes with `sympy.sympify`; imports the modules that tree specifications name; looks
+operators up anywhere below `torch`, which includes `os.system`; and compiles Python source made of the names in the
+graph. (`torch/export/pt2_archive/_package.py`, `torch/_export/serde/serialize.py`, `torch/utils/_pytree.py`,
+`torch/fx/graph.py`.) `torch.jit.load` needs no check: its own unpickler builds tensors and script objects only.
 """
 
 import io
@@ -103,14 +95,3 @@ def _check_string(value: str, key: str, parent: str) -> None:
         pass
     elif not _NAME.fullmatch(value):
         raise UnsupportedModel(f"holds {value[:80]!r} as a name")
-
-
-def refuse_calling_layers(keras: Any) -> None:
-    """Make Keras refuse, in this process, the layers that call what a file names, however it spells their class."""
-    layers = keras.layers
-    for layer in (layers.Lambda, layers.TFSMLayer, layers.JaxLayer, layers.FlaxLayer):
-        layer.from_config = classmethod(_refuse)
-
-
-def _refuse(layer: type, *_: Any, **__: Any) -> Any:
-    raise UnsupportedModel(layer.__name__)

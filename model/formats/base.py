@@ -20,27 +20,33 @@ class TensorModel:
         return [self.signature]
 
 
-def of_rows(shape: tuple[int | None, ...], dtype: str, known: dict[str, Any] | None = None) -> Signature:
-    """Return the signature of rows: columns, named or not, if their number is fixed, else tensors.
+def signature_of(shape: Sequence[Any], dtype: str, fix: str = "", known: dict[str, Any] | None = None) -> Signature:
+    """Return the signature of an input's rows: columns, named or not, if their number is fixed, else tensors.
 
     Args:
-        shape: of one row; None for a size that is open.
+        shape: of the input, `(n_rows, …)`; a size that is open is not an int.
         dtype: numpy's name for the type of its elements; strings are objects.
+        fix: what to do if the number of rows is fixed.
         known: the metadata that `python -m model export` leaves in a file.
 
-    Raises: UnsupportedModel, the metadata names another number of columns.
+    Raises: UnsupportedModel, the number of rows is fixed, or the metadata names another number of columns.
     """
+    if not shape:
+        raise UnsupportedModel("takes a single value, not rows")
+    if isinstance(shape[0], int):
+        raise UnsupportedModel(f"takes exactly {shape[0]} row(s) at a time{fix}")
     known = known or {}
+    row = tuple(size if isinstance(size, int) else None for size in shape[1:])
     kind = kind_of(dtype)
-    if kind in ("number", "text") and (not shape or known.get("layout") == "texts"):
+    if kind in ("number", "text") and (not row or known.get("layout") == "texts"):
         return Signature("texts" if kind == "text" else "numbers", (), precision=dtype)
-    if shape == (None,) and kind == "number":
+    if row == (None,) and kind == "number":
         return Signature("array", None, precision=dtype)
-    if len(shape) != 1 or shape[0] is None:
-        return TensorSignature("tensor", (), precision=dtype, shape=shape)
-    named = known.get("columns") or [{"name": None, "nullable": False}] * shape[0]
-    if len(named) != shape[0]:
-        raise UnsupportedModel(f"takes {shape[0]} columns, but its metadata names {len(named)}")
+    if len(row) != 1 or row[0] is None:
+        return TensorSignature("tensor", (), precision=dtype, shape=row)
+    named = known.get("columns") or [{"name": None, "nullable": False}] * row[0]
+    if len(named) != row[0]:
+        raise UnsupportedModel(f"takes {row[0]} columns, but its metadata names {len(named)}")
     columns = tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in named)
     return (Signature if kind == "number" else TypedSignature)("array", columns, precision=dtype)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import UnsupportedModel
-from .archive_checks import refuse_calling_layers
-from .base import TensorModel, first, first_line, import_library, of_rows
+from .base import TensorModel, first, first_line, import_library, signature_of
 
 _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 
@@ -16,8 +15,12 @@ _EXPORT = "Where it was made, write: model.export('model.onnx', format='onnx')"
 def load_keras(path: Path, **_: bool) -> "KerasModel":
     """Load a `.keras` or `.h5` file in Keras's safe mode, over PyTorch unless `KERAS_BACKEND` names another backend.
 
-    Raises: UnsupportedModel, no Keras or an old one, a damaged file, no whole model, layers that hold code, or several
-    inputs.
+    Safe mode refuses Python bytecode and pickled PyTorch modules. It lets a Lambda layer call almost any function of
+    Keras by its name, with arguments from the file, and some of them write files; and before 3.12.1 a TFSMLayer run a
+    program from another directory (`keras/src/saving/serialization_lib.py`, 3.11.3 to 3.15.1). So the layers that call
+    what a file names are refused in this process, however the file spells their class.
+
+    Raises: UnsupportedModel, no Keras or an old one, a file that does not hold a whole model, code, or several inputs.
     """
     torch = None
     if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch":
@@ -30,12 +33,17 @@ def load_keras(path: Path, **_: bool) -> "KerasModel":
         raise UnsupportedModel(
             f"needs Keras 3.11.3 or newer, and this is {keras.__version__}: older versions may run code in a file"
         )
-    refuse_calling_layers(keras)
+    for layer in (keras.layers.Lambda, keras.layers.TFSMLayer, keras.layers.JaxLayer, keras.layers.FlaxLayer):
+        layer.from_config = classmethod(_refuse)
     try:
         model = keras.saving.load_model(str(path.absolute()), compile=False, safe_mode=True)
     except Exception as error:  # a layer raises anything if its description is of another version
         raise UnsupportedModel(_explain(keras.__version__, error)) from error
     return KerasModel(keras, model, torch)
+
+
+def _refuse(layer: type, *_: Any, **__: Any) -> Any:
+    raise UnsupportedModel(layer.__name__)
 
 
 def _explain(version: str, error: Exception) -> str:
@@ -64,13 +72,9 @@ class KerasModel(TensorModel):
         inputs = getattr(model, "inputs", None) or []
         if len(inputs) != 1:
             raise UnsupportedModel(f"takes {len(inputs)} inputs; build it over one, `keras.Input(shape)`")
-        rows, *shape = inputs[0].shape
-        if rows is not None:
-            raise UnsupportedModel(
-                f"takes exactly {rows} row(s) at a time; build it over keras.Input(shape) without batch_size"
-            )
-        self.signature = of_rows(tuple(shape), str(inputs[0].dtype))
-        self.sizes_open = None in shape
+        shape, fix = inputs[0].shape, "; build it over keras.Input(shape) without batch_size"
+        self.signature = signature_of(shape, str(inputs[0].dtype), fix)
+        self.sizes_open = None in shape[1:]
 
     def predict(self, rows: Any) -> Any:
         """Return the model's output as an array `(n_rows, …)`; of several outputs the first."""

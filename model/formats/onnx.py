@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..signature import Column, Signature
 from . import UnsupportedModel
-from .base import TensorModel, first_line, import_library, of_rows
+from .base import TensorModel, first_line, import_library, signature_of
 from .tensor_signature import RecordSignature, kind_of
 
 METADATA = "prediction-server"  # the key in an ONNX file's metadata under which `python -m model export` leaves more
@@ -122,28 +123,22 @@ def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
     for each in inputs:
         if each.type not in _TYPES:
             raise UnsupportedModel(f"takes {each.type} in its input {each.name!r}, which cannot be made from rows")
-        if not each.shape:
-            raise UnsupportedModel(f"takes a single value in its input {each.name!r}, not rows")
-        if isinstance(each.shape[0], int):
-            raise UnsupportedModel(
-                f"takes exactly {each.shape[0]} row(s) at a time: the first dimension of its input {each.name!r} is "
-                "fixed. Export it again with an open one; from PyTorch: "
-                'torch.onnx.export(model, (example,), "model.onnx", dynamo=True, dynamic_shapes=({0: "rows"},))'
-            )
-    if not inputs:
-        raise UnsupportedModel("takes no input")
-    shapes = [tuple(size if isinstance(size, int) else None for size in each.shape[1:]) for each in inputs]
-    types = [_TYPES[each.type] for each in inputs]
+        fix = (
+            f": the first dimension of its input {each.name!r} is fixed. Export it again with an open one; from "
+            'PyTorch: torch.onnx.export(model, (example,), "model.onnx", dynamo=True, dynamic_shapes=({0: "rows"},))'
+        )
+        signature = signature_of(each.shape, _TYPES[each.type], fix, known if len(inputs) == 1 else None)
     if len(inputs) == 1:
-        return of_rows(shapes[0], types[0], known)
-    if any(shape not in ((), (1,)) for shape in shapes):
+        return signature
+    if any(each.shape[1:] not in ([], [1]) for each in inputs):
         listed = ", ".join(f"{each.name!r} {each.shape}" for each in inputs)
         raise UnsupportedModel(f"takes several inputs that are not one column each, which rows do not have: {listed}")
     nullable = {column["name"] for column in known.get("columns") or [] if column["nullable"]}
-    columns = (
+    columns = [
         Column(each.name, kind_of(dtype), nullable="float" in dtype and each.name in nullable, dtype=dtype)
-        for each, dtype in zip(inputs, types, strict=True)
-    )
+        for each in inputs
+        for dtype in [_TYPES[each.type]]
+    ]
     return RecordSignature("records", tuple(columns))
 
 
@@ -156,15 +151,10 @@ def _has_labels_and_scores(session: Any) -> bool:
 
 def _class_labels(content: bytes) -> list[Any] | None:
     """Return the classes that a classifier's operators name, which onnxruntime does not show; None if unknown."""
-    try:
-        onnx = import_library("onnx", "requirements/onnx.txt")
-    except UnsupportedModel:  # answers then lack "classes"
-        return None
-    labels = [
-        list(attribute.ints) or [label.decode() for label in attribute.strings]
-        for node in onnx.load_model_from_string(content).graph.node
-        for attribute in node.attribute
-        if attribute.name.startswith("classlabels_")
-    ]
-    found = [each for each in labels if each]
-    return found[0] if found and all(each == found[0] for each in found) else None
+    labels: list[list[Any]] = []
+    with suppress(UnsupportedModel):  # without the library answers lack "classes"
+        graph = import_library("onnx", "requirements/onnx.txt").load_model_from_string(content).graph
+        for attribute in (each for node in graph.node for each in node.attribute):
+            if attribute.name.startswith("classlabels_") and (attribute.ints or attribute.strings):
+                labels.append(list(attribute.ints) or [label.decode() for label in attribute.strings])
+    return labels[0] if labels and all(each == labels[0] for each in labels) else None

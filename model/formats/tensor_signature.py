@@ -21,9 +21,7 @@ def kind_of(dtype: str) -> Kind:
 class TypedSignature(Signature):
     """Takes an array `(n_rows, n_columns)` of a numpy type, such as int64."""
 
-    @property
-    def _is_one_array(self) -> bool:  # a cached property there
-        return True
+    _is_one_array = True  # a cached property there
 
     def _validate_array(self, array: Any) -> Any:
         kind = kind_of(self.precision)
@@ -38,9 +36,7 @@ class TypedSignature(Signature):
 class RecordSignature(Signature):
     """Takes a numpy structured array `(n_rows,)` with a field for each column, of any numpy type, such as float32."""
 
-    @property
-    def _is_one_array(self) -> bool:  # a cached property there
-        return False
+    _is_one_array = False  # a cached property there
 
     def _assemble_columns(self, rows: list[Any]) -> Any:
         assert self.columns is not None

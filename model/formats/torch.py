@@ -3,7 +3,6 @@
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from ..signature import Signature
 from . import UnsupportedModel
 from .archive_checks import check_export
-from .base import TensorModel, first, first_line, import_library, of_rows
+from .base import TensorModel, first, first_line, import_library, signature_of
 
 _EXPORT_AGAIN = (
     "In the program that trained it, write:\n"
@@ -27,10 +26,10 @@ def load_torch(path: Path, **_: bool) -> "TorchModel":
 
     Raises: UnsupportedModel, no torch, a file of another kind or with code in it, or a model that does not take rows.
     """
-    model: Callable[[Path], TorchModel] = TorchExported if _is_exported(path) else TorchScripted
+    model: Callable[[Any, Path], TorchModel] = TorchExported if _is_exported(path) else TorchScripted
     torch = import_library("torch", "requirements/torch.txt")
     try:
-        return model(path)
+        return model(torch, path)
     except UnsupportedModel:
         raise
     except Exception as error:  # a reader written in C++, and one that fails on whatever it did not expect
@@ -44,7 +43,14 @@ def _is_exported(path: Path) -> bool:
     """Return True for a file of torch.export, False for TorchScript. Raises: UnsupportedModel, neither of them."""
     with path.open("rb") as file:
         is_pickle = file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    names = [] if is_pickle else _names_in_zip(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [] if is_pickle else archive.infolist()
+    except zipfile.BadZipFile:
+        entries = []
+    if not is_pickle and all(entry.header_offset > 0 for entry in entries):  # an archive within the truncated one
+        raise UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names")
+    names = [entry.filename for entry in entries]
     inner = [name.partition("/")[2] for name in names]
     if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
         return False
@@ -60,23 +66,13 @@ def _is_exported(path: Path) -> bool:
     raise UnsupportedModel("is a zip archive, but not one of PyTorch's")
 
 
-def _names_in_zip(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if min((entry.header_offset for entry in archive.infolist()), default=1):
-                raise zipfile.BadZipFile  # an archive within the truncated one
-            return archive.namelist()
-    except zipfile.BadZipFile:
-        raise UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names") from None
-
-
 class TorchModel(TensorModel):
     """A PyTorch program of one input, run without gradients on the CPU."""
 
-    def __init__(self, program: Any, inputs: int) -> None:
+    def __init__(self, torch: Any, program: Any, inputs: int) -> None:
         if inputs != 1:
             raise UnsupportedModel(f"takes {inputs} inputs; wrap it in a module that takes one tensor of rows")
-        self._torch, self._program = import_module("torch"), program
+        self._torch, self._program = torch, program
 
     def predict(self, rows: Any) -> Any:
         """Return the model's output as an array `(n_rows, …)`; of a tuple, list or dict the first."""
@@ -92,7 +88,7 @@ class TorchModel(TensorModel):
 class TorchExported(TorchModel):
     """A program of torch.export, which records the shape and type of its input."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, torch: Any, path: Path) -> None:
         # torch.export.load would log a traceback, and try to read an older format, which the check does not cover.
         from torch.export.pt2_archive._package import load_pt2
 
@@ -103,28 +99,21 @@ class TorchExported(TorchModel):
         exported = load_pt2(str(path)).exported_programs["model"]
         inputs = exported.graph_signature.user_inputs
         # Its guards are code in the file; bounds are checked without them.
-        super().__init__(exported.module(check_guards=False), len(inputs))
+        super().__init__(torch, exported.module(check_guards=False), len(inputs))
         value = next(node for node in exported.graph.nodes if node.name == inputs[0]).meta["val"]
-        sizes = tuple(size if isinstance(size, int) else None for size in value.shape)
-        if not sizes:
-            raise UnsupportedModel("takes a single value, not rows")
-        if sizes[0] is not None:
-            raise UnsupportedModel(
-                f"takes exactly {sizes[0]} row(s) at a time: its first dimension was not exported as open. "
-                f"{_EXPORT_AGAIN}"
-            )
-        self.signature = of_rows(sizes[1:], str(value.dtype).removeprefix("torch."))
+        fix = f": its first dimension was not exported as open. {_EXPORT_AGAIN}"
+        self.signature = signature_of(value.shape, str(value.dtype).removeprefix("torch."), fix)
 
 
 class TorchScripted(TorchModel):
     """A TorchScript module. It does not record what it takes: that is guessed from a sample, or from its weights."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, torch: Any, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript gets no new features; it is still read
-            module = import_module("torch").jit.load(path, map_location="cpu").eval()
+            module = torch.jit.load(path, map_location="cpu").eval()
         arguments = module.forward.schema.arguments[1:]
-        super().__init__(module, sum(not each.has_default_value() for each in arguments))
+        super().__init__(torch, module, sum(not each.has_default_value() for each in arguments))
 
     def signatures(self, sample: list[Any] | None) -> Sequence[Signature]:
         """Return the shape of the sample; else what the first weight suggests: columns, images, or a list of tokens."""
@@ -132,10 +121,10 @@ class TorchScripted(TorchModel):
         dtype = str(weights[0].dtype).removeprefix("torch.") if weights else "float32"
         if sample and isinstance(sample, list) and isinstance(sample[0], (list, int, float)):
             shape = np.shape(np.array(sample[0], dtype=object))
-            return [of_rows(shape, dtype), of_rows(shape, "int64")]
+            return [signature_of((None, *shape), dtype), signature_of((None, *shape), "int64")]
         shape = next((tuple(weight.shape) for weight in weights if weight.ndim >= 2), ())
         if len(shape) == 2:  # of a linear layer (outputs, inputs), or of an embedding (words, size)
-            return [of_rows((shape[1],), dtype), of_rows((None,), "int64")]
+            return [signature_of((None, shape[1]), dtype), signature_of((None, None), "int64")]
         if shape:  # of a convolution (outputs, channels, …)
-            return [of_rows((shape[1], *[None] * (len(shape) - 2)), dtype)]
-        return [of_rows((None,), dtype), of_rows((), dtype)]
+            return [signature_of((None, shape[1], *[None] * (len(shape) - 2)), dtype)]
+        return [signature_of((None, None), dtype), signature_of((None,), dtype)]
