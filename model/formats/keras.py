@@ -22,11 +22,9 @@ def load_keras(path: Path, **_: bool) -> "KerasModel":
 
     Raises: UnsupportedModel, no Keras or an old one, a file that does not hold a whole model, code, or several inputs.
     """
-    torch = None
-    if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch":
-        torch = import_library("torch", "requirements/torch.txt")
-    # h5py asks for the processor's name when it is imported. Python would start a program for that, which gevent does
-    # not allow on a native thread.
+    backend = os.environ.setdefault("KERAS_BACKEND", "torch")
+    torch = import_library("torch", "requirements/torch.txt") if backend == "torch" else None
+    # h5py asks for the processor's name; Python would start a program for it, which gevent forbids on a native thread.
     vars(platform.uname()).setdefault("processor", "")
     keras = import_library("keras", "requirements/keras.txt")
     if tuple(map(int, re.findall(r"\d+", keras.__version__)[:3])) < (3, 11, 3):

@@ -27,8 +27,7 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
     """
     ort = import_library("onnxruntime", "requirements/onnx.txt")
     options = ort.SessionOptions()
-    # As OpenMP's libraries: gunicorn.conf.py sets it.
-    threads = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))  # gunicorn.conf.py sets it
     options.intra_op_num_threads = options.inter_op_num_threads = int(threads[0]) if threads else 1
     options.log_severity_level = 4  # fatal only: it raises what it would log
     content = path.read_bytes()
@@ -64,18 +63,16 @@ class OnnxModel(TensorModel):
 
     def predict(self, rows: Any) -> Any:
         """Return the first output; `(n_rows,)` if scikit-learn's own would be."""
-        result = self._run(rows, self._outputs[:1])[0]
+        result = self._run(rows, self._outputs[0])
         return result[:, 0] if self._flat and np.ndim(result) == 2 and result.shape[1] == 1 else result
 
-    def _run(self, rows: Any, outputs: list[str]) -> Any:
-        if len(self._inputs) > 1:
-            feed = {each.name: rows[each.name].reshape(-1, *each.shape[1:]) for each in self._inputs}
-        else:
-            only = self._inputs[0]
-            array = np.asarray(rows, dtype=_TYPES[only.type])
-            feed = {only.name: array.reshape(-1, 1) if array.ndim < len(only.shape) else array}
+    def _run(self, rows: Any, output: str) -> Any:
+        feed = {}
+        for each in self._inputs:
+            array = rows[each.name] if len(self._inputs) > 1 else np.asarray(rows, dtype=_TYPES[each.type])
+            feed[each.name] = array.reshape(-1, 1) if array.ndim < len(each.shape) else array
         try:
-            return self._session.run(outputs, feed)
+            return self._session.run([output], feed)[0]
         except Exception as error:  # its exceptions have no base of their own
             if self.sizes_open or type(error).__name__ == "InvalidArgument":
                 raise ValueError("onnxruntime rejects the rows") from error
@@ -102,7 +99,7 @@ class OnnxClassifier(OnnxModel):
 
     def predict_proba(self, rows: Any) -> Any:
         """Return the probabilities, `(n_rows, n_classes)`, in the order of `classes_`."""
-        result = self._run(rows, self._outputs[1:2])[0]
+        result = self._run(rows, self._outputs[1])
         if not self._zipped:
             return result
         if self.classes_ is None:
@@ -120,6 +117,7 @@ _TYPES = {
 
 
 def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
+    signatures = []
     for each in inputs:
         if each.type not in _TYPES:
             raise UnsupportedModel(f"takes {each.type} in its input {each.name!r}, which cannot be made from rows")
@@ -127,18 +125,17 @@ def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
             f": the first dimension of its input {each.name!r} is fixed. Export it again with an open one; from "
             'PyTorch: torch.onnx.export(model, (example,), "model.onnx", dynamo=True, dynamic_shapes=({0: "rows"},))'
         )
-        signature = signature_of(each.shape, _TYPES[each.type], fix, known if len(inputs) == 1 else None)
+        signatures.append(signature_of(each.shape, _TYPES[each.type], fix, known if len(inputs) == 1 else None))
     if len(inputs) == 1:
-        return signature
+        return signatures[0]
     if any(each.shape[1:] not in ([], [1]) for each in inputs):
         listed = ", ".join(f"{each.name!r} {each.shape}" for each in inputs)
         raise UnsupportedModel(f"takes several inputs that are not one column each, which rows do not have: {listed}")
     nullable = {column["name"] for column in known.get("columns") or [] if column["nullable"]}
-    columns = [
-        Column(each.name, kind_of(dtype), nullable="float" in dtype and each.name in nullable, dtype=dtype)
-        for each in inputs
-        for dtype in [_TYPES[each.type]]
-    ]
+    columns = []
+    for each in inputs:
+        dtype = _TYPES[each.type]
+        columns.append(Column(each.name, kind_of(dtype), "float" in dtype and each.name in nullable, dtype=dtype))
     return RecordSignature("records", tuple(columns))
 
 

@@ -23,8 +23,7 @@ def load_skops(path: Path, *, allow_version_mismatch: bool, immutable: bool) -> 
     import skops.io
 
     found = skops.io.get_untrusted_types(file=path)
-    unknown = [name for name in found if not name.startswith(_COMPILED)]
-    if unknown:
+    if unknown := [name for name in found if not name.startswith(_COMPILED)]:
         raise UnsupportedModel(
             f"holds types that are not known to be safe: {', '.join(unknown)}. "
             "If you trust its author, save the model with joblib instead"

@@ -24,10 +24,9 @@ class TypedSignature(Signature):
     _is_one_array = True  # a cached property there
 
     def _validate_array(self, array: Any) -> Any:
-        kind = kind_of(self.precision)
-        if kind not in ("number", "integer"):
+        if kind_of(self.precision) in ("text", "boolean"):
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
-        if kind == "integer" and array.dtype.kind not in "iu":
+        if kind_of(self.precision) == "integer" and array.dtype.kind not in "iu":
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
         return super()._validate_array(array)
 
@@ -39,9 +38,9 @@ class RecordSignature(Signature):
     _is_one_array = False  # a cached property there
 
     def _assemble_columns(self, rows: list[Any]) -> Any:
-        assert self.columns is not None
-        array = np.empty(len(rows), dtype=[(str(c.name), c.dtype) for c in self.columns])
-        for column, values in zip(self.columns, zip(*rows, strict=True), strict=True):
+        columns = self.columns or ()
+        array = np.empty(len(rows), dtype=[(str(c.name), c.dtype) for c in columns])
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True):
             array[column.name] = to_array(values, column.dtype)  # null becomes NaN
         return array
 
@@ -91,8 +90,7 @@ class TensorSignature(TypedSignature):
                 yield {"row": at, "detail": f"{_show_sizes(sizes)}; expected {_show_sizes(shape)}"}
             else:
                 shape = sizes  # if sizes are open, the first row sets them for the others
-                wrong = [value for value in values if type(value) not in ACCEPTED[kind]]
-                if wrong:
+                if wrong := [value for value in values if type(value) not in ACCEPTED[kind]]:
                     yield {"row": at, "detail": f"holds {json_name(wrong[0])}; expected {EXPECTED[kind]}"}
 
 
@@ -101,8 +99,7 @@ def _flatten(row: Any) -> tuple[tuple[int, ...] | None, list[Any], set[type]]:
     level = [row]
     sizes: list[int] = []
     while list in (types := set(map(type, level))):
-        lengths = set(map(len, level)) if len(types) == 1 else set()
-        if len(lengths) != 1:
+        if len(types) > 1 or len(lengths := set(map(len, level))) > 1:
             return None, [], types
         sizes += lengths
         level = list(itertools.chain.from_iterable(level))
@@ -110,6 +107,5 @@ def _flatten(row: Any) -> tuple[tuple[int, ...] | None, list[Any], set[type]]:
 
 
 def _show_sizes(shape: Sequence[int | None]) -> str:
-    if not shape:
-        return "a single value"
-    return "nested lists of " + " × ".join("any number" if size is None else str(size) for size in shape)
+    sizes = " × ".join("any number" if size is None else str(size) for size in shape)
+    return f"nested lists of {sizes}" if shape else "a single value"

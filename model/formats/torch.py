@@ -1,6 +1,5 @@
 """TorchScript and torch.export, by PyTorch."""
 
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def _is_exported(path: Path) -> bool:
             entries = [] if is_pickle else archive.infolist()
     except zipfile.BadZipFile:
         entries = []
-    if not is_pickle and all(entry.header_offset > 0 for entry in entries):  # an archive within the truncated one
+    if not is_pickle and all(entry.header_offset > 0 for entry in entries):  # such as one within the truncated one
         raise UnsupportedModel("is damaged, incomplete, or not of the format that its suffix names")
     names = [entry.filename for entry in entries]
     inner = [name.partition("/")[2] for name in names]
@@ -92,10 +91,7 @@ class TorchExported(TorchModel):
         # torch.export.load would log a traceback, and try to read an older format, which the check does not cover.
         from torch.export.pt2_archive._package import load_pt2
 
-        try:
-            check_export(path)
-        except UnsupportedModel as error:
-            raise UnsupportedModel(f"{error}. {_EXPORT_AGAIN}") from error
+        check_export(path)
         exported = load_pt2(str(path)).exported_programs["model"]
         inputs = exported.graph_signature.user_inputs
         # Its guards are code in the file; bounds are checked without them.
@@ -109,9 +105,7 @@ class TorchScripted(TorchModel):
     """A TorchScript module. It does not record what it takes: that is guessed from a sample, or from its weights."""
 
     def __init__(self, torch: Any, path: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript gets no new features; it is still read
-            module = torch.jit.load(path, map_location="cpu").eval()
+        module = torch.jit.load(path, map_location="cpu").eval()
         arguments = module.forward.schema.arguments[1:]
         super().__init__(torch, module, sum(not each.has_default_value() for each in arguments))
 

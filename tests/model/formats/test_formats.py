@@ -120,6 +120,17 @@ def test_compressed_joblib_file_loads(tmp_path: Path, compress: Any) -> None:
     assert formats.load(tmp_path / "model.joblib").predict(X[:1]) == [0]
 
 
+@pytest.mark.parametrize("compress", [0, 1])
+def test_large_file_that_never_changes_is_mapped_unless_it_is_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: int
+) -> None:
+    monkeypatch.setattr("model.formats.sklearn.MIN_MAPPED", 0)
+    joblib.dump(KNeighborsClassifier(algorithm="brute").fit(X, Y), tmp_path / "model.joblib", compress=compress)
+    for immutable in (True, False):
+        rows = formats.load(tmp_path / "model.joblib", immutable=immutable)._fit_X
+        assert isinstance(rows, np.memmap) == (immutable and not compress)
+
+
 # --- what is not a model
 
 

@@ -430,6 +430,18 @@ def test_torch_model_answers_as_torch_does(torch: Any, network: Any, tmp_path: P
     assert model.methods == ("predict",)
 
 
+def test_array_in_a_body_is_copied_since_torch_takes_no_array_that_is_read_only(
+    torch: Any, network: Any, tmp_path: Path
+) -> None:
+    torch.set_warn_always(True)
+    try:
+        model = loaded(exported(torch, network, tmp_path / "m.pt2"))
+        rows = np.frombuffer(X.astype(np.float32).tobytes(), np.float32).reshape(X.shape)
+        assert model.predict(model.signature.validate(rows)).tolist() == own_answers(torch, network).tolist()
+    finally:
+        torch.set_warn_always(False)
+
+
 def test_traced_model_answers_as_torch_does(torch: Any, network: Any, tmp_path: Path) -> None:
     torch.jit.trace(network, torch.zeros(2, 4)).save(tmp_path / "m.pt")
     assert answer(loaded(tmp_path / "m.pt"), ROWS) == own_answers(torch, network).tolist()
