@@ -16,10 +16,10 @@ import cli
 from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
-from .versions import worker_status
+from .versions import worker_statuses
 from .versions.guard import local_rollback
-from .versions.publishing import STEPS, preflight, publish, verify
-from .versions.store import Routing, Store, StoreError, check_weight, read_manifest, read_rows
+from .versions.publishing import STEPS, preflight, publish, validate
+from .versions.store import Routing, Store, StoreError, read_manifest, read_rows
 
 PATH = click.Path(path_type=Path)
 
@@ -44,19 +44,15 @@ def command(function: Callable[..., int | None]) -> click.Command:
     return commands.command(function.__name__.removesuffix("_command"))(run)
 
 
-def _rows(_: click.Context, __: click.Parameter, path: Path | None) -> list[Any] | None:
-    return read_rows(path) if path else None
-
-
-def _json(_: click.Context, __: click.Parameter, given: str | None) -> Any:
+def _json(given: str) -> Any:
     try:
-        return orjson.loads(given) if given else None
+        return orjson.loads(given)
     except ValueError as error:
         raise StoreError(f"--metrics: expected JSON, such as '{{\"accuracy\": 0.97}}': {error}") from error
 
 
 _version = click.argument("version")
-_sample = click.option("--sample", type=PATH, callback=_rows, metavar="ROWS.JSON", help='Rows, as in "data".')
+_sample = click.option("--sample", type=read_rows, metavar="ROWS.JSON", help='Rows, as in "data".')
 _force = click.option("--force", is_flag=True, help="Serve it even if it does not fit this machine.")
 _wait_help = "Wait until all workers of this host serve it (default: 60 seconds)."
 _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metavar="[SECONDS]", help=_wait_help)
@@ -66,7 +62,7 @@ _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metav
 @click.argument("file", type=PATH)
 @click.option("--version", default="", help="Its name (default: the next whole number).")
 @_sample
-@click.option("--metrics", callback=_json, metavar="JSON", help="Figures to remember, such as '{\"accuracy\": 0.97}'.")
+@click.option("--metrics", type=_json, metavar="JSON", help="Figures to remember, such as '{\"accuracy\": 0.97}'.")
 @click.option("--note", default="", help="Words to remember.")
 def publish_command(
     store: Store, settings: Settings, file: Path, version: str, sample: list[Any] | None, metrics: Any, note: str
@@ -99,7 +95,6 @@ def canary(
     store: Store, settings: Settings, version: str, weight: float, guard: bool, force: bool, wait: float | None
 ) -> int:
     """Serve a version to a share of the requests, beside the stable one."""
-    check_weight(weight)  # before what takes seconds
     _check_fit(store, version, settings, force)
     return _report(store, store.canary(version, weight, guard), settings, wait)
 
@@ -129,7 +124,7 @@ def list_command(store: Store, settings: Settings) -> None:
     etag, reason = local_rollback(settings.journal_dir)
     if routing.canary and etag == routing.etag:
         click.echo(f"the canary was rolled back on this host: guard, {reason}")
-    for each in worker_status.read(settings.journal_dir):
+    for each in worker_statuses(settings.journal_dir):
         canary = f", canary {each['canary']}" if each["canary"] else ""
         error = f", {each['error']}" if each["error"] else ""
         click.echo(f"worker {each['pid']}: generation {each['generation']}, stable {each['stable']}{canary}{error}")
@@ -147,17 +142,15 @@ def show(store: Store, settings: Settings, version: str) -> None:
 def verify_command(store: Store, settings: Settings, version: str | None) -> int:
     """Validate a version, or all of them, in a fresh process: bytes, signature and predictions."""
     versions = [version] if version else store.versions()
-    broken: dict[str, str] = {}
-    with cli.progressbar(len(versions), "verifying") as bar:
-        for each in versions:
-            try:
-                verify(store, each, settings.allow_version_mismatch)
-            except StoreError as error:
-                broken[each] = str(error)
-            bar.update(1)
+    broken = 0
     for each in versions:
-        click.echo(f"{each}: {broken.get(each, 'as it was published')}")
-    return 1 if broken else 0
+        found = "as it was published"
+        try:
+            validate(read_manifest(store.directory, each), settings.allow_version_mismatch)
+        except (StoreError, ModelLoadError) as error:
+            found, broken = str(error), 1
+        click.echo(f"{each}: {found}")
+    return broken
 
 
 @command
@@ -177,11 +170,9 @@ def export_command(
     store: Store, settings: Settings, file: Path, out: Path, sample: list[Any] | None, force: bool
 ) -> None:
     """Write a scikit-learn model FILE as OUT.onnx, and compare what the two predict for a sample."""
-    from .versions.onnx_export import PRECISIONS, export
+    from .versions.onnx_export import export
 
-    with cli.progressbar(len(PRECISIONS), "exporting") as bar:
-        report = export(file, out, sample, force, bar.update)
-    click.echo(report)
+    click.echo(export(file, out, sample, force))
 
 
 def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> None:
@@ -194,7 +185,7 @@ def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> N
     if not force:
         if not all(fits for fits, _ in found):
             raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
-        verify(store, version, settings.allow_version_mismatch)
+        validate(manifest, settings.allow_version_mismatch)
         click.echo("fits  it predicts its sample here as when it was published")
 
 
@@ -206,7 +197,7 @@ def _report(store: Store, routing: Routing, settings: Settings, wait: float | No
     began, expected = time.monotonic(), (routing.generation, routing.changed)
     workers: list[dict[str, Any]] = []
     while time.monotonic() - began < wait:
-        workers = worker_status.read(settings.journal_dir)
+        workers = worker_statuses(settings.journal_dir)
         late = [each for each in workers if (each["generation"], each["changed"]) != expected]
         now = Routing.read(store.directory)
         if now.etag != routing.etag:

@@ -208,7 +208,7 @@ class Serving:
             raise ModelLoadError(f"{type(error).__name__}: {error}") from error
         finally:
             sys.setswitchinterval(interval)
-        model.about["load_seconds"] = round(time.monotonic() - started, 3)
+        model.about.setdefault("load_seconds", round(time.monotonic() - started, 3))  # a kept model has it already
         return model
 
     # --- the background thread

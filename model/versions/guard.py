@@ -129,41 +129,30 @@ class Guard:
     def __init__(self, directory: Path, store: Path) -> None:
         """Remember the service's state directory (JOURNAL_DIR, with the lock and a local rollback) and the store."""
         self._directory, self._store = directory, Store(store)
-        self._lock = FileLock(directory / "guard.lock")
+        self.lock = FileLock(directory / "guard.lock")
         self._tail: Tail | None = None  # of the journal, while this process guards
-        self._watched = ""  # the routing
-        self._tallies = {"stable": Tally(), "canary": Tally()}
+        self._window = ""  # the etag of the routing that is evaluated; "" begins a new window
+        self._tallies: dict[str, Tally] = {}
 
     def watch(self, service: "Service") -> None:
         """Evaluate the canary that a worker serves, if it is this worker's turn. Called once a second."""
         routing = guarded(service.serving.routes)
         if routing is None or routing.etag == local_rollback(self._directory)[0]:
-            self.release()  # for a worker that serves the canary
-        elif self.acquire():
-            self._tail = self._tail or Tail(self._directory, changed_at(routing))
-            reason = service.run_in_thread(self._read_and_evaluate, routing)
+            self.lock.release()  # for a worker that serves the canary
+            self._tail = None
+        elif self.lock.acquire():
+            tail = self._tail = self._tail or Tail(self._directory, changed_at(routing))
+            reason = service.run_in_thread(lambda: self.evaluate(routing, tail.read()))
             if reason:
                 log.warning("the guard rolls back canary %s: %s", routing.canary, reason)
                 event = {"event": "rollback", "model_version": routing.canary, "variant": "canary", "reason": reason}
                 service.journal.append(event)
 
-    def acquire(self) -> bool:
-        """Return whether this process is the one that guards. Raises: OSError, the directory cannot be written."""
-        return self._lock.acquire()
-
-    def release(self) -> None:
-        """Let another process guard."""
-        self._lock.release()
-        self._tail = None
-
     def evaluate(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
-        """Count new records; roll the canary back if it is worse, and return why, else "".
-
-        If the store cannot be written, the rollback is written beside the journal, and is one of this host.
-        """
-        if routing.etag != self._watched:
-            self._watched = routing.etag
-            self._reset()
+        """Count new records; roll the canary back if it is worse, and return why, else ""."""
+        if routing.etag != self._window:
+            self._window = routing.etag
+            self._tallies = {"stable": Tally(), "canary": Tally()}
         names, since = {"stable": routing.stable, "canary": routing.canary}, changed_at(routing)
         for record in records:
             with suppress(KeyError, TypeError, ValueError):  # not the record of a request
@@ -172,22 +161,15 @@ class Guard:
                     self._tallies[variant].add(record)
         stable, canary = self._tallies["stable"], self._tallies["canary"]
         reason = judge(stable, canary)
-        if reason:
-            self._reset()
-            return reason if self._roll_back(routing, reason) else ""
-        if canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
-            self._reset()
-        return ""
-
-    def _read_and_evaluate(self, routing: Routing) -> str:
-        assert self._tail is not None
-        return self.evaluate(routing, self._tail.read())
-
-    def _reset(self) -> None:
-        self._tallies = {"stable": Tally(), "canary": Tally()}
+        if reason or canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
+            self._window = ""
+        return reason if reason and self._roll_back(routing, reason) else ""
 
     def _roll_back(self, routing: Routing, reason: str) -> bool:
-        """Return whether the canary was rolled back: someone may have changed the routing meanwhile."""
+        """Return whether the canary was rolled back: someone may have changed the routing meanwhile.
+
+        If the store cannot be written, the rollback is written beside the journal, and is one of this host.
+        """
         why = f"guard, {reason}"
         try:
             return self._store.rollback(why, only=routing.generation).why.startswith(why)

@@ -18,13 +18,13 @@ def load_version(
 
     Args:
         manifest: of the version; what it does not record is not compared.
-        allow_version_mismatch: load a model that another scikit-learn made.
-        batcher: merges its calls.
+        allow_version_mismatch, batcher: as with `load_model`.
 
     Raises:
         ModelLoadError: what is wrong with it.
     """
-    about, sample = manifest.about, manifest.about.get("sample")
+    about = manifest.about
+    sample, recorded = about.get("sample"), about.get("predictions")
     model = load_model(
         manifest.artifact,
         version=manifest.version,
@@ -33,20 +33,23 @@ def load_version(
         allow_version_mismatch=allow_version_mismatch,
         batcher=batcher,
     )
-    recorded = about.get("predictions")
     if recorded is not None and not same_predictions(model.call(model.signature.parse(sample)), recorded):
         raise ModelLoadError(
             f"version {model.version} answers its recorded sample differently than when it was published"
         )
-    found = {"signature": model.signature.describe(), "methods": list(model.methods), "classes": model.classes}
-    for name, value in found.items():
-        if name in about and about[name] != value:
+    for name, found in model_facts(model).items():
+        if name in about and about[name] != found:
             raise ModelLoadError(f"version {model.version} has another {name} than its manifest records")
     model.about["made_with"] = about.get("libraries")
     model.about.update({name: about.get(name) for name in ("published", "metrics", "note")})
     if sample and about.get("sample_from") != "synthetic":
         model.about["validated_with"] = "its recorded sample"
     return model
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    """Return what a manifest records of the model itself, as JSON values."""
+    return {"signature": model.signature.describe(), "methods": list(model.methods), "classes": model.classes}
 
 
 def check_bytes(manifest: Manifest) -> str:
@@ -59,8 +62,7 @@ def check_bytes(manifest: Manifest) -> str:
         sha256 = hash_file(manifest.artifact)
     except ModelLoadError as error:
         raise ModelLoadError(f"version {manifest.version}: {error}") from error
-    published = manifest.about.get("sha256")
-    if published not in (None, sha256):
+    if sha256 != (published := manifest.about["sha256"]):
         raise ModelLoadError(
             f"{manifest.artifact} is not the file that was published: its sha256 is {sha256}, its manifest records "
             f"{published}"
@@ -71,7 +73,7 @@ def check_bytes(manifest: Manifest) -> str:
 def same_predictions(now: Any, recorded: Any, tolerance: float = 1e-9) -> bool:
     """Compare predictions: labels exactly, floats within 1e-9 relative (another CPU may round the last bits).
 
-    Arrays of float32, which networks return, within 1e-5; of float16 within 1e-2.
+    Arrays of float32, which networks return, are compared within 1e-5; of float16 within 1e-2.
     """
     if isinstance(now, np.ndarray):
         tolerance = {"float32": 1e-5, "float16": 1e-2}.get(now.dtype.name, tolerance)

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import orjson
 
 from ..formats import ModelLoadError
-from .loading import load_version
+from .loading import load_version, model_facts
 from .store import Manifest, Store, StoreError, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,24 +50,15 @@ def publish(
     Raises:
         StoreError: why there is no new version.
     """
-    with store.prepare(artifact, version) as (manifest, staging):
+    with store.new_version(artifact, version) as manifest:
         on_step(1)
-        known = validate(replace(manifest, about=manifest.about | {"sample": sample}), allow_version_mismatch)
+        manifest.about["sample"] = sample
+        manifest.about.update(validate(manifest, allow_version_mismatch))
         on_step(1)
-        known |= {"sample_from": "operator" if sample else "synthetic", "metrics": metrics, "note": note}
-        manifest = replace(manifest, about=manifest.about | known)
+        manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
         validate(manifest, allow_version_mismatch)
-        store.publish(manifest, staging)
-        on_step(1)
+    on_step(1)
     return read_manifest(store.directory, manifest.version)
-
-
-def verify(store: Store, version: str, allow_version_mismatch: bool = False) -> None:
-    """Validate a published version again: its bytes, signature and predictions. Raises: StoreError."""
-    try:
-        validate(read_manifest(store.directory, version), allow_version_mismatch)
-    except ModelLoadError as error:
-        raise StoreError(str(error)) from error
 
 
 def validate(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[str, Any]:
@@ -77,12 +67,8 @@ def validate(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[s
     Raises:
         StoreError: it does not load, or does not predict what its manifest records.
     """
-    job = {
-        "artifact": str(manifest.artifact.resolve()),
-        "version": manifest.version,
-        "about": manifest.about,
-        "allow_version_mismatch": allow_version_mismatch,
-    }
+    known = {"artifact": str(manifest.artifact), "version": manifest.version, "about": manifest.about}
+    job = known | {"allow_version_mismatch": allow_version_mismatch}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.NamedTemporaryFile() as result:  # not a pipe: a model may print
         try:
@@ -162,10 +148,7 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     manifest = Manifest(Path(job["artifact"]), job["version"], job["about"])
     model = load_version(manifest, allow_version_mismatch=job["allow_version_mismatch"])
     sample = job["about"].get("sample") or model.about["example"]["data"]
-    return {
-        "signature": model.signature.describe(),
-        "methods": model.methods,
-        "classes": model.classes,
+    return model_facts(model) | {
         "sample": sample,
         "predictions": model.call(model.signature.parse(sample)),
         "libraries": installed(loaded_only=True),
@@ -178,10 +161,9 @@ def main(result: str) -> None:
     """Validate what the standard input describes, and write the result to a file."""
     try:
         content = orjson.dumps(validate_here(json.load(sys.stdin)), option=orjson.OPT_SERIALIZE_NUMPY)
-    except ModelLoadError as error:
-        content = orjson.dumps({"error": str(error)})
     except BaseException as error:  # a model runs code of its own
-        content = orjson.dumps({"error": f"{type(error).__name__}: {error}"})
+        known = isinstance(error, ModelLoadError)
+        content = orjson.dumps({"error": str(error) if known else f"{type(error).__name__}: {error}"})
     Path(result).write_bytes(content)
 
 

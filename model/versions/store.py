@@ -108,34 +108,27 @@ class Routing:
         """
         path = directory / ROUTING
         try:
-            return cls.from_json(orjson.loads(path.read_bytes()))
+            given = orjson.loads(path.read_bytes())
+            previous = given.get("previous", [])
+            canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
+            names = [given["stable"], *previous, *filter(None, [canary["version"]])]
+            if not isinstance(previous, list) or not all(map(_VERSION.fullmatch, names)):
+                raise ValueError("it contains an invalid version name")
+            if not 0 <= float(canary["weight"]) <= 100:
+                raise ValueError("the canary's weight is not from 0 to 100")
+            return cls(
+                given["stable"],
+                tuple(previous),
+                canary["version"],
+                float(canary["weight"]),
+                canary["guard"] is True,
+                int(given.get("generation", 0)),
+                *(str(given.get(name, "")) for name in ("changed", "by", "why")),
+            )
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
-
-    @classmethod
-    def from_json(cls, given: Any) -> "Routing":
-        """Check a decoded routing. Raises: ValueError, KeyError, TypeError or AttributeError, it is not valid."""
-        previous = given.get("previous", [])
-        if not isinstance(previous, list):
-            raise ValueError("previous is not a list")
-        canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
-        routing = cls(
-            given["stable"],
-            tuple(previous),
-            canary["version"],
-            float(canary["weight"]),
-            canary["guard"] is True,
-            int(given.get("generation", 0)),
-            *(str(given.get(name, "")) for name in ("changed", "by", "why")),
-        )
-        names = [routing.stable, *routing.previous, *([routing.canary] if routing.canary else [])]
-        if not all(isinstance(name, str) and _VERSION.fullmatch(name) for name in names):
-            raise ValueError("it contains an invalid version name")
-        if not 0 <= routing.weight <= 100:
-            raise ValueError("the canary's weight is not from 0 to 100")
-        return routing
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `read` reads."""
@@ -179,19 +172,19 @@ class Store:
         """Return the versions that are in use, and as what."""
         routing = self._routing()
         uses = dict.fromkeys(self._earlier(routing)[:1], "rollback returns to it")
-        if routing.canary:
-            uses[routing.canary] = f"canary, {routing.weight:g} % of the requests"
-        if routing.stable:
-            uses[routing.stable] = "stable"
-        return uses
+        uses |= {routing.canary: f"canary, {routing.weight:g} % of the requests", routing.stable: "stable"}
+        return {version: use for version, use in uses.items() if version}
 
     @contextmanager
-    def prepare(self, artifact: Path, version: str = "") -> Iterator[tuple[Manifest, Path]]:
-        """Copy an artifact into a staging directory; `publish` makes a version of it, otherwise it is removed.
+    def new_version(self, artifact: Path, version: str = "") -> Iterator[Manifest]:
+        """Copy an artifact, and make a version of it when the block ends. If the block raises, nothing is left.
 
         Args:
             artifact: the model file; its suffix names the format.
             version: its name; by default the next whole number.
+
+        Yields:
+            The manifest. What the block adds to its `about` is written with it.
 
         Raises:
             StoreError: the name is taken or invalid, or the file cannot be copied.
@@ -206,19 +199,17 @@ class Store:
             holder = os.open(staging, os.O_RDONLY)
         try:
             flock(holder, wait=True)  # until this process ends: see _remove_leftovers
-            yield _copy(artifact, staging, version), staging
+            manifest = _copy(artifact, staging, version)
+            yield manifest
+            write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
+            staging.chmod(0o755)
+            with self._locked():
+                self._check_new(version)
+                staging.rename(self.directory / version)
+                sync_directory(self.directory)
         finally:
             os.close(holder)
             shutil.rmtree(staging, ignore_errors=True)
-
-    def publish(self, manifest: Manifest, staging: Path) -> None:
-        """Make a version of what `prepare` yielded, once it is validated. Raises: StoreError, the name is taken."""
-        write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
-        staging.chmod(0o755)
-        with self._locked():
-            self._check_new(manifest.version)
-            staging.rename(self.directory / manifest.version)
-            sync_directory(self.directory)
 
     def promote(self, version: str) -> Routing:
         """Make a version the stable one. If it was the canary, there is no canary any more. Raises: StoreError."""
@@ -235,7 +226,8 @@ class Store:
 
     def canary(self, version: str, weight: float, guard: bool = False) -> Routing:
         """Give a version `weight` percent of the requests. Raises: StoreError."""
-        check_weight(weight)
+        if not 0 < weight <= 100:
+            raise StoreError(f"weight {weight:g}: expected a percentage of the requests, more than 0 and at most 100")
         with self._locked():
             old = self._routing()
             self.manifest(version)
@@ -339,28 +331,17 @@ def _copy(artifact: Path, staging: Path, version: str) -> Manifest:
         with copy.open("rb") as file:
             os.fsync(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise StoreError(f"{artifact} cannot be copied into the store: {error}") from error
-    about = {
-        "version": version,
-        "artifact": copy.name,
-        "format": copy.suffix.lstrip("."),
-        "size": copy.stat().st_size,
-        "sha256": sha256,
-    }
-    return Manifest(copy, version, about)
+    known = {"artifact": copy.name, "format": copy.suffix.lstrip("."), "size": size, "sha256": sha256}
+    return Manifest(copy, version, {"version": version} | known)
 
 
-def check_weight(weight: float) -> None:
-    """Check a canary's weight. Raises: StoreError."""
-    if not 0 < weight <= 100:
-        raise StoreError(f"weight {weight:g}: expected a percentage of the requests, more than 0 and at most 100")
-
-
-def read_rows(path: Path) -> list[Any]:
+def read_rows(path: str | Path) -> list[Any]:
     """Read the rows of a sample: a JSON list of 1 to 1000 rows, as in a request's "data". Raises: StoreError."""
     try:
-        rows = orjson.loads(path.read_bytes())  # as strict as with a request
+        rows = orjson.loads(Path(path).read_bytes())  # as strict as with a request
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as JSON: {error}") from error
     if isinstance(rows, dict) and "data" in rows:

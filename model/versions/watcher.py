@@ -5,6 +5,7 @@ read, changes nothing in what is served; it is reported in `GET /model` and in t
 """
 
 import logging
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,16 @@ class StoreWatcher:
         self._seen: tuple[Any, ...] = ()
 
     def update(self, serving: Serving) -> Update | None:
-        """Load what the routing asks for; return None if nothing has changed."""
+        """Load what the routing asks for; return None if nothing has changed.
+
+        Raises: ModelLoadError, the routing cannot be used.
+        """
         etags = self._etags()
         if etags == self._seen and (serving.routes or serving.errors):  # neither at first, also after a fork
             return None
         self._seen = etags
         errors: list[str] = []
-        try:
-            routing = self._routing(serving, errors)
-        except ModelLoadError as error:
-            return None, [str(error)]
+        routing = self._routing(serving, errors)
         stable = self._stable(serving, routing, errors)
         canary = self._canary(serving, routing, errors)
         if not self._is_wanted(routing):
@@ -72,12 +73,14 @@ class StoreWatcher:
         try:
             return self._read()
         except ModelLoadError as error:
-            last = Routing() if serving.routes else self._served_last()
-            if not last.stable:
-                raise
-            errors.append(str(error))
-            log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
-            return last
+            if not serving.routes:
+                with suppress(ModelLoadError):
+                    last = Routing.read(self._journal_dir)
+                    if last.stable:
+                        errors.append(str(error))
+                        log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
+                        return last
+            raise
 
     def _read(self) -> Routing:
         routing = Routing.read(self._directory)
@@ -117,17 +120,7 @@ class StoreWatcher:
         """
         kept = next((model for model in serving.loaded() if model.version == version), None)
         try:
-            manifest = read_manifest(self._directory, version)
-            if kept and kept.about["sha256"] == manifest.about["sha256"]:
-                serving.run_in_thread(check_bytes, manifest)
-                return kept
-        except ModelLoadError as error:
-            for report in serving.on_load_failure:
-                report()
-            errors.append(str(error))
-            return kept
-        try:
-            return serving.load(partial(load_version, manifest))
+            return serving.load(partial(_load, self._directory, version, kept))
         except ModelLoadError as error:
             errors.append(str(error))
             return kept
@@ -140,12 +133,6 @@ class StoreWatcher:
             return True
         return now.stable == routing.stable and routing.canary in ("", now.canary)
 
-    def _served_last(self) -> Routing:
-        try:
-            return Routing.read(self._journal_dir)
-        except ModelLoadError:
-            return Routing()
-
     def _remember(self, routing: Routing) -> None:
         try:
             self._journal_dir.mkdir(parents=True, exist_ok=True)
@@ -153,6 +140,15 @@ class StoreWatcher:
             write_json(self._journal_dir / ROUTING, routing.to_json(), durable=False)
         except OSError as error:
             log.warning("a start with a broken routing.json will not know what was served last: %s", error)
+
+
+def _load(directory: Path, version: str, kept: LoadedModel | None, **options: Any) -> LoadedModel:
+    """Return a version, from memory if it is kept there and its file is as it was. Raises: ModelLoadError."""
+    manifest = read_manifest(directory, version)
+    if kept and kept.about["sha256"] == manifest.about["sha256"]:
+        check_bytes(manifest)
+        return kept
+    return load_version(manifest, **options)
 
 
 def _etag(path: Path) -> tuple[str, Any]:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +191,8 @@ def store(tmp_path: Path) -> Store:
     artifact = tmp_path / "model.joblib"
     artifact.write_bytes(b"not really a model")
     for name in "1", "2":
-        with store.prepare(artifact, name) as (manifest, staging):
-            known = {"sample": [[1.0]], "predictions": [1.0]}
-            store.publish(replace(manifest, about=manifest.about | known), staging)
+        with store.new_version(artifact, name) as manifest:
+            manifest.about.update(sample=[[1.0]], predictions=[1.0])
     store.promote("1")
     store.canary("2", 5, guard=True)
     return store
@@ -348,18 +346,18 @@ def test_routing_written_by_hand_is_guarded_as_well(guard: Guard, store: Store, 
 
 def test_only_one_process_guards(guard: Guard, tmp_path: Path) -> None:
     other = Guard(tmp_path / "state", tmp_path / "store")
-    assert guard.acquire()
-    assert guard.acquire()
-    assert not other.acquire()
+    assert guard.lock.acquire()
+    assert guard.lock.acquire()
+    assert not other.lock.acquire()
     script = (
         "import sys; from pathlib import Path; from model.versions.guard import Tail, Guard; "
-        "print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).acquire())"
+        "print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).lock.acquire())"
     )
     asked = [sys.executable, "-c", script, str(tmp_path / "state")]
     assert subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout == "False\n"
-    guard.release()  # as the end of its process would
-    assert other.acquire()
-    assert not guard.acquire()
+    guard.lock.release()  # as the end of its process would
+    assert other.lock.acquire()
+    assert not guard.lock.acquire()
 
 
 def test_forked_child_does_not_keep_the_guards_lock(tmp_path: Path) -> None:
@@ -368,7 +366,7 @@ import os, sys
 from pathlib import Path
 from model.versions.guard import Guard
 guard = Guard(Path(sys.argv[1]), Path(sys.argv[1]))
-assert guard.acquire()
+assert guard.lock.acquire()
 out, into = os.pipe()
 held, go = os.pipe()
 if not os.fork():
@@ -377,8 +375,8 @@ if not os.fork():
     os.read(held, 1)  # until the parent ends
     os._exit(0)
 os.read(out, 2)
-guard.release()
-print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).acquire())
+guard.lock.release()
+print(Guard(Path(sys.argv[1]), Path(sys.argv[1])).lock.acquire())
 """
     asked = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -1,6 +1,5 @@
 """A version is compared with its manifest as it is loaded: its bytes, its sample, its signature."""
 
-import dataclasses
 import hashlib
 import json
 import pickle
@@ -46,9 +45,8 @@ def store(tmp_path: Path, artifact: Path) -> Path:
 
 def put(store: Path, artifact: Path, sample: list[Any], predictions: list[Any]) -> None:
     """Make a file the stable version 1, without the proof in fresh processes."""
-    with Store(store).prepare(artifact, "1") as (manifest, beside):
-        about = manifest.about | {"sample": sample, "predictions": predictions}
-        Store(store).publish(dataclasses.replace(manifest, about=about), beside)
+    with Store(store).new_version(artifact, "1") as manifest:
+        manifest.about.update(sample=sample, predictions=predictions)
     Store(store).promote("1")
 
 
@@ -193,9 +191,8 @@ def test_sample_with_objects_and_missing_values_is_replayed(tmp_path: Path) -> N
 def test_what_was_preloaded_is_served_only_where_the_routing_still_asks_for_it(
     store: Path, artifact: Path, monkeypatch: Any
 ) -> None:
-    with Store(store).prepare(artifact, "2") as (manifest, beside):
-        about = manifest.about | {"sample": SAMPLE, "predictions": [0, 1, 2]}
-        Store(store).publish(dataclasses.replace(manifest, about=about), beside)
+    with Store(store).new_version(artifact, "2") as manifest:
+        manifest.about.update(sample=SAMPLE, predictions=[0, 1, 2])
     Store(store).canary("2", 100)
     serving = Serving(StoreWatcher(store, store))
     serving.preload()

@@ -29,7 +29,7 @@ from conftest import CHEAP, ROOT, Answer, Gunicorn, Load, basic, gunicorn, recor
 from sklearn.datasets import load_iris
 from sklearn.tree import DecisionTreeClassifier
 
-from model.versions import worker_status
+from model.versions import publish_status, worker_statuses
 from model.versions.guard import MIN_REQUESTS
 from model.versions.loading import load_version
 from model.versions.routes import share_of
@@ -106,7 +106,7 @@ class World:
         for version, copy in self._pristine.items():
             shutil.rmtree(self.store.directory / version, ignore_errors=True)
             shutil.copytree(copy, self.store.directory / version)
-        generation = max(each["generation"] for each in worker_status.read(self.server.journal_dir)) + 1
+        generation = max(each["generation"] for each in worker_statuses(self.server.journal_dir)) + 1
         routing = Routing("1", generation=generation, changed=now(), by="test", why="reset")
         write_json(self.store.directory / "routing.json", routing.to_json())
         settled(self.server, routing)
@@ -132,7 +132,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with odd_models_in(place) as odd:
         store = filled(place)
         with serving(store) as server:
-            server.wait_until(lambda: len(worker_status.read(server.journal_dir)) == 2)  # a moment after they serve
+            server.wait_until(lambda: len(worker_statuses(server.journal_dir)) == 2)  # a moment after they serve
             yield World(server, store, odd)
 
 
@@ -190,11 +190,11 @@ def publish(store: Store, model: Any, version: str) -> Path:
     """Publish as `python -m model publish` does, without its two fresh processes; return the version's directory."""
     artifact = store.directory.parent / "model.joblib"
     joblib.dump(model, artifact)
-    with store.prepare(artifact, version) as (manifest, staging):
-        loaded = load_version(replace(manifest, about=manifest.about | {"sample": SAMPLE}))
+    with store.new_version(artifact, version) as manifest:
+        manifest.about["sample"] = SAMPLE
+        loaded = load_version(manifest)
         answers = np.asarray(loaded.call(loaded.signature.parse(SAMPLE))).tolist()
-        validated = {"signature": loaded.signature.describe(), "sample": SAMPLE, "predictions": answers}
-        store.publish(replace(manifest, about=manifest.about | validated), staging)
+        manifest.about.update(signature=loaded.signature.describe(), predictions=answers)
     return store.directory / version
 
 
@@ -227,7 +227,7 @@ def all_workers(server: Gunicorn, met: Callable[[dict[str, Any]], Any], seconds:
     found: list[dict[str, Any]] = []
 
     def agreed() -> bool:
-        found[:] = worker_status.read(server.journal_dir)
+        found[:] = worker_statuses(server.journal_dir)
         return len(found) == server.count and all(met(each) for each in found)
 
     try:
@@ -400,16 +400,16 @@ def test_waiting_says_that_a_version_is_not_served_and_is_not_deceived_by_what_w
 def test_worker_that_publishes_its_status_is_never_missed_nor_considered_dead(tmp_path: Path) -> None:
     slot, ending = WorkerSlot(tmp_path / "workers"), threading.Event()
     state: dict[str, Any] = {"ready": True, "error": None, "stable": None, "canary": None, "routing": None}
-    worker_status.publish(slot, state)
+    publish_status(slot, state)
 
     def publish() -> None:
         while not ending.is_set():
-            worker_status.publish(slot, state | {"error": "x" * random.randrange(10_000)})
+            publish_status(slot, state | {"error": "x" * random.randrange(10_000)})
 
     thread = threading.Thread(target=publish)
     thread.start()
     try:
-        assert [len(worker_status.read(tmp_path)) for _ in range(500)] == [1] * 500
+        assert [len(worker_statuses(tmp_path)) for _ in range(500)] == [1] * 500
     finally:
         ending.set()
         thread.join()

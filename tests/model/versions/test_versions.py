@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from sklearn.linear_model import LogisticRegression
 
 from model.__main__ import main
 from model.formats import ModelLoadError
-from model.versions import publishing, worker_status
+from model.versions import publish_status, publishing
 from model.versions.store import Manifest, Routing, Store, StoreError, read_manifest, read_rows, write_json
 from worker_slot import WorkerSlot
 
@@ -65,8 +65,8 @@ def store(tmp_path: Path) -> Store:
 def put(store: Store, artifact: Path, *names: str) -> None:
     """Publish a file under each of the names, without the fresh processes that validate a model."""
     for name in names:
-        with store.prepare(artifact, name) as (manifest, staging):
-            store.publish(replace(manifest, about=manifest.about | KNOWN), staging)
+        with store.new_version(artifact, name) as manifest:
+            manifest.about.update(KNOWN)
 
 
 def edit(store: Store, version: str, /, **changes: Any) -> None:
@@ -162,10 +162,14 @@ def test_published_artifact_does_not_follow_the_file_it_came_from(store: Store, 
 
 
 def test_name_that_is_taken_during_the_proof_is_refused_and_nothing_stays(store: Store, artifact: Path) -> None:
-    with store.prepare(artifact, "1") as (manifest, staging):
-        put(store, artifact, "1")
-        with pytest.raises(StoreError, match="version 1 already exists"):
-            store.publish(replace(manifest, about=manifest.about | KNOWN), staging)
+    def publish_late() -> None:
+        with store.new_version(artifact, "1") as manifest:
+            put(store, artifact, "1")
+            manifest.about.update(KNOWN, note="late")
+
+    with pytest.raises(StoreError, match="version 1 already exists"):
+        publish_late()
+    assert read_manifest(store.directory, "1").about["note"] == ""
     assert tree(store) == ["1", "1/manifest.json", "1/model.joblib"]
 
 
@@ -210,10 +214,9 @@ def test_version_without_a_name_gets_the_next_whole_number(
 
 
 def test_two_that_publish_without_a_name_get_a_number_each(store: Store, artifact: Path) -> None:
-    with store.prepare(artifact) as (first, staging):
-        with store.prepare(artifact) as (second, staging_second):
-            store.publish(replace(second, about=second.about | KNOWN), staging_second)
-        store.publish(replace(first, about=first.about | KNOWN), staging)
+    with store.new_version(artifact) as first, store.new_version(artifact) as second:
+        second.about.update(KNOWN)
+        first.about.update(KNOWN)
     assert sorted(store.versions()) == ["1", "2"]
     for version in "1", "2":
         assert read_manifest(store.directory, version).about["version"] == version
@@ -270,8 +273,8 @@ def test_version_may_not_take_the_name_of_the_routing_file(store: Store, artifac
 def test_publish_that_fails_leaves_nothing(store: Store, artifact: Path, monkeypatch: Any) -> None:
     with pytest.raises(StoreError, match=r"gone\.joblib cannot be copied into the store"):
         put(store, artifact.with_name("gone.joblib"), "1")
-    with pytest.raises(TypeError), store.prepare(artifact, "1") as (manifest, staging):
-        store.publish(replace(manifest, about={"sample": {1, 2}}), staging)  # no JSON
+    with pytest.raises(TypeError), store.new_version(artifact, "1") as manifest:
+        manifest.about.update(sample={1, 2})  # no JSON
     for step in ("os.rename", "os.fsync", "shutil.copyfile", "json.dumps"):
         with monkeypatch.context() as patch:
             patch.setattr(step, stop)
@@ -657,7 +660,7 @@ def worker(store: Store, tmp_path: Path) -> Iterator[Callable[..., None]]:
         served = {name: {"version": version} for name, version in (("stable", stable), ("canary", canary)) if version}
         changed = Routing.read(store.directory).changed
         routing = {"routing": {"generation": generation, "changed": changed}, "ready": True, "error": error or None}
-        worker_status.publish(slot, {"stable": None, "canary": None} | served | routing)
+        publish_status(slot, {"stable": None, "canary": None} | served | routing)
 
     yield publish
     assert slot._lock
@@ -1287,10 +1290,10 @@ def test_what_others_keep_in_the_store_stays(store: Store, artifact: Path) -> No
 
 
 def test_publish_that_takes_long_is_not_swept_away_by_another(store: Store, artifact: Path) -> None:
-    with store.prepare(artifact, "1") as (manifest, staging):
-        age(staging)
+    with store.new_version(artifact, "1") as manifest:
+        age(manifest.artifact.parent)
         put(store, artifact, "2")
-        store.publish(replace(manifest, about=manifest.about | KNOWN), staging)
+        manifest.about.update(KNOWN)
     assert sorted(store.versions()) == ["1", "2"]
 
 
@@ -1368,7 +1371,6 @@ def test_lock_that_cannot_be_had_is_named(store: Store, artifact: Path, command:
 
 COMMON = """
 import hashlib, json, os, random, resource, shutil, signal, sys, time
-from dataclasses import replace
 from pathlib import Path
 from model.versions.store import Routing, Store, StoreError, read_manifest
 
@@ -1377,9 +1379,8 @@ store, artifact = Store(place / "store"), place / "model.joblib"
 artifact.write_bytes(os.urandom(300))
 
 def publish(name=""):
-    with store.prepare(artifact, name) as (manifest, staging):
-        about = manifest.about | {"sample": [[1.0]], "predictions": [1.0]}
-        store.publish(replace(manifest, about=about), staging)
+    with store.new_version(artifact, name) as manifest:
+        manifest.about.update(sample=[[1.0]], predictions=[1.0])
 
 def check():
     "What can be seen is whole; return the routing."

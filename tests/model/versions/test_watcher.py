@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from sklearn.datasets import load_iris
 from sklearn.neighbors import KNeighborsClassifier
 
 from model.serving import ModelNotReady, Serving
-from model.versions import worker_status
+from model.versions import publish_status
 from model.versions.routes import StoreRoutes
 from model.versions.store import Routing, Store, write_json
 from model.versions.watcher import StoreWatcher
@@ -30,9 +29,8 @@ def store(tmp_path: Path) -> Store:
     store, artifact = Store(tmp_path / "store"), tmp_path / "model.joblib"
     joblib.dump(KNeighborsClassifier().fit(IRIS.data, IRIS.target), artifact)
     for version in ("1", "2"):
-        with store.prepare(artifact, version) as (manifest, staging):
-            about = manifest.about | {"sample": SAMPLE, "predictions": [0, 1, 2]}
-            store.publish(replace(manifest, about=about), staging)
+        with store.new_version(artifact, version) as manifest:
+            manifest.about.update(sample=SAMPLE, predictions=[0, 1, 2])
     store.promote("1")
     return store
 
@@ -92,7 +90,7 @@ def test_journal_directory_that_cannot_be_written_stops_nothing(store: Store, tm
     serving = started(store, tmp_path / "journal")
     assert (serving.choose()[0].version, serving.describe()["error"]) == ("1", None)
     assert "will not know what was served last" in caplog.text
-    worker_status.publish(WorkerSlot(tmp_path / "journal/workers"), serving.describe())
+    publish_status(WorkerSlot(tmp_path / "journal/workers"), serving.describe())
     assert "will not show what this worker serves" in caplog.text
 
 
@@ -142,7 +140,7 @@ def test_version_that_is_rolled_back_while_it_loads_is_not_served(store: Store, 
     load = serving.load
 
     def load_slowly(loader: Any) -> Any:
-        if loader.args[0].version == "2":
+        if loader.args[1] == "2":
             store.rollback()
         return load(loader)
 
