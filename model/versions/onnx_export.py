@@ -11,19 +11,21 @@ larger branch, its ONNX form always to the right: such a file takes no `null`.
 """
 
 import json
-import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from processes import replace_file
+
 from .. import formats
 from ..formats import ModelLoadError, UnsupportedModel
-from ..formats.base import TensorModel, import_library
+from ..formats.base import TensorModel, first_line, import_library
 from ..formats.onnx import METADATA
 from ..infer_signature import infer_signature, inspect, raw_parts
 from ..signature import Signature
@@ -63,9 +65,8 @@ class Report:
         return not self.alike, self.alike and not self.null, self.labels or 0, self.relative
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.rows} {'synthetic rows' if self.synthetic else 'rows of the sample'}, {self.precision} numbers"
-        ]
+        rows = "synthetic rows" if self.synthetic else "rows of the sample"
+        lines = [f"{self.rows} {rows}, {self.precision} numbers"]
         if self.labels is not None:
             undecided = f" (for {self.undecided} the model itself is undecided)" if self.undecided else ""
             lines.append(f"{self.labels} labels differ{undecided}")
@@ -80,13 +81,7 @@ class Report:
         return "; ".join(lines)
 
 
-def export(
-    path: Path,
-    out: Path,
-    sample: list[Any] | None = None,
-    force: bool = False,
-    on_step: Callable[[int], object] = lambda steps: None,
-) -> Report:
+def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool = False) -> Report:
     """Write a fitted scikit-learn model as an ONNX file.
 
     The file holds the names of its columns and its classes, so that it is served with the same requests as the model.
@@ -96,7 +91,6 @@ def export(
         out: the file to write, ending in `.onnx`.
         sample: rows to compare on, as in the "data" of a request; without them, synthetic rows.
         force: write it even if the predictions differ.
-        on_step: called with 1 after each of the `PRECISIONS` was tried.
 
     Raises:
         ModelLoadError: the model does not load, or no library that writes ONNX is installed.
@@ -109,58 +103,43 @@ def export(
         raise NotExported(f"{path.name} is not a model of scikit-learn: its own library exports it")
     signature, valid = infer_signature(model, sample)
     rows = sample or _synthetic_rows(model, signature, valid[0])
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
+    forms: list[tuple[Report, bytes]] = []
+    why = ""
+    for precision in PRECISIONS:
         try:
-            forms = _forms(model, signature, rows, Path(staging), on_step)
+            forms += _forms(model, signature, rows, precision)
+        except NotExported:
+            raise
         except UnsupportedModel as error:
             raise NotExported(f"{path.name} {error}") from error
-        report, best = min(forms, key=lambda form: form[0].badness)
-        report = replace(report, synthetic=sample is None)
-        if not report.alike and not force:
-            raise NotExported(
-                f"{path.name}: its ONNX form predicts differently ({report}). Nothing was written; --force writes it "
-                "anyway"
-            )
-        with best.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(best, out)
+        except Exception as error:  # converters raise anything at models that they do not know
+            why = why or first_line(error)
+    if not forms:
+        raise NotExported(f"{path.name} has no ONNX form that works: {why}")
+    report, content = min(forms, key=lambda form: form[0].badness)
+    report = replace(report, synthetic=sample is None)
+    if not report.alike and not force:
+        raise NotExported(
+            f"{path.name}: its ONNX form predicts differently ({report}). Nothing was written; --force writes it anyway"
+        )
+    replace_file(out, content)
     return report
 
 
-def _forms(
-    model: Any, signature: Signature, rows: list[Any], staging: Path, on_step: Callable[[int], object]
-) -> list[tuple[Report, Path]]:
-    """Write the ONNX forms that work, each with the report on it. Raises: NotExported or UnsupportedModel."""
-    forms: list[tuple[Report, Path]] = []
-    failures: list[Exception] = []
-    for precision in PRECISIONS:
-        try:
-            forms.extend(_forms_of(model, signature, rows, precision, staging))
-        except (NotExported, UnsupportedModel):
-            raise
-        except Exception as error:  # converters raise anything at models that they do not know
-            failures.append(error)
-        on_step(1)
-    if not forms:
-        why = str(failures[0]).strip().partition("\n")[0][:300]
-        raise UnsupportedModel(f"has no ONNX form that works: {type(failures[0]).__name__}: {why}")
-    return forms
-
-
-def _forms_of(
-    model: Any, signature: Signature, rows: list[Any], precision: str, staging: Path
-) -> Iterator[tuple[Report, Path]]:
+def _forms(model: Any, signature: Signature, rows: list[Any], precision: str) -> Iterator[tuple[Report, bytes]]:
     """Yield the forms of one precision: one that takes missing values as the model does, and one that takes none."""
     converted = _convert(model, signature, precision, rows)
     missing = _with_one_missing(signature, rows)
     for null in (True, False) if missing else (True,):
-        path = staging / f"{precision}-{null}.onnx"
-        path.write_bytes(_with_metadata(converted, model, signature, null))
         given = [*rows, *missing] if null else rows
-        exported = formats.load(path)
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+            content = _with_metadata(converted, model, signature, null)
+            file.write(content)
+            file.flush()
+            exported = formats.load(Path(file.name))
         signature_of_exported, _ = infer_signature(exported, given)
         report = _compare(model, exported, signature.parse(given), signature_of_exported.parse(given))
-        yield replace(report, rows=len(rows), precision=precision, null=null), path
+        yield replace(report, rows=len(rows), precision=precision, null=null), content
 
 
 def _convert(model: Any, signature: Signature, precision: str, rows: list[Any]) -> Any:
@@ -270,20 +249,14 @@ def _synthetic_rows(model: Any, signature: Signature, valid: Any) -> list[Any]:
     numbers = _numbers_kept(model, width)
     by_column = []
     for at, (column, facts) in enumerate(zip(signature.columns, inspect(model, width), strict=True)):
-        known = facts.values
-        if column.kind == "number":
+        if column.kind == "number" and len(facts.values) < 2:  # else its values are categories
             near = np.array(numbers[at] or [-1.0, 0.0, 1.0])
             spread = near.std() or abs(near[0]) or 1.0
-            values: list[Any] = (
-                generator.choice(near, SYNTHETIC_ROWS)
-                + spread * generator.normal(size=SYNTHETIC_ROWS) * generator.integers(0, 2, SYNTHETIC_ROWS)
-            ).tolist()
-            if len(known) > 1:  # categories that are numbers
-                values = [known[pick] for pick in generator.integers(0, len(known), SYNTHETIC_ROWS)]
+            away = generator.normal(size=SYNTHETIC_ROWS) * generator.integers(0, 2, SYNTHETIC_ROWS)
+            by_column.append((generator.choice(near, SYNTHETIC_ROWS) + spread * away).tolist())
         else:
-            known = known or [valid[at]]
-            values = [known[pick] for pick in generator.integers(0, len(known), SYNTHETIC_ROWS)]
-        by_column.append(values)
+            known = facts.values or [valid[at]]
+            by_column.append([known[pick] for pick in generator.integers(0, len(known), SYNTHETIC_ROWS)])
     rows = [list(row) for row in zip(*by_column, strict=True)]
     try:
         given = signature.parse(rows)
@@ -311,36 +284,28 @@ def _numbers_kept(model: Any, width: int) -> list[list[float]]:
     """Collect, for each raw column, numbers of the size that the model was fitted on: means, neighbours, thresholds."""
     kept: list[list[float]] = [[] for _ in range(width)]
     for part, columns in raw_parts(model, list(range(width))):
-        for rows in _arrays_of(part, len(columns)):
-            for at, values in zip(columns, rows.T, strict=True):
-                kept[at] += values[np.isfinite(values)].tolist()
-        for feature, threshold in _thresholds_of(part):
-            if feature < len(columns) and np.isfinite(threshold):
-                kept[columns[feature]].append(float(threshold))
+        for at, values in _numbers_of(part, len(columns)):
+            kept[columns[at]] += values[np.isfinite(values)].tolist()
     return kept
 
 
-def _arrays_of(part: Any, width: int) -> Iterator[Any]:
-    """Yield the arrays `(some, width)` that a part keeps in the units of its input."""
+def _numbers_of(part: Any, width: int) -> Iterator[tuple[int, Any]]:
+    """Yield arrays of numbers that a part keeps in the units of its input, each with the column that it belongs to."""
+    names = ("data_min_", "data_max_", "_fit_X", "support_vectors_", "statistics_")
+    arrays = [getattr(part, name, None) for name in names]
     centre, scale = getattr(part, "mean_", getattr(part, "center_", None)), getattr(part, "scale_", None)
-    found = [
-        getattr(part, name, None) for name in ("data_min_", "data_max_", "_fit_X", "support_vectors_", "statistics_")
-    ]
     if centre is not None and scale is not None:
-        found += [np.asarray(centre) + np.multiply.outer([-1, 0, 1], np.asarray(scale))]
-    for array in found:
+        arrays.append(np.asarray(centre) + np.multiply.outer([-1, 0, 1], np.asarray(scale)))
+    for array in arrays:
         if isinstance(array, np.ndarray) and array.dtype.kind == "f":
             rows = np.atleast_2d(array)
             if rows.ndim == 2 and rows.shape[1] == width:
-                yield rows[:200]
+                yield from enumerate(rows[:200].T)
 
-
-def _thresholds_of(part: Any) -> Iterator[tuple[int, float]]:
     tree = getattr(part, "tree_", None)
-    if tree is not None:
-        inner = tree.feature >= 0
-        yield from zip(tree.feature[inner].tolist(), tree.threshold[inner].tolist(), strict=True)
-    for predictors in getattr(part, "_predictors", ()):
-        for predictor in predictors:
-            nodes = predictor.nodes[predictor.nodes["is_leaf"] == 0]
-            yield from zip(nodes["feature_idx"].tolist(), nodes["num_threshold"].tolist(), strict=True)
+    splits = [] if tree is None else [(tree.feature, tree.threshold)]
+    for predictor in chain.from_iterable(getattr(part, "_predictors", ())):
+        nodes = predictor.nodes[predictor.nodes["is_leaf"] == 0]
+        splits.append((nodes["feature_idx"], nodes["num_threshold"]))
+    for features, thresholds in splits:
+        yield from ((at, thresholds[features == at]) for at in range(width))
