@@ -2,39 +2,32 @@
 
 import itertools
 import json
-import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import FileLock, LogLimit, is_locked, replace_file
+from processes import FileLock, is_locked, replace_file
 
 if TYPE_CHECKING:
     from flask import Flask
 
     from server import Service
 
-log = logging.getLogger(__name__)
-
 
 def slot_of(app: "Flask", service: "Service") -> "WorkerSlot":
     """Return the slot of a service's worker, which is taken when it starts, and again if it is lost."""
-    slot: WorkerSlot | None = app.extensions.get("worker_slot")
-    if slot is not None:
-        return slot
-    slot = app.extensions["worker_slot"] = WorkerSlot(service.settings.journal_dir / "workers")
-    limit, take_slot = LogLimit(log), slot.take
+    if "worker_slot" not in app.extensions:
+        slot = app.extensions["worker_slot"] = WorkerSlot(service.settings.journal_dir / "workers")
 
-    def take() -> None:
-        try:
-            take_slot()
-        except OSError as error:  # then what this worker counts and serves is not known to others
-            limit.error("", "the directory of the journal cannot be written: %s", error)
+        def take() -> None:
+            with suppress(OSError):  # those who use the slot log that they have none
+                slot.take()
 
-    service.on_start.append(take)
-    service.every_second.append(take)
-    return slot
+        service.on_start.append(take)
+        service.every_second.append(take)
+    found: WorkerSlot = app.extensions["worker_slot"]
+    return found
 
 
 class WorkerSlot:

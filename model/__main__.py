@@ -18,7 +18,7 @@ from settings import Settings, SettingsError
 from .formats import ModelLoadError
 from .versions import worker_statuses
 from .versions.guard import local_rollback
-from .versions.publishing import STEPS, preflight, publish, validate
+from .versions.publishing import preflight, publish, validate
 from .versions.store import Routing, Store, StoreError, read_manifest, read_rows
 
 PATH = click.Path(path_type=Path)
@@ -64,14 +64,11 @@ _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metav
 @_sample
 @click.option("--metrics", type=_json, metavar="JSON", help="Figures to remember, such as '{\"accuracy\": 0.97}'.")
 @click.option("--note", default="", help="Words to remember.")
-def publish_command(
-    store: Store, settings: Settings, file: Path, version: str, sample: list[Any] | None, metrics: Any, note: str
-) -> None:
+def publish_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
-    with cli.progressbar(STEPS, "publishing") as bar:
-        made = publish(store, file, version, sample, metrics, note, settings.allow_version_mismatch, bar.update)
+    made = publish(store, file, allow_version_mismatch=settings.allow_version_mismatch, **given)
     click.echo(f"published version {made.version}; serve it with: python -m model promote {made.version}")
-    if not sample:
+    if not given["sample"]:
         click.echo("validated with a synthetic row only: give your own rows with --sample next time")
 
 
@@ -111,7 +108,7 @@ def list_command(store: Store, settings: Settings) -> None:
     """List the versions, how they are served, and by which workers."""
     try:
         uses, routing = store.in_use(), Routing.read(store.directory)
-    except (StoreError, ModelLoadError) as broken:
+    except ModelLoadError as broken:
         uses, routing = {}, Routing()
         click.echo(f"model: {broken}", err=True)
     lines: list[tuple[str, ...]] = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
@@ -166,13 +163,11 @@ def remove(store: Store, settings: Settings, version: str) -> None:
 @click.argument("out", type=PATH)
 @_sample
 @click.option("--force", is_flag=True, help="Write it even if the predictions differ.")
-def export_command(
-    store: Store, settings: Settings, file: Path, out: Path, sample: list[Any] | None, force: bool
-) -> None:
+def export_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Write a scikit-learn model FILE as OUT.onnx, and compare what the two predict for a sample."""
     from .versions.onnx_export import export
 
-    click.echo(export(file, out, sample, force))
+    click.echo(export(file, **given))
 
 
 def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> None:

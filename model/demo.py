@@ -12,7 +12,7 @@ import click
 
 import cli
 
-from .versions.publishing import STEPS, publish
+from .versions.publishing import publish
 from .versions.store import ROUTING, Store, StoreError
 
 
@@ -42,10 +42,10 @@ def demo(directory: Path) -> None:
     store = Store(directory)
     model, sample = train()
     if not (directory / "1").exists():  # it exists if a run was stopped between the two steps
-        with tempfile.TemporaryDirectory() as scratch, cli.progressbar(STEPS, "publishing") as bar:
+        with tempfile.TemporaryDirectory() as scratch:
             artifact = Path(scratch, "model.joblib")
             joblib.dump(model, artifact)
-            publish(store, artifact, "1", sample, note="iris, for a first run", on_step=bar.update)
+            publish(store, artifact, "1", sample, note="iris, for a first run")
     store.promote("1")
     click.echo(f"trained the demo model (iris) and published it as {directory / '1'}")
 

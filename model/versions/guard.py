@@ -32,6 +32,7 @@ import orjson
 from monitor import read_lines, segments
 from processes import FileLock
 
+from ..formats import ModelLoadError
 from ..serving import Routes
 from .routes import StoreRoutes
 from .store import Routing, Store, StoreError, write_json
@@ -173,7 +174,7 @@ class Guard:
         why = f"guard, {reason}"
         try:
             return self._store.rollback(why, only=routing.generation).why.startswith(why)
-        except StoreError:
+        except (StoreError, ModelLoadError):
             rollback = {"routing": routing.etag, "canary": routing.canary, "reason": reason}
             write_json(self._directory / LOCAL_ROLLBACK, rollback)
             return True

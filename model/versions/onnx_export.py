@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+import cli
 from processes import replace_file
 
 from .. import formats
@@ -105,15 +106,17 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
     rows = sample or _synthetic_rows(model, signature, valid[0])
     forms: list[tuple[Report, bytes]] = []
     why = ""
-    for precision in PRECISIONS:
-        try:
-            forms += _forms(model, signature, rows, precision)
-        except NotExported:
-            raise
-        except UnsupportedModel as error:
-            raise NotExported(f"{path.name} {error}") from error
-        except Exception as error:  # converters raise anything at models that they do not know
-            why = why or first_line(error)
+    with cli.progressbar(len(PRECISIONS), "exporting") as bar:
+        for precision in PRECISIONS:
+            try:
+                forms += _forms(model, signature, rows, precision)
+            except NotExported:
+                raise
+            except UnsupportedModel as error:
+                raise NotExported(f"{path.name} {error}") from error
+            except Exception as error:  # converters raise anything at models that they do not know
+                why = why or first_line(error)
+            bar.update(1)
     if not forms:
         raise NotExported(f"{path.name} has no ONNX form that works: {why}")
     report, content = min(forms, key=lambda form: form[0].badness)

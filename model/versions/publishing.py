@@ -11,7 +11,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,13 +18,14 @@ from typing import Any
 
 import orjson
 
+import cli
+
 from ..formats import ModelLoadError
 from .loading import load_version, model_facts
 from .store import Manifest, Store, StoreError, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 900.0  # seconds for a model to load and predict its sample
-STEPS = 3  # of publish
 
 
 def publish(
@@ -36,7 +36,6 @@ def publish(
     metrics: Any = None,
     note: str = "",
     allow_version_mismatch: bool = False,
-    on_step: Callable[[int], object] = lambda steps: None,
 ) -> Manifest:
     """Make a version of a model file, once two fresh processes have loaded it and agreed on its predictions.
 
@@ -45,19 +44,19 @@ def publish(
         version: its name; by default the next whole number.
         sample: rows to validate it with; without them, a synthetic row.
         metrics, note: kept in the manifest, for people.
-        on_step: called with 1 after each of the `STEPS`.
 
     Raises:
         StoreError: why there is no new version.
     """
-    with store.new_version(artifact, version) as manifest:
-        on_step(1)
-        manifest.about["sample"] = sample
-        manifest.about.update(validate(manifest, allow_version_mismatch))
-        on_step(1)
-        manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
-        validate(manifest, allow_version_mismatch)
-    on_step(1)
+    with cli.progressbar(3, "publishing") as bar:
+        with store.new_version(artifact, version) as manifest:
+            bar.update(1)
+            manifest.about["sample"] = sample
+            manifest.about.update(validate(manifest, allow_version_mismatch))
+            bar.update(1)
+            manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
+            validate(manifest, allow_version_mismatch)
+        bar.update(1)
     return read_manifest(store.directory, manifest.version)
 
 

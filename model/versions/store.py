@@ -128,7 +128,8 @@ class Routing:
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelLoadError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
+            why = f"{path} cannot be used: {type(error).__name__}: {error}"
+            raise ModelLoadError(f"{why}. Correct it, or remove it and promote a version") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `read` reads."""
@@ -170,7 +171,7 @@ class Store:
 
     def in_use(self) -> dict[str, str]:
         """Return the versions that are in use, and as what."""
-        routing = self._routing()
+        routing = Routing.read(self.directory)
         uses = dict.fromkeys(self._earlier(routing)[:1], "rollback returns to it")
         uses |= {routing.canary: f"canary, {routing.weight:g} % of the requests", routing.stable: "stable"}
         return {version: use for version, use in uses.items() if version}
@@ -214,7 +215,7 @@ class Store:
     def promote(self, version: str) -> Routing:
         """Make a version the stable one. If it was the canary, there is no canary any more. Raises: StoreError."""
         with self._locked():
-            old = self._routing()
+            old = Routing.read(self.directory)
             self.manifest(version)
             if version == old.stable:
                 raise StoreError(f"version {version} is already the stable one")
@@ -229,7 +230,7 @@ class Store:
         if not 0 < weight <= 100:
             raise StoreError(f"weight {weight:g}: expected a percentage of the requests, more than 0 and at most 100")
         with self._locked():
-            old = self._routing()
+            old = Routing.read(self.directory)
             self.manifest(version)
             if not old.stable:
                 raise StoreError("there is no stable version to compare a canary with; promote one first")
@@ -249,7 +250,7 @@ class Store:
             StoreError: there is nothing to roll back.
         """
         with self._locked():
-            old = self._routing()
+            old = Routing.read(self.directory)
             if only is not None and old.generation != only:
                 return old
             if old.canary:
@@ -283,12 +284,6 @@ class Store:
     def _earlier(self, routing: Routing) -> tuple[str, ...]:
         """Return the earlier stable versions that have not been removed."""
         return tuple(name for name in routing.previous if (self.directory / name).is_dir())
-
-    def _routing(self) -> Routing:
-        try:
-            return Routing.read(self.directory)
-        except ModelLoadError as error:
-            raise StoreError(f"{error}. Correct it, or remove it and promote a version") from error
 
     def _route(self, old: Routing, new: Routing, why: str) -> Routing:
         new = replace(new, generation=old.generation + 1, changed=_now(), by=_user(), why=why)

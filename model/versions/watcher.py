@@ -94,15 +94,12 @@ class StoreWatcher:
 
     def _stable(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
         """Return the stable version; if it does not load, the one that is served; at boot, an earlier one."""
-        if model := self._load(serving, routing.stable, errors):
-            return model
-        if serving.routes:
-            return serving.routes.stable
-        for name in routing.previous:
-            if model := self._load(serving, name, errors):
-                log.error("version %s does not load, FALLING BACK on version %s", routing.stable, name)
+        for version in [routing.stable, *(() if serving.routes else routing.previous)]:
+            if model := self._load(serving, version, errors):
+                if version != routing.stable:
+                    log.error("version %s does not load, FALLING BACK on version %s", routing.stable, version)
                 return model
-        return None
+        return serving.routes.stable if serving.routes else None
 
     def _canary(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
         if not routing.canary:
