@@ -42,10 +42,10 @@ class WorkerSlot:
         self._lock: FileLock | None = None
         self.number = -1  # until one is taken
 
-    def take(self) -> bool:
-        """Take the lowest free number; return whether it is another than before. Raises: OSError."""
+    def take(self) -> None:
+        """Take the lowest free number, unless one is held. Raises: OSError."""
         if self._lock is not None and self._lock.fd is not None and os.fstat(self._lock.fd).st_nlink:
-            return False
+            return
         for number in itertools.count():
             lock = FileLock(self._directory / f"slot-{number}")
             if lock.acquire():
@@ -53,7 +53,6 @@ class WorkerSlot:
             lock.release()
         self._lock, self.number = lock, number
         (self._directory / f"status-{number}").unlink(missing_ok=True)  # what a dead worker published
-        return True
 
     def publish(self, state: dict[str, Any]) -> None:
         """Publish a JSON object to readers on this host. Raises: OSError."""

@@ -66,8 +66,8 @@ _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metav
 @click.option("--note", default="", help="Words to remember.")
 def publish_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
-    made = publish(store, file, allow_version_mismatch=settings.allow_version_mismatch, **given)
-    click.echo(f"published version {made.version}; serve it with: python -m model promote {made.version}")
+    version = publish(store, file, allow_version_mismatch=settings.allow_version_mismatch, **given)
+    click.echo(f"published version {version}; serve it with: python -m model promote {version}")
     if not given["sample"]:
         click.echo("validated with a synthetic row only: give your own rows with --sample next time")
 
@@ -205,9 +205,9 @@ def _report(store: Store, routing: Routing, settings: Settings, wait: float | No
     broken = [each for each in workers if each["error"]]
     for each in broken:
         click.echo(f"worker {each['pid']}: {each['error']}", err=True)
-    serving = [each for each in workers if each not in late and each not in broken]
-    if len(serving) < len(workers):
-        click.echo(f"{len(serving)} of {len(workers)} workers serve it", err=True)
+    serving = sum(each not in late and each not in broken for each in workers)
+    if serving < len(workers):
+        click.echo(f"{serving} of {len(workers)} workers serve it", err=True)
         return 1
     click.echo(f"all {len(workers)} workers serve it, after {time.monotonic() - began:.1f} s")
     return 0

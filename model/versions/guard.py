@@ -1,28 +1,27 @@
 """The guard of a canary: compares the outcomes of its requests with those of the stable version's, from the journal.
 
-The rule, evaluated every second while a guarded canary is served, once both have had `MIN_REQUESTS`:
+The rule, evaluated every second while a guarded canary is served, once both have had `MIN_REQUESTS`: the canary is
+rolled back
 
-- errors: the canary is rolled back if its share of failed requests (`error_type` model, overload or internal, or
-  status 422: rows that it does not take) exceeds the stable version's by more than `SIGMAS` standard errors of the
-  difference, and by more than 1 %;
-- time: it is rolled back if significantly (`SIGMAS` standard errors) more than 1 % of its answers took longer than 1.5
-  times the stable version's p99 plus 5 ms.
+- for errors, if its share of failed requests (`error_type` model, overload or internal, or status 422: rows that it
+  does not take) exceeds the stable version's by more than `SIGMAS` standard errors of the difference, and by more than
+  1 %;
+- for time, if significantly (`SIGMAS` standard errors) more than 1 % of its answers took longer than 1.5 times the
+  stable version's p99 plus 5 ms.
 
 Both are counted over the same window of time, so that an incident that affects both is held against neither. The window
 begins with the last change of the routing, and again once the canary has had `MAX_CANARY_REQUESTS`, or the two together
-`MAX_REQUESTS`. It takes four standard errors, not two, since the rule is evaluated again and again: of 300 canaries
-equal to their stable version, each evaluated thirty times, none was rolled back, and one if response times scatter
-widely (a log-normal sigma of 2).
+`MAX_REQUESTS`. Four standard errors, not two, since the rule is evaluated again and again: of 300 canaries equal to
+their stable version, each evaluated thirty times, none was rolled back.
 """
 
-import calendar
 import logging
 import math
-import time
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,15 +67,19 @@ class Tally:
         if answered:
             self.times.append(taken)
 
+    @property
+    def variance(self) -> float:
+        """Return the variance of the share of faults, not 0 if there were none: as in Agresti and Coull's interval."""
+        share = (self.faults + 1) / (self.requests + 2)
+        return share * (1 - share) / self.requests
+
 
 def judge(stable: Tally, canary: Tally) -> str:
     """Return why the canary should be rolled back, by the rule above, or ""."""
     if min(stable.requests, canary.requests) < MIN_REQUESTS:
         return ""
     failed, expected = canary.faults / canary.requests, stable.faults / stable.requests
-    # A share of 0 would have a standard error of 0: as in Agresti and Coull's interval, one failure is added.
-    error = math.sqrt(sum(_variance(tally.requests, tally.faults) for tally in (stable, canary)))
-    if failed - expected > max(0.01, SIGMAS * error):
+    if failed - expected > max(0.01, SIGMAS * math.sqrt(stable.variance + canary.variance)):
         return f"{100 * failed:.1f} % of its {canary.requests} requests failed, of stable's {100 * expected:.1f} %"
     if min(len(stable.times), len(canary.times)) < MIN_REQUESTS:
         return ""
@@ -85,16 +88,9 @@ def judge(stable: Tally, canary: Tally) -> str:
     bound = 1.5 * float(np.partition(times, at)[at]) + 0.005
     slow = float(np.mean(np.array(canary.times) > bound))
     if slow > 0.01 + SIGMAS * math.sqrt(0.01 * 0.99 / len(canary.times)):
-        return (
-            f"{100 * slow:.1f} % of its {len(canary.times)} answers took longer than {1000 * bound:.1f} ms, "
-            f"1.5 times stable's p99 and 5 ms"
-        )
+        share = f"{100 * slow:.1f} % of its {len(canary.times)} answers"
+        return f"{share} took longer than {1000 * bound:.1f} ms, 1.5 times stable's p99 and 5 ms"
     return ""
-
-
-def _variance(count: int, faults: int) -> float:
-    share = (faults + 1) / (count + 2)
-    return share * (1 - share) / count
 
 
 class Tail:
@@ -128,7 +124,7 @@ class Guard:
     """Guards the canary of one host's service. One worker at a time does, the one that has the lock."""
 
     def __init__(self, directory: Path, store: Path) -> None:
-        """Remember the service's state directory (JOURNAL_DIR, with the lock and a local rollback) and the store."""
+        """`directory` is the service's JOURNAL_DIR, with the journal, the lock and a rollback of this host."""
         self._directory, self._store = directory, Store(store)
         self.lock = FileLock(directory / "guard.lock")
         self._tail: Tail | None = None  # of the journal, while this process guards
@@ -190,10 +186,9 @@ def guarded(routes: Routes | None) -> Routing | None:
 
 def changed_at(routing: Routing) -> float:
     """Return when the routing was last changed, in seconds since 1970; 0 if that is unknown."""
-    try:
-        return float(calendar.timegm(time.strptime(routing.changed, "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return 0.0
+    with suppress(ValueError):
+        return datetime.strptime(routing.changed, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return 0.0
 
 
 def local_rollback(directory: Path) -> tuple[str, str]:

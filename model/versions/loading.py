@@ -14,14 +14,9 @@ from .store import Manifest
 def load_version(
     manifest: Manifest, *, allow_version_mismatch: bool = False, batcher: Batcher | None = None
 ) -> LoadedModel:
-    """Load a version and compare it with its manifest.
+    """Load a version as `load_model` does, and compare it with what its manifest records.
 
-    Args:
-        manifest: of the version; what it does not record is not compared.
-        allow_version_mismatch, batcher: as with `load_model`.
-
-    Raises:
-        ModelLoadError: what is wrong with it.
+    Raises: ModelLoadError, what is wrong with it.
     """
     about = manifest.about
     sample, recorded = about.get("sample"), about.get("predictions")
@@ -55,18 +50,16 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
 def check_bytes(manifest: Manifest) -> str:
     """Return the sha256 of a version's artifact.
 
-    Raises:
-        ModelLoadError: it cannot be read, or is not the file that was published.
+    Raises: ModelLoadError, it cannot be read, or is not the file that was published.
     """
     try:
         sha256 = hash_file(manifest.artifact)
     except ModelLoadError as error:
         raise ModelLoadError(f"version {manifest.version}: {error}") from error
-    if sha256 != (published := manifest.about["sha256"]):
-        raise ModelLoadError(
-            f"{manifest.artifact} is not the file that was published: its sha256 is {sha256}, its manifest records "
-            f"{published}"
-        )
+    published = manifest.about["sha256"]
+    if sha256 != published:
+        why = f"its sha256 is {sha256}, its manifest records {published}"
+        raise ModelLoadError(f"{manifest.artifact} is not the file that was published: {why}")
     return sha256
 
 

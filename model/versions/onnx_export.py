@@ -5,9 +5,9 @@ faster. But its form of a model is another program. So both predict the same row
 written.
 
 What differs is usually precision. scikit-learn's forests compare float32 values, its linear models and boosted trees
-float64 ones; a value such as 1600000001 has no float32 form, and falls on the other side of a threshold. Both forms are
-therefore tried, and the more similar one is kept. And a forest that was fitted without missing values sends them to the
-larger branch, its ONNX form always to the right: such a file takes no `null`.
+float64 ones; a value such as 1600000001 has no float32 form, and falls on the other side of a threshold. Both are
+tried, and the more similar one is kept. And a forest that was fitted without missing values sends them to the larger
+branch, its ONNX form always to the right: such a file takes no `null`.
 """
 
 import json
@@ -63,7 +63,7 @@ class Report:
     @property
     def badness(self) -> tuple[bool, bool, int, float]:
         """Order the ONNX forms of a model: the smallest is the best."""
-        return not self.alike, self.alike and not self.null, self.labels or 0, self.relative
+        return not self.alike, not self.null, self.labels or 0, self.relative
 
     def __str__(self) -> str:
         rows = "synthetic rows" if self.synthetic else "rows of the sample"
@@ -93,9 +93,7 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
         sample: rows to compare on, as in the "data" of a request; without them, synthetic rows.
         force: write it even if the predictions differ.
 
-    Raises:
-        ModelLoadError: the model does not load, or no library that writes ONNX is installed.
-        NotExported: the model has no ONNX form, or one that predicts differently.
+    Raises: ModelLoadError, of the model or of a missing library; NotExported, no form of it predicts the same.
     """
     if out.suffix.lower() != ".onnx":
         raise NotExported(f"{out.name}: an ONNX file's name ends in .onnx")
@@ -109,7 +107,7 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
     with cli.progressbar(len(PRECISIONS), "exporting") as bar:
         for precision in PRECISIONS:
             try:
-                forms += _forms(model, signature, rows, precision)
+                forms.append(_form(model, signature, rows, precision))
             except NotExported:
                 raise
             except UnsupportedModel as error:
@@ -129,20 +127,21 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
     return report
 
 
-def _forms(model: Any, signature: Signature, rows: list[Any], precision: str) -> Iterator[tuple[Report, bytes]]:
-    """Yield the forms of one precision: one that takes missing values as the model does, and one that takes none."""
+def _form(model: Any, signature: Signature, rows: list[Any], precision: str) -> tuple[Report, bytes]:
+    """Make the ONNX form of one precision. It takes missing values if it predicts the same for them."""
     converted = _convert(model, signature, precision, rows)
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(_with_metadata(converted, model, signature, null=True))
+        file.flush()
+        exported = formats.load(Path(file.name))
+
+    def compare(given: list[Any]) -> Report:
+        return _compare(model, exported, signature.parse(given), exported.signature.parse(given))
+
     missing = _with_one_missing(signature, rows)
-    for null in (True, False) if missing else (True,):
-        given = [*rows, *missing] if null else rows
-        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-            content = _with_metadata(converted, model, signature, null)
-            file.write(content)
-            file.flush()
-            exported = formats.load(Path(file.name))
-        signature_of_exported, _ = infer_signature(exported, given)
-        report = _compare(model, exported, signature.parse(given), signature_of_exported.parse(given))
-        yield replace(report, rows=len(rows), precision=precision, null=null), content
+    null = not missing or compare([*rows, *missing]).alike
+    report = replace(compare(rows), rows=len(rows), precision=precision, null=null)
+    return report, _with_metadata(converted, model, signature, null)
 
 
 def _convert(model: Any, signature: Signature, precision: str, rows: list[Any]) -> Any:

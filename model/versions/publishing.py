@@ -22,7 +22,7 @@ import cli
 
 from ..formats import ModelLoadError
 from .loading import load_version, model_facts
-from .store import Manifest, Store, StoreError, read_manifest
+from .store import Manifest, Store, StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 900.0  # seconds for a model to load and predict its sample
@@ -36,7 +36,7 @@ def publish(
     metrics: Any = None,
     note: str = "",
     allow_version_mismatch: bool = False,
-) -> Manifest:
+) -> str:
     """Make a version of a model file, once two fresh processes have loaded it and agreed on its predictions.
 
     Args:
@@ -45,8 +45,7 @@ def publish(
         sample: rows to validate it with; without them, a synthetic row.
         metrics, note: kept in the manifest, for people.
 
-    Raises:
-        StoreError: why there is no new version.
+    Returns its name. Raises: StoreError, why there is no new version.
     """
     with cli.progressbar(3, "publishing") as bar:
         with store.new_version(artifact, version) as manifest:
@@ -57,14 +56,13 @@ def publish(
             manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
             validate(manifest, allow_version_mismatch)
         bar.update(1)
-    return read_manifest(store.directory, manifest.version)
+    return manifest.version
 
 
 def validate(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[str, Any]:
     """Load a version in a fresh process, and return what its manifest has to record.
 
-    Raises:
-        StoreError: it does not load, or does not predict what its manifest records.
+    Raises: StoreError, it does not load, or does not predict what its manifest records.
     """
     known = {"artifact": str(manifest.artifact), "version": manifest.version, "about": manifest.about}
     job = known | {"allow_version_mismatch": allow_version_mismatch}

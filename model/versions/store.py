@@ -57,11 +57,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path, version: str) -> Manifest:
-    """Read the manifest of a version.
-
-    Raises:
-        ModelLoadError: there is no such version, or its manifest is not valid.
-    """
+    """Read the manifest of a version. Raises: ModelLoadError, there is none, or it is not valid."""
     if not _VERSION.fullmatch(version):
         raise ModelLoadError(f"{version!r} is not a valid version name")
     path = directory / version / "manifest.json"
@@ -101,11 +97,7 @@ class Routing:
 
     @classmethod
     def read(cls, directory: Path) -> "Routing":
-        """Read the routing of a store; a store that has no routing yet has the empty one.
-
-        Raises:
-            ModelLoadError: it is not valid.
-        """
+        """Read the routing of a store; without a file it is the empty one. Raises: ModelLoadError, it is not valid."""
         path = directory / ROUTING
         try:
             given = orjson.loads(path.read_bytes())
@@ -184,11 +176,8 @@ class Store:
             artifact: the model file; its suffix names the format.
             version: its name; by default the next whole number.
 
-        Yields:
-            The manifest. What the block adds to its `about` is written with it.
-
-        Raises:
-            StoreError: the name is taken or invalid, or the file cannot be copied.
+        Yields its manifest, to whose `about` the block adds what is to be recorded.
+        Raises: StoreError, the name is taken or invalid, or the file cannot be copied.
         """
         if version and (not _VERSION.fullmatch(version) or version == ROUTING):
             raise StoreError(f"version {version!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
@@ -246,8 +235,7 @@ class Store:
             why: the reason, for those who read the routing.
             only: do nothing if the routing has another generation than this by now.
 
-        Raises:
-            StoreError: there is nothing to roll back.
+        Raises: StoreError, there is nothing to roll back.
         """
         with self._locked():
             old = Routing.read(self.directory)

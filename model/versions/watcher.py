@@ -27,20 +27,12 @@ class StoreWatcher:
     interval: float | None = 0.5  # seconds
 
     def __init__(self, directory: Path, journal_dir: Path) -> None:
-        """Remember where the files are; nothing is read yet.
-
-        Args:
-            directory: the version store.
-            journal_dir: holds this host's rollbacks, and a copy of the routing that was served last without an error.
-        """
+        """Nothing is read yet. `journal_dir` holds this host's rollback, and the routing that was served last."""
         self._directory, self._journal_dir = directory, journal_dir
         self._seen: tuple[Any, ...] = ()
 
     def update(self, serving: Serving) -> Update | None:
-        """Load what the routing asks for; return None if nothing has changed.
-
-        Raises: ModelLoadError, the routing cannot be used.
-        """
+        """Load what the routing asks for; None if nothing has changed. Raises: ModelLoadError, it cannot be used."""
         etags = self._etags()
         if etags == self._seen and (serving.routes or serving.errors):  # neither at first, also after a fork
             return None
@@ -102,13 +94,11 @@ class StoreWatcher:
         return serving.routes.stable if serving.routes else None
 
     def _canary(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
-        if not routing.canary:
-            return None
         etag, reason = local_rollback(self._journal_dir)
-        if etag == routing.etag:
+        if routing.canary and etag == routing.etag:
             errors.append(f"canary {routing.canary} was rolled back on this host: guard, {reason}")
             return None
-        return self._load(serving, routing.canary, errors)
+        return self._load(serving, routing.canary, errors) if routing.canary else None
 
     def _load(self, serving: Serving, version: str, errors: list[str]) -> LoadedModel | None:
         """Return a version, from memory or else from the disk; None if that fails.
