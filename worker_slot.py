@@ -17,17 +17,11 @@ if TYPE_CHECKING:
 
 def slot_of(app: "Flask", service: "Service") -> "WorkerSlot":
     """Return the slot of a service's worker, which is taken when it starts, and again if it is lost."""
-    if "worker_slot" not in app.extensions:
-        slot = app.extensions["worker_slot"] = WorkerSlot(service.settings.journal_dir / "workers")
-
-        def take() -> None:
-            with suppress(OSError):  # those who use the slot log that they have none
-                slot.take()
-
-        service.on_start.append(take)
-        service.every_second.append(take)
-    found: WorkerSlot = app.extensions["worker_slot"]
-    return found
+    slot: WorkerSlot = app.extensions.setdefault("worker_slot", WorkerSlot(service.settings.journal_dir / "workers"))
+    if slot.take not in service.on_start:
+        service.on_start.append(slot.take)
+        service.every_second.append(slot.take)
+    return slot
 
 
 class WorkerSlot:
@@ -40,23 +34,27 @@ class WorkerSlot:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock: FileLock | None = None
-        self.number = -1  # until one is taken
+        self.number = -1  # if it has none
 
     def take(self) -> None:
-        """Take the lowest free number, unless one is held. Raises: OSError."""
+        """Take the lowest free number, unless one is held."""
         if self._lock is not None and self._lock.fd is not None and os.fstat(self._lock.fd).st_nlink:
             return
-        for number in itertools.count():
-            lock = FileLock(self._directory / f"slot-{number}")
-            if lock.acquire():
-                break
-            lock.release()
-        self._lock, self.number = lock, number
-        (self._directory / f"status-{number}").unlink(missing_ok=True)  # what a dead worker published
+        self.number = -1
+        with suppress(OSError):  # tried again every second; those who use the slot log that there is none
+            for number in itertools.count():
+                lock = FileLock(self._directory / f"slot-{number}")
+                if lock.acquire():
+                    break
+                lock.release()
+            self._lock, self.number = lock, number
+            (self._directory / f"status-{number}").unlink(missing_ok=True)  # what a dead worker published
 
     def publish(self, state: dict[str, Any]) -> None:
         """Publish a JSON object to readers on this host. Raises: OSError."""
         self.take()
+        if self.number < 0:
+            raise OSError("this worker has no slot")
         replace_file(self._directory / f"status-{self.number}", json.dumps(state).encode(), durable=False)
 
     @staticmethod

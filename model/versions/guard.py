@@ -12,7 +12,8 @@ rolled back
 Both are counted over the same window of time, so that an incident that affects both is held against neither. The window
 begins with the last change of the routing, and again once the canary has had `MAX_CANARY_REQUESTS`, or the two together
 `MAX_REQUESTS`. Four standard errors, not two, since the rule is evaluated again and again: of 300 canaries equal to
-their stable version, each evaluated thirty times, none was rolled back.
+their stable version, each evaluated thirty times, none was rolled back, and one if response times scatter widely (a
+log-normal sigma of 2).
 """
 
 import logging

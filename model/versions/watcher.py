@@ -29,7 +29,7 @@ class StoreWatcher:
     def __init__(self, directory: Path, journal_dir: Path) -> None:
         """Nothing is read yet. `journal_dir` holds this host's rollback, and the routing that was served last."""
         self._directory, self._journal_dir = directory, journal_dir
-        self._seen: tuple[Any, ...] = ()
+        self._seen: dict[Path, Any] = {}
 
     def update(self, serving: Serving) -> Update | None:
         """Load what the routing asks for; None if nothing has changed. Raises: ModelLoadError, it cannot be used."""
@@ -49,16 +49,19 @@ class StoreWatcher:
             self._remember(routing)
         return StoreRoutes(stable, canary, routing), errors
 
-    def _etags(self) -> tuple[Any, ...]:
+    def _etags(self) -> dict[Path, Any]:
         """Return what changes when a file that matters is replaced, repaired or removed."""
         paths = [self._directory / ROUTING, self._journal_dir / LOCAL_ROLLBACK]
-        try:
+        with suppress(ModelLoadError, OSError):
             routing = Routing.read(self._directory)
             for name in filter(None, (routing.stable, routing.canary)):
                 paths += [self._directory / name / "manifest.json", *sorted((self._directory / name).glob("model.*"))]
-        except (ModelLoadError, OSError):
-            pass
-        return tuple(map(_etag, paths))
+        etags = {}
+        for path in paths:
+            with suppress(OSError):
+                found = path.stat()
+                etags[path] = found.st_ino, found.st_size, found.st_mtime_ns
+        return etags
 
     def _routing(self, serving: Serving, errors: list[str]) -> Routing:
         """Return the routing; at boot, if it cannot be read, the one that was served last. Raises: ModelLoadError."""
@@ -136,11 +139,3 @@ def _load(directory: Path, version: str, kept: LoadedModel | None, **options: An
         check_bytes(manifest)
         return kept
     return load_version(manifest, **options)
-
-
-def _etag(path: Path) -> tuple[str, Any]:
-    try:
-        found = path.stat()
-        return str(path), (found.st_ino, found.st_size, found.st_mtime_ns)
-    except OSError:
-        return str(path), None
