@@ -118,8 +118,7 @@ def list_command(store: Store, settings: Settings) -> None:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
     if routing.generation:
         click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
-    etag, reason = local_rollback(settings.journal_dir)
-    if routing.canary and etag == routing.etag:
+    if reason := local_rollback(settings.journal_dir, routing):
         click.echo(f"the canary was rolled back on this host: guard, {reason}")
     for each in worker_statuses(settings.journal_dir):
         canary = f", canary {each['canary']}" if each["canary"] else ""

@@ -135,7 +135,7 @@ class Guard:
     def watch(self, service: "Service") -> None:
         """Evaluate the canary that a worker serves, if it is this worker's turn. Called once a second."""
         routing = guarded(service.serving.routes)
-        if routing is None or routing.etag == local_rollback(self._directory)[0]:
+        if routing is None or local_rollback(self._directory, routing):
             self.lock.release()  # for a worker that serves the canary
             self._tail = None
         elif self.lock.acquire():
@@ -192,10 +192,10 @@ def changed_at(routing: Routing) -> float:
     return 0.0
 
 
-def local_rollback(directory: Path) -> tuple[str, str]:
-    """Return the etag of the routing whose canary was rolled back on this host only, and why; else ("", "")."""
-    try:
+def local_rollback(directory: Path, routing: Routing) -> str:
+    """Return why the canary of a routing was rolled back on this host only, or ""."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         found = orjson.loads((directory / LOCAL_ROLLBACK).read_bytes())
-        return str(found["routing"]), str(found["reason"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", ""
+        if found["routing"] == routing.etag:
+            return str(found["reason"])
+    return ""

@@ -97,11 +97,12 @@ class StoreWatcher:
         return serving.routes.stable if serving.routes else None
 
     def _canary(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
-        etag, reason = local_rollback(self._journal_dir)
-        if routing.canary and etag == routing.etag:
+        if not routing.canary:
+            return None
+        if reason := local_rollback(self._journal_dir, routing):
             errors.append(f"canary {routing.canary} was rolled back on this host: guard, {reason}")
             return None
-        return self._load(serving, routing.canary, errors) if routing.canary else None
+        return self._load(serving, routing.canary, errors)
 
     def _load(self, serving: Serving, version: str, errors: list[str]) -> LoadedModel | None:
         """Return a version, from memory or else from the disk; None if that fails.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def test_bad_canary_is_rolled_back_in_the_store(guard: Guard, store: Store, tmp_
     now = Routing.read(store.directory)
     assert (now.stable, now.canary, now.guard, now.generation) == ("1", "", False, routing.generation + 1)
     assert now.why == f"guard, {reason}: canary 2"
-    assert local_rollback(tmp_path / "state") == ("", "")
+    assert not (tmp_path / "state/guard.json").exists()
 
 
 def test_good_canary_stays(guard: Guard, store: Store) -> None:
@@ -270,7 +271,7 @@ def test_routing_that_was_changed_meanwhile_is_left_alone(guard: Guard, store: S
         now = store.canary("2", 10 + change)
         assert guard.evaluate(judged, requests("stable", 1000) + requests("canary", 1000, BAD)) == ""
         assert Routing.read(store.directory) == now
-    assert local_rollback(tmp_path / "state") == ("", "")
+    assert not (tmp_path / "state/guard.json").exists()
 
 
 @pytest.mark.parametrize("lock", ["directory", "broken routing"])
@@ -285,7 +286,8 @@ def test_guard_that_cannot_write_the_store_rolls_back_on_this_host(
         (store.directory / "routing.json").write_text("{")
     reason = guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD))
     assert "requests failed" in reason
-    assert local_rollback(tmp_path / "state") == (routing.etag, reason)
+    assert local_rollback(tmp_path / "state", routing) == reason
+    assert local_rollback(tmp_path / "state", replace(routing, weight=50)) == ""
     known = json.loads((tmp_path / "state/guard.json").read_text())
     assert known == {"routing": routing.etag, "canary": "2", "reason": reason}
 
@@ -296,7 +298,7 @@ def test_guard_that_cannot_write_the_store_rolls_back_on_this_host(
 )
 def test_local_rollback_that_is_not_valid_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "guard.json").write_text(text, "latin-1")
-    assert local_rollback(tmp_path) == ("", "")
+    assert local_rollback(tmp_path, Routing()) == ""
 
 
 def test_list_shows_no_rollback_for_a_routing_written_by_hand(
