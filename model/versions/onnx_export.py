@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +205,7 @@ def _compare(model: Any, exported: Any, given: Any, converted: Any) -> Report:
     expected, found = np.asarray(model.predict(given)), np.asarray(exported.predict(converted))
     report = Report(compared="predict")
     if is_classifier(model) or expected.dtype.kind != "f":
-        same_shape = expected.shape == found.shape
-        different = _different(expected, found) if same_shape else np.ones(len(expected), bool)
+        different = _different(expected, found)
         report = Report(labels=int(different.sum()))
         if hasattr(exported, "predict_proba"):
             expected, found = np.asarray(model.predict_proba(given)), np.asarray(exported.predict_proba(converted))
@@ -220,6 +218,8 @@ def _compare(model: Any, exported: Any, given: Any, converted: Any) -> Report:
 
 
 def _different(expected: Any, found: Any) -> Any:
+    if expected.shape != found.shape:
+        return np.ones(len(expected), bool)
     pairs = zip(expected.ravel().tolist(), found.ravel().tolist(), strict=True)
     return np.array([a != b or isinstance(a, bool) != isinstance(b, bool) for a, b in pairs])
 
@@ -297,17 +297,13 @@ def _numbers_of(part: Any, width: int) -> Iterator[tuple[int, Any]]:
     arrays = [getattr(part, name, None) for name in names]
     centre, scale = getattr(part, "mean_", getattr(part, "center_", None)), getattr(part, "scale_", None)
     if centre is not None and scale is not None:
-        arrays.append(np.asarray(centre) + np.multiply.outer([-1, 0, 1], np.asarray(scale)))
+        arrays += [np.asarray(centre) + steps * np.asarray(scale) for steps in (-1, 0, 1)]
     for array in arrays:
-        if isinstance(array, np.ndarray) and array.dtype.kind == "f":
-            rows = np.atleast_2d(array)
-            if rows.ndim == 2 and rows.shape[1] == width:
-                yield from enumerate(rows[:200].T)
-
+        if isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.shape[-1:] == (width,):
+            yield from enumerate(np.atleast_2d(array)[:200].T)
     tree = getattr(part, "tree_", None)
-    splits = [] if tree is None else [(tree.feature, tree.threshold)]
-    for predictor in chain.from_iterable(getattr(part, "_predictors", ())):
-        nodes = predictor.nodes[predictor.nodes["is_leaf"] == 0]
-        splits.append((nodes["feature_idx"], nodes["num_threshold"]))
-    for features, thresholds in splits:
-        yield from ((at, thresholds[features == at]) for at in range(width))
+    if tree is not None:
+        yield from ((at, tree.threshold[tree.feature == at]) for at in range(width))
+    bins = getattr(part, "_bin_mapper", None)  # of histogram boosting: quantiles of what it was fitted on
+    if bins is not None:
+        yield from zip(range(width), bins.bin_thresholds_, strict=False)

@@ -103,16 +103,17 @@ class Routing:
             given = orjson.loads(path.read_bytes())
             previous = given.get("previous", [])
             canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
+            weight = float(canary["weight"])
             names = [given["stable"], *previous, *filter(None, [canary["version"]])]
             if not isinstance(previous, list) or not all(map(_VERSION.fullmatch, names)):
                 raise ValueError("it contains an invalid version name")
-            if not 0 <= float(canary["weight"]) <= 100:
+            if not 0 <= weight <= 100:
                 raise ValueError("the canary's weight is not from 0 to 100")
             return cls(
                 given["stable"],
                 tuple(previous),
                 canary["version"],
-                float(canary["weight"]),
+                weight,
                 canary["guard"] is True,
                 int(given.get("generation", 0)),
                 *(str(given.get(name, "")) for name in ("changed", "by", "why")),
