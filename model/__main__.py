@@ -66,7 +66,7 @@ _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metav
 @click.option("--note", default="", help="Words to remember.")
 def publish_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
-    version = publish(store, file, allow_version_mismatch=settings.allow_version_mismatch, **given)
+    version = publish(store, file, **given)
     click.echo(f"published version {version}; serve it with: python -m model promote {version}")
     if not given["sample"]:
         click.echo("validated with a synthetic row only: give your own rows with --sample next time")
@@ -142,7 +142,7 @@ def verify_command(store: Store, settings: Settings, version: str | None) -> int
     for each in versions:
         found = "as it was published"
         try:
-            validate(read_manifest(store.directory, each), settings.allow_version_mismatch)
+            validate(read_manifest(store.directory, each))
         except (StoreError, ModelLoadError) as error:
             found, broken = str(error), 1
         click.echo(f"{each}: {found}")
@@ -179,7 +179,7 @@ def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> N
     if not force:
         if not all(fits for fits, _ in found):
             raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
-        validate(manifest, settings.allow_version_mismatch)
+        validate(manifest)
         click.echo("fits  it predicts its sample here as when it was published")
 
 

@@ -5,28 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from ..batching import Batcher
 from ..formats import ModelLoadError
 from ..loaded import LoadedModel, hash_file, load_model
 from .store import Manifest
 
 
-def load_version(
-    manifest: Manifest, *, allow_version_mismatch: bool = False, batcher: Batcher | None = None
-) -> LoadedModel:
-    """Load a version as `load_model` does, and compare it with what its manifest records.
+def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
+    """Load a version as `load_model` does with these options, and compare it with what its manifest records.
 
     Raises: ModelLoadError, what is wrong with it.
     """
     about = manifest.about
     sample, recorded = about.get("sample"), about.get("predictions")
     model = load_model(
-        manifest.artifact,
-        version=manifest.version,
-        sha256=check_bytes(manifest),
-        sample=sample,
-        allow_version_mismatch=allow_version_mismatch,
-        batcher=batcher,
+        manifest.artifact, version=manifest.version, sha256=check_bytes(manifest), sample=sample, **options
     )
     if recorded is not None and not same_predictions(model.call(model.signature.parse(sample)), recorded):
         raise ModelLoadError(

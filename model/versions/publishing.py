@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 import cli
+from settings import Settings
 
 from ..formats import ModelLoadError
 from .loading import load_version, model_facts
@@ -35,7 +36,6 @@ def publish(
     sample: list[Any] | None = None,
     metrics: Any = None,
     note: str = "",
-    allow_version_mismatch: bool = False,
 ) -> str:
     """Make a version of a model file, once two fresh processes have loaded it and agreed on its predictions.
 
@@ -51,21 +51,20 @@ def publish(
         with store.new_version(artifact, version) as manifest:
             bar.update(1)
             manifest.about["sample"] = sample
-            manifest.about.update(validate(manifest, allow_version_mismatch))
+            manifest.about.update(validate(manifest))
             bar.update(1)
             manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
-            validate(manifest, allow_version_mismatch)
+            validate(manifest)
         bar.update(1)
     return manifest.version
 
 
-def validate(manifest: Manifest, allow_version_mismatch: bool = False) -> dict[str, Any]:
+def validate(manifest: Manifest) -> dict[str, Any]:
     """Load a version in a fresh process, and return what its manifest has to record.
 
     Raises: StoreError, it does not load, or does not predict what its manifest records.
     """
-    known = {"artifact": str(manifest.artifact), "version": manifest.version, "about": manifest.about}
-    job = known | {"allow_version_mismatch": allow_version_mismatch}
+    job = {"artifact": str(manifest.artifact), "version": manifest.version, "about": manifest.about}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.NamedTemporaryFile() as result:  # not a pipe: a model may print
         try:
@@ -143,7 +142,8 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     """Do the work of `validate` in this process."""
     before = _resident() if sys.platform == "linux" else None
     manifest = Manifest(Path(job["artifact"]), job["version"], job["about"])
-    model = load_version(manifest, allow_version_mismatch=job["allow_version_mismatch"])
+    settings = Settings.from_environ(os.environ)
+    model = load_version(manifest, allow_version_mismatch=settings.allow_version_mismatch)
     sample = job["about"].get("sample") or model.about["example"]["data"]
     return model_facts(model) | {
         "sample": sample,

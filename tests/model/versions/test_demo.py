@@ -40,9 +40,9 @@ def stop_at(step: str) -> Callable[..., Any]:
 def validated_here(monkeypatch: Any) -> None:
     """Validate in this process, if the fresh one is not the point."""
 
-    def validate(manifest: Manifest, _: bool) -> Any:
+    def validate(manifest: Manifest) -> Any:
         job = {"artifact": manifest.artifact, "version": manifest.version, "about": manifest.about}
-        found = publishing.validate_here(job | {"allow_version_mismatch": False})
+        found = publishing.validate_here(job)
         return orjson.loads(orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY))
 
     monkeypatch.setattr("model.versions.publishing.validate", validate)
