@@ -17,7 +17,6 @@ from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
 from .versions import worker_statuses
-from .versions.guard import local_rollback
 from .versions.publishing import preflight, publish, validate
 from .versions.store import Routing, Store, StoreError, read_manifest, read_rows
 
@@ -118,7 +117,7 @@ def list_command(store: Store, settings: Settings) -> None:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
     if routing.generation:
         click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
-    if reason := local_rollback(settings.journal_dir, routing):
+    if reason := routing.local_rollback(settings.journal_dir):
         click.echo(f"the canary was rolled back on this host: guard, {reason}")
     for each in worker_statuses(settings.journal_dir):
         canary = f", canary {each['canary']}" if each["canary"] else ""

@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import orjson
 
 from monitor import read_lines, segments
 from processes import FileLock
 
 from ..formats import ModelLoadError
 from ..serving import Routes
-from .routes import StoreRoutes
-from .store import Routing, Store, StoreError, write_json
+from .store import LOCAL_ROLLBACK, Routing, Store, StoreError, write_json
+from .watcher import StoreRoutes
 
 if TYPE_CHECKING:
     from server import Service
@@ -48,7 +47,6 @@ MAX_REQUESTS = 200_000  # in one window
 SIGMAS = 4.0
 FAULTS = ("model", "overload", "internal")
 UNPROCESSABLE = 422  # rows that do not fit: callers' mistakes affect both variants, a changed signature only the canary
-LOCAL_ROLLBACK = "guard.json"
 
 
 class Tally:
@@ -135,7 +133,7 @@ class Guard:
     def watch(self, service: "Service") -> None:
         """Evaluate the canary that a worker serves, if it is this worker's turn. Called once a second."""
         routing = guarded(service.serving.routes)
-        if routing is None or local_rollback(self._directory, routing):
+        if routing is None or routing.local_rollback(self._directory):
             self.lock.release()  # for a worker that serves the canary
             self._tail = None
         elif self.lock.acquire():
@@ -190,12 +188,3 @@ def changed_at(routing: Routing) -> float:
     with suppress(ValueError):
         return datetime.strptime(routing.changed, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     return 0.0
-
-
-def local_rollback(directory: Path, routing: Routing) -> str:
-    """Return why the canary of a routing was rolled back on this host only, or ""."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = orjson.loads((directory / LOCAL_ROLLBACK).read_bytes())
-        if found["routing"] == routing.etag:
-            return str(found["reason"])
-    return ""

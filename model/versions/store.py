@@ -31,6 +31,7 @@ from processes import FileLock, flock, is_locked, replace_file, sync_directory
 from ..formats import ModelLoadError
 
 ROUTING = "routing.json"
+LOCAL_ROLLBACK = "guard.json"  # of the guard on one host, in its JOURNAL_DIR, if it cannot write the store
 MAX_PREVIOUS = 10  # earlier stable versions that the routing remembers
 MAX_SAMPLE_ROWS = 1000
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -141,6 +142,14 @@ class Routing:
     def etag(self) -> str:
         """Identify this routing. The generation alone does not: a routing written by hand may repeat it."""
         return f"{self.generation} of {self.changed}: {self.canary} {self.weight:g}"
+
+    def local_rollback(self, journal_dir: Path) -> str:
+        """Return why this routing's canary was rolled back on this host only, or ""."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = orjson.loads((journal_dir / LOCAL_ROLLBACK).read_bytes())
+            if found["routing"] == self.etag:
+                return str(found["reason"])
+        return ""
 
     def __str__(self) -> str:
         canary = f", canary {self.canary} for {self.weight:g} % of the requests" if self.canary else ""

@@ -4,19 +4,21 @@ New versions are loaded and validated beside those that serve. A version that do
 read, changes nothing in what is served; it is reported in `GET /model` and in the log.
 """
 
+import hashlib
 import logging
+import random
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..formats import ModelLoadError
 from ..loaded import LoadedModel
-from ..serving import Serving, Update
-from .guard import LOCAL_ROLLBACK, local_rollback
+from ..serving import Routes, Serving, Update
+from ..signature import BadRows
 from .loading import check_bytes, load_version
-from .routes import StoreRoutes
-from .store import ROUTING, Routing, read_manifest, write_json
+from .store import LOCAL_ROLLBACK, ROUTING, Routing, read_manifest, write_json
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class StoreWatcher:
     def _canary(self, serving: Serving, routing: Routing, errors: list[str]) -> LoadedModel | None:
         if not routing.canary:
             return None
-        if reason := local_rollback(self._journal_dir, routing):
+        if reason := routing.local_rollback(self._journal_dir):
             errors.append(f"canary {routing.canary} was rolled back on this host: guard, {reason}")
             return None
         return self._load(serving, routing.canary, errors)
@@ -140,3 +142,47 @@ def _load(directory: Path, version: str, kept: LoadedModel | None, **options: An
         check_bytes(manifest)
         return kept
     return load_version(manifest, **options)
+
+
+@dataclass(frozen=True)
+class StoreRoutes(Routes):
+    """A stable version, and perhaps a canary beside it."""
+
+    canary: LoadedModel | None
+    routing: Routing
+
+    def choose(self, key: str, version: str) -> tuple[LoadedModel, str]:
+        """Return the version for a request: the one that it asks for, or by its key, or at random."""
+        if version:
+            for model, variant in zip(self.models(), ("stable", "canary"), strict=False):
+                if model.version == version:
+                    return model, variant
+            served = ", ".join(model.version for model in self.models())
+            raise BadRows(f"X-Model-Version: no such version is served; there are: {served}")
+        if self.canary is not None and share_of(key, self.canary.version) < self.routing.weight:
+            return self.canary, "canary"
+        return self.stable, "stable"
+
+    def models(self) -> list[LoadedModel]:
+        """Return the versions that are served."""
+        return [self.stable, self.canary] if self.canary else [self.stable]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what GET /model shows, as JSON values."""
+        canary = self.canary and self.canary.describe()
+        return super().describe() | {"canary": canary, "routing": self.routing.to_json()}
+
+    def __str__(self) -> str:
+        canary = f"; for {self.routing.weight:g} % of the requests version {self.canary}" if self.canary else ""
+        return f"{super().__str__()}{canary}"
+
+
+def share_of(key: str, version: str) -> float:
+    """Return where a request falls, in percent: at random, or by its key. Requests below its weight are a canary's.
+
+    The version is mixed in, so that one caller is not the first to meet every canary.
+    """
+    if not key:
+        return random.random() * 100  # noqa: S311  # no secret
+    digest = hashlib.blake2b(f"{version}:{key}".encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64 * 100

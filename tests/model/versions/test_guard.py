@@ -26,7 +26,6 @@ from model.versions.guard import (
     Tail,
     Tally,
     judge,
-    local_rollback,
 )
 from model.versions.store import Routing, Store, write_json
 from monitor import Journal, log_monitor, segments
@@ -286,8 +285,8 @@ def test_guard_that_cannot_write_the_store_rolls_back_on_this_host(
         (store.directory / "routing.json").write_text("{")
     reason = guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD))
     assert "requests failed" in reason
-    assert local_rollback(tmp_path / "state", routing) == reason
-    assert local_rollback(tmp_path / "state", replace(routing, weight=50)) == ""
+    assert routing.local_rollback(tmp_path / "state") == reason
+    assert replace(routing, weight=50).local_rollback(tmp_path / "state") == ""
     known = json.loads((tmp_path / "state/guard.json").read_text())
     assert known == {"routing": routing.etag, "canary": "2", "reason": reason}
 
@@ -298,7 +297,7 @@ def test_guard_that_cannot_write_the_store_rolls_back_on_this_host(
 )
 def test_local_rollback_that_is_not_valid_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "guard.json").write_text(text, "latin-1")
-    assert local_rollback(tmp_path, Routing()) == ""
+    assert Routing().local_rollback(tmp_path) == ""
 
 
 def test_list_shows_no_rollback_for_a_routing_written_by_hand(

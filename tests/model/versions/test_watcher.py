@@ -14,9 +14,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from model.serving import ModelNotReady, Serving
 from model.versions import publish_status
-from model.versions.routes import StoreRoutes
 from model.versions.store import Routing, Store, write_json
-from model.versions.watcher import StoreWatcher
+from model.versions.watcher import StoreRoutes, StoreWatcher
 from worker_slot import WorkerSlot
 
 IRIS = load_iris()
