@@ -127,8 +127,8 @@ class Guard:
         self._directory, self._store = directory, Store(store)
         self.lock = FileLock(directory / "guard.lock")
         self._tail: Tail | None = None  # of the journal, while this process guards
-        self._window = ""  # the etag of the routing that is evaluated; "" begins a new window
-        self._tallies: dict[str, Tally] = {}
+        self._window: tuple[str, str] | None = None  # the routing that is evaluated, and the stable version that serves
+        self._tallies: dict[tuple[str, str], Tally] = {}  # by variant and version
 
     def watch(self, service: "Service") -> None:
         """Evaluate the canary that a worker serves, if it is this worker's turn. Called once a second."""
@@ -146,19 +146,18 @@ class Guard:
 
     def evaluate(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
         """Count new records; roll the canary back if it is worse, and return why, else ""."""
-        if routing.etag != self._window:
-            self._window = routing.etag
-            self._tallies = {"stable": Tally(), "canary": Tally()}
-        names, since = {"stable": routing.stable, "canary": routing.canary}, changed_at(routing)
+        if self._window != (routing.etag, routing.stable):
+            self._window = routing.etag, routing.stable
+            self._tallies = {("stable", routing.stable): Tally(), ("canary", routing.canary): Tally()}
+        since = changed_at(routing)
         for record in records:
-            with suppress(KeyError, TypeError, ValueError):  # not the record of a request
-                variant = record["variant"]
-                if record["model_version"] == names[variant] and record["time"] >= since:
-                    self._tallies[variant].add(record)
-        stable, canary = self._tallies["stable"], self._tallies["canary"]
+            with suppress(KeyError, TypeError, ValueError):  # another version's, or not the record of a request
+                if record["time"] >= since:
+                    self._tallies[record["variant"], record["model_version"]].add(record)
+        stable, canary = self._tallies.values()
         reason = judge(stable, canary)
         if reason or canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
-            self._window = ""
+            self._window = None  # the next evaluation begins another
         return reason if reason and self._roll_back(routing, reason) else ""
 
     def _roll_back(self, routing: Routing, reason: str) -> bool:

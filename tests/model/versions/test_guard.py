@@ -264,6 +264,15 @@ def test_change_of_the_routing_begins_anew(guard: Guard, store: Store) -> None:
     assert guard.evaluate(routing, requests("stable", 300)) != ""
 
 
+def test_stable_version_that_comes_back_begins_anew(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    fallback = replace(routing, stable="0")  # serves while version 1 does not load
+    old = requests("stable", 1000, model_version="0")
+    assert guard.evaluate(fallback, old + requests("canary", 100, BAD)) == ""
+    assert guard.evaluate(routing, requests("canary", 300, BAD)) == ""
+    assert guard.evaluate(routing, requests("stable", 300)) != ""
+
+
 def test_routing_that_was_changed_meanwhile_is_left_alone(guard: Guard, store: Store, tmp_path: Path) -> None:
     judged = Routing.read(store.directory)
     for change in range(3):
