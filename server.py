@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Request, Response, g, request
 from werkzeug.exceptions import Forbidden, HTTPException, InternalServerError, ServiceUnavailable, UnprocessableEntity
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -128,8 +128,9 @@ class Service:
 
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
-        rows, method = read_rows(request, self.bodies, self.settings.max_rows, self.run_in_thread)
-        given = request.environ.get
+        current: Request = request._get_current_object()  # type: ignore[attr-defined]
+        rows, method = read_rows(current, self.bodies, self.settings.max_rows, self.run_in_thread)
+        given = current.environ.get
         answer = self.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))
         content = {"prediction": answer.prediction}
         if answer.classes is not None:
@@ -213,23 +214,24 @@ class Service:
 
     def begin(self) -> None:
         """Start the record of a request."""
-        g.began = time.perf_counter()
-        environ = request.environ
+        context = g._get_current_object()  # not by its proxy, each use of which costs 0.8 µs; below and in auth.py too
+        context.began, environ = time.perf_counter(), request.environ
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no secret
-        g.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": request_id}
+        context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": request_id}
         self.start()
 
     def finish(self, response: Response) -> Response:
         """Complete the answer, and record it before it leaves."""
-        self.bodies.finish(request.environ, response)
-        record = g.record
+        context, current = g._get_current_object(), request._get_current_object()  # type: ignore[attr-defined]
+        record = context.record
+        self.bodies.finish(current.environ, response)
         response.headers.add("X-Request-ID", record["request_id"])
         if record["model_version"]:
             response.headers.add("X-Model-Version", record["model_version"])
-        if request.endpoint in self.recorded:
+        if current.endpoint in self.recorded:
             record["status"], record["success"] = response.status_code, response.status_code < 400
-            run_hooks(self.observers, time.perf_counter() - g.began, record)
+            run_hooks(self.observers, time.perf_counter() - context.began, record)
         return response
 
     # --- beside the requests
