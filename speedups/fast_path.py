@@ -46,6 +46,7 @@ MAX_REQUEST_LINE = 4094  # bytes
 
 # Fields that frame a message otherwise than by its length, or are between two hops.
 UNSUPPORTED_HEADERS = {"EXPECT", "KEEP-ALIVE", "PROXY-CONNECTION", "TE", "TRAILER", "TRANSFER-ENCODING", "UPGRADE"}
+SERVER_HEADERS = hop_headers | {"content-length"}  # headers of a response that the application does not set; lower case
 
 # gunicorn's settings that change what it does with a request. If one is not at its default, it takes all requests.
 SETTINGS = (
@@ -53,15 +54,7 @@ SETTINGS = (
     *("post_request", "pre_request", "protocol", "proxy_protocol"),
 )
 
-# What an environ holds for every simple request.
-BASE_ENVIRON = {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1", "SCRIPT_NAME": ""}
-
-# What gunicorn's environ has beside that: of the connection, and a way to send early hints.
-ONLY_GUNICORNS = {"gunicorn.socket", "wsgi.early_hints", "wsgi.input"}
-
 _date = lru_cache(maxsize=1)(http_date)  # as HTTP writes a second
-
-SERVER_HEADERS = hop_headers | {"content-length"}  # headers of a response that the application does not set; lower case
 
 
 def is_possible(cfg: Any, log: Any) -> bool:
@@ -73,25 +66,21 @@ def is_possible(cfg: Any, log: Any) -> bool:
     more = cfg.is_ssl or cfg.statsd_host or log.access_log_enabled or os.environ.get("SCRIPT_NAME")
     if more or not is_default or not cfg.keepalive:
         return False
-    _check_internals(cfg)
-    return True
-
-
-def _check_internals(cfg: Any) -> None:
-    """Compare what is made of a request here and by gunicorn."""
     head = b"POST /a?b=c HTTP/1.1\r\nHost: d:1\r\nContent-Length: 2\r\nX-Forwarded-Proto: https\r\nX-E: f\r\n\r\n"
     server, addr = ("127.0.0.1", 2), ("127.0.0.1", 3)
-    base = base_environ(cfg) | BASE_ENVIRON | _peer_environ(server, addr)
-    environ, _ = parse_head(head, base, _scheme_headers(cfg, addr))
     _, expected = create(next(RequestParser(cfg, iter([head]), addr)), None, addr, server, cfg)
+    for name in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):  # of the connection, and what is left out here
+        del expected[name]
+    base = connection_environ(cfg, server, addr)
     expected |= {"wsgi.multithread": True, "wsgi.errors": base["wsgi.errors"]}  # each request has an object of its own
-    if environ != {name: expected[name] for name in expected.keys() - ONLY_GUNICORNS}:
+    if parse_head(head, base, scheme_headers(cfg, addr)) != expected:
         raise UnexpectedInternals("gunicorn.http.wsgi.create")
     unreader = SocketUnreader(None)
     unreader.unread(b"body, next")
     body = Body(LengthReader(unreader, 4))
     if (body.read(9), body.failed, unreader.take_buffered()) != (b"body", False, b", next"):
         raise UnexpectedInternals("gunicorn.http.body")
+    return True
 
 
 def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
@@ -104,24 +93,21 @@ def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
     Returns:
         What was read of the first request that is not simple; nothing if the connection has ended.
     """
-    cfg = worker.cfg
-    base = base_environ(cfg) | BASE_ENVIRON | _peer_environ(server, addr) | {"gunicorn.socket": client}
-    scheme_headers = _scheme_headers(cfg, addr)
+    base = connection_environ(worker.cfg, server, addr) | {"gunicorn.socket": client}
+    schemes = scheme_headers(worker.cfg, addr)
     data = b""
     while True:
         if not data:
-            with gevent.Timeout(cfg.keepalive, False):
+            with gevent.Timeout(worker.cfg.keepalive, False):
                 data = client.recv(RECV_SIZE)
             if not data:
                 return b""
-        environ, size = parse_head(data, base, scheme_headers)
+        environ = parse_head(data, base, schemes)
         if environ is None:
             return data
-        length, data = int(environ.get("CONTENT_LENGTH", 0)), data[size:]
-        unreader = None
-        if len(data) >= length:
-            stream: Any = io.BytesIO(data[:length])
-        else:
+        length, data = int(environ.get("CONTENT_LENGTH", 0)), data[data.index(b"\r\n\r\n") + 4 :]
+        stream: Any = io.BytesIO(data[:length])
+        if arrives_later := len(data) < length:
             unreader = SocketUnreader(client)
             unreader.unread(data)
             stream = Body(LengthReader(unreader, length))
@@ -129,9 +115,8 @@ def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
         worker.yield_to_hub()
         if not _respond(worker, client, environ) or getattr(stream, "failed", False):
             return b""
-        if unreader is None:
-            data = data[length:]
-        else:
+        data = data[length:]
+        if arrives_later:
             while stream.read(RECV_SIZE):  # what the application left
                 pass
             data = unreader.take_buffered()
@@ -145,67 +130,60 @@ def _respond(worker: "Worker", client: Any, environ: dict[str, Any]) -> bool:
         worker.alive = False
     keep_alive = worker.alive and environ.get("HTTP_CONNECTION") != "close"
     status, headers = "", []
+    body: Any = None
 
     def start_response(line: str, fields: list[tuple[str, str]], exc_info: Any = None) -> None:
         nonlocal status, headers
         status, headers = line, fields
 
     try:
-        body = worker.wsgi(environ, start_response)
         try:
+            body = worker.wsgi(environ, start_response)
             message = format_response(status, headers, b"".join(body), keep_alive)
-        except BaseException:
-            _close(body)
-            raise
-    except (Exception, SystemExit):
-        worker.log.exception("error handling request %s %s", environ["REQUEST_METHOD"], environ["RAW_URI"])
-        write_error(client, 500, "Internal Server Error", "")
-        return False
-    try:
+        except (Exception, SystemExit):
+            worker.log.exception("error handling request %s %s", environ["REQUEST_METHOD"], environ["RAW_URI"])
+            write_error(client, 500, "Internal Server Error", "")
+            return False
         # gevent's sendall would first ask for the size of the kernel's buffer.
         if (sent := client.send(message)) < len(message):
             client.sendall(memoryview(message)[sent:])
     finally:
-        _close(body)
+        if hasattr(body, "close"):
+            body.close()
     return keep_alive
 
 
-def _close(body: Any) -> None:
-    """Let the application know that its response was sent, as WSGI requires."""
-    if hasattr(body, "close"):
-        body.close()
+def connection_environ(cfg: Any, server: Any, addr: Any) -> dict[str, Any]:
+    """Return what an environ holds for every simple request of a connection.
+
+    Args:
+        cfg: gunicorn's.
+        server, addr: its two ends: a pair each, or on a unix socket a path and nothing.
+    """
+    environ: dict[str, Any] = base_environ(cfg)
+    environ |= {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1", "SCRIPT_NAME": ""}
+    if isinstance(server, tuple):
+        environ |= {"SERVER_NAME": server[0], "SERVER_PORT": str(server[1])}
+    if isinstance(addr, tuple):
+        return environ | {"REMOTE_ADDR": addr[0], "REMOTE_PORT": str(addr[1])}
+    return environ | {"REMOTE_ADDR": addr}
 
 
-def _peer_environ(server: Any, addr: Any) -> dict[str, str]:
-    """Return what an environ holds of a connection's two ends: a pair each, or on a unix socket a path and nothing."""
-    peers = {"REMOTE_ADDR": addr[0], "REMOTE_PORT": str(addr[1])} if isinstance(addr, tuple) else {"REMOTE_ADDR": addr}
-    return peers | ({"SERVER_NAME": server[0], "SERVER_PORT": str(server[1])} if isinstance(server, tuple) else {})
-
-
-def _scheme_headers(cfg: Any, addr: Any) -> dict[str, str]:
+def scheme_headers(cfg: Any, addr: Any) -> dict[str, str]:
     """Return the fields by which this peer may state that it was itself asked over TLS, and their values then."""
     policy = HeaderPolicy()  # of gunicorn, which decides here too which peers FORWARDED_ALLOW_IPS trusts
     policy.cfg, policy.peer_addr = cfg, addr
     return policy._peer_trusted_for_forwarded()[0]  # type: ignore[no-any-return]
 
 
-def parse_head(
-    data: bytes, base: dict[str, Any], scheme_headers: dict[str, str]
-) -> tuple[dict[str, Any], int] | tuple[None, int]:
-    """Parse the head of a simple request.
+def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> dict[str, Any] | None:
+    """Return the WSGI environ of the simple request that `data` begins with, as gunicorn would make it.
 
-    Args:
-        data: what was received.
-        base: what the environ holds for every request of the connection.
-        scheme_headers: see `_scheme_headers`.
-
-    Returns:
-        The WSGI environ, as gunicorn would make it, and the head's length in bytes; None and 0 if the request is not
-        simple.
+    None if it is not simple. `base` is what `connection_environ` returned, `schemes` what `scheme_headers` did.
     """
     head = HEAD.match(data)
     if head is None or head.end(1) > MAX_REQUEST_LINE:
-        return None, 0
+        return None
     line, path, query, fields = (part.decode("ascii") for part in head.groups(b""))
     method, target, _ = line.split(" ")
     environ = base | {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "RAW_URI": target}
@@ -213,53 +191,41 @@ def parse_head(
     for name, value in found:
         name, value = name.upper(), value.strip(" ")
         if name in UNSUPPORTED_HEADERS or (name == "CONNECTION" and value not in ("keep-alive", "close")):
-            return None, 0
-        if name in scheme_headers:
+            return None
+        if name in schemes:
             if scheme:
-                return None, 0
-            scheme = "https" if value == scheme_headers[name] else "http"
+                return None
+            scheme = "https" if value == schemes[name] else "http"
         key = name.replace("-", "_")
         if name == "CONTENT-LENGTH":
             if not (value.isdigit() and len(value) < 10):
-                return None, 0
+                return None
         elif name != "CONTENT-TYPE":
             key = f"HTTP_{key}"
         if key in environ:
-            return None, 0
+            return None
         environ[key] = value
     environ["wsgi.url_scheme"] = scheme or "http"
     host = HOST.fullmatch(environ.get("HTTP_HOST", ""))
     if host is None or len(found) > MAX_FIELDS:
-        return None, 0
+        return None
     if "SERVER_NAME" not in environ:
         environ |= {"SERVER_NAME": host[1], "SERVER_PORT": host[2] or ("443" if scheme == "https" else "80")}
-    return environ, head.end()
+    return environ
 
 
 def format_response(status: str, headers: list[tuple[str, str]], body: bytes, keep_alive: bool) -> bytes:
-    """Return a response as it is sent.
+    """Return a response as it is sent; of the application's headers without those that are the server's to set.
 
-    Args:
-        status: as in WSGI, `200 OK`.
-        headers: of the application; those that are the server's to set are left out.
-        body: the whole of it.
-        keep_alive: whether the connection is kept.
-
-    Raises:
-        InvalidResponseHeader: no status, or a line break within a line.
+    Raises: InvalidResponseHeader, no status (as in WSGI, `200 OK`), or a line break within a line.
     """
-    lines = [
-        f"HTTP/1.1 {status}",
-        *(f"{name}: {value}" for name, value in headers if name.lower() not in SERVER_HEADERS),
-    ]
+    fields = (f"{name}: {value}" for name, value in headers if name.lower() not in SERVER_HEADERS)
+    lines = [f"HTTP/1.1 {status}", *fields]
     text = "".join(lines)
     if not status or "\n" in text or "\r" in text:
         raise InvalidResponseHeader("no status, or a line break in a header")
-    lines += (
-        "Server: gunicorn",
-        f"Date: {_date(int(time.time()))}",
-        f"Connection: {'keep-alive' if keep_alive else 'close'}",
-    )
+    connection = "keep-alive" if keep_alive else "close"
+    lines += "Server: gunicorn", f"Date: {_date(int(time.time()))}", f"Connection: {connection}"
     if status.startswith(("204", "304")):
         body = b""
     else:

@@ -29,16 +29,15 @@ from hypothesis import strategies as st
 import speedups
 from speedups import fast_path
 from speedups.fast_path import (
-    BASE_ENVIRON,
     MAX_FIELDS,
     MAX_REQUEST_LINE,
     SETTINGS,
     UNSUPPORTED_HEADERS,
-    _peer_environ,
-    _scheme_headers,
+    connection_environ,
     format_response,
     is_possible,
     parse_head,
+    scheme_headers,
 )
 from speedups.gevent_worker import Worker
 
@@ -114,10 +113,7 @@ NOT_SIMPLE = [
 def parsed_here(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
     """Return the environ that the fast path makes."""
     cfg = Config()
-    base = wsgi.base_environ(cfg) | BASE_ENVIRON | _peer_environ(server, addr)
-    environ, size = parse_head(sent, base, _scheme_headers(cfg, addr))
-    assert (environ is None) == (size == 0)
-    return environ
+    return parse_head(sent, connection_environ(cfg, server, addr), scheme_headers(cfg, addr))
 
 
 def parsed_by_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
