@@ -2,9 +2,8 @@
 
 It saves 126 of the 144 µs that gunicorn takes for a request that does nothing: gunicorn's parser is written in Python.
 Here one regular expression matches those heads that leave no room for interpretation, and a response is sent in one
-piece. Anything else, from a chunked body to a folded header, is not judged here: gunicorn gets the connection, with all
-that was read of it, and keeps it until it ends. And it gets all connections if it speaks TLS itself, writes an access
-log or is configured to do anything else with requests (`is_possible`).
+piece. All else, from a chunked body to a folded header, is left to gunicorn, which gets the connection with what was
+read of it. And it gets all connections if it is configured to do more with requests than by default (`is_possible`).
 
 gunicorn: calls `HeaderPolicy._peer_trusted_for_forwarded`, its readers of bodies and `base_environ`, and makes the
 environ that `http.wsgi.create` would make, except for HTTP/2 and early hints.
@@ -69,11 +68,10 @@ def is_possible(cfg: Any, log: Any) -> bool:
     head = b"POST /a?b=c HTTP/1.1\r\nHost: d:1\r\nContent-Length: 2\r\nX-Forwarded-Proto: https\r\nX-E: f\r\n\r\n"
     server, addr = ("127.0.0.1", 2), ("127.0.0.1", 3)
     _, expected = create(next(RequestParser(cfg, iter([head]), addr)), None, addr, server, cfg)
-    for name in ("gunicorn.socket", "wsgi.early_hints", "wsgi.input"):  # of the connection, and what is left out here
-        del expected[name]
-    base = connection_environ(cfg, server, addr)
-    expected |= {"wsgi.multithread": True, "wsgi.errors": base["wsgi.errors"]}  # each request has an object of its own
-    if parse_head(head, base, scheme_headers(cfg, addr)) != expected:
+    environ = parse_head(head, *of_connection(cfg, server, addr)) or {}
+    # Objects of one request; and the last, which gunicorn's asynchronous workers set later.
+    ignored = dict.fromkeys(("gunicorn.socket", "wsgi.early_hints", "wsgi.errors", "wsgi.input", "wsgi.multithread"))
+    if environ | ignored != expected | ignored:
         raise UnexpectedInternals("gunicorn.http.wsgi.create")
     unreader = SocketUnreader(None)
     unreader.unread(b"body, next")
@@ -84,18 +82,14 @@ def is_possible(cfg: Any, log: Any) -> bool:
 
 
 def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
-    """Answer a connection's simple requests.
+    """Answer a connection's simple requests; return what was read of the first other one, or nothing at its end.
 
     A simple request is a `GET` or `POST` of HTTP/1.1 whose path has no escapes. Its head arrives in one read, has a
     Host, no field twice, none of `UNSUPPORTED_HEADERS`, and no Connection but keep-alive or close. A body has a
     Content-Length; what has not arrived of it yet is read by gunicorn's own reader.
-
-    Returns:
-        What was read of the first request that is not simple; nothing if the connection has ended.
     """
-    base = connection_environ(worker.cfg, server, addr) | {"gunicorn.socket": client}
-    schemes = scheme_headers(worker.cfg, addr)
-    data = b""
+    base, schemes = of_connection(worker.cfg, server, addr)
+    base["gunicorn.socket"], data = client, b""
     while True:
         if not data:
             with gevent.Timeout(worker.cfg.keepalive, False):
@@ -153,33 +147,27 @@ def _respond(worker: "Worker", client: Any, environ: dict[str, Any]) -> bool:
     return keep_alive
 
 
-def connection_environ(cfg: Any, server: Any, addr: Any) -> dict[str, Any]:
-    """Return what an environ holds for every simple request of a connection.
+def of_connection(cfg: Any, server: Any, addr: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the environs of a connection's simple requests have in common, and its scheme headers.
 
-    Args:
-        cfg: gunicorn's.
-        server, addr: its two ends: a pair each, or on a unix socket a path and nothing.
+    `server` and `addr` are its ends: a pair each, or on a unix socket a path and nothing. By scheme headers a trusted
+    peer states that it was itself asked over TLS; they are returned with their values in that case.
     """
     environ: dict[str, Any] = base_environ(cfg)
-    environ |= {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1", "SCRIPT_NAME": ""}
+    environ |= {"wsgi.multithread": True, "SERVER_PROTOCOL": "HTTP/1.1", "SCRIPT_NAME": "", "REMOTE_ADDR": addr}
+    if isinstance(addr, tuple):
+        environ |= {"REMOTE_ADDR": addr[0], "REMOTE_PORT": str(addr[1])}
     if isinstance(server, tuple):
         environ |= {"SERVER_NAME": server[0], "SERVER_PORT": str(server[1])}
-    if isinstance(addr, tuple):
-        return environ | {"REMOTE_ADDR": addr[0], "REMOTE_PORT": str(addr[1])}
-    return environ | {"REMOTE_ADDR": addr}
-
-
-def scheme_headers(cfg: Any, addr: Any) -> dict[str, str]:
-    """Return the fields by which this peer may state that it was itself asked over TLS, and their values then."""
     policy = HeaderPolicy()  # of gunicorn, which decides here too which peers FORWARDED_ALLOW_IPS trusts
     policy.cfg, policy.peer_addr = cfg, addr
-    return policy._peer_trusted_for_forwarded()[0]  # type: ignore[no-any-return]
+    return environ, policy._peer_trusted_for_forwarded()[0]
 
 
 def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> dict[str, Any] | None:
     """Return the WSGI environ of the simple request that `data` begins with, as gunicorn would make it.
 
-    None if it is not simple. `base` is what `connection_environ` returned, `schemes` what `scheme_headers` did.
+    None if it is not simple. `base` and `schemes` are what `of_connection` returned.
     """
     head = HEAD.match(data)
     if head is None or head.end(1) > MAX_REQUEST_LINE:
@@ -196,11 +184,10 @@ def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> di
             if scheme:
                 return None
             scheme = "https" if value == schemes[name] else "http"
+        if name == "CONTENT-LENGTH" and not (value.isdigit() and len(value) < 10):
+            return None
         key = name.replace("-", "_")
-        if name == "CONTENT-LENGTH":
-            if not (value.isdigit() and len(value) < 10):
-                return None
-        elif name != "CONTENT-TYPE":
+        if name not in ("CONTENT-LENGTH", "CONTENT-TYPE"):
             key = f"HTTP_{key}"
         if key in environ:
             return None

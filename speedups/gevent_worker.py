@@ -7,14 +7,13 @@ fast_path.py and threadpool.py say what they earn. gunicorn: overrides `handle`,
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import gevent
 from gunicorn.util import close
 from gunicorn.workers.ggevent import GeventWorker
 
-from . import optional, threadpool
+from . import switch_on
 
 
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -24,33 +23,27 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def init_process(self) -> None:
         """Decide, once, whether simple requests may take the fast path."""
-        self._serve_simple: Callable[..., bytes] | None = None
-        with optional("fast_path"):
-            from . import fast_path
-
-            if fast_path.is_possible(self.cfg, self.log):
-                self._serve_simple = fast_path.serve
+        self._has_fast_path = switch_on("fast_path", "is_possible", self.cfg, self.log)
         self._checked, self._iteration = 0.0, None
         super().init_process()
 
     def load_wsgi(self) -> None:
         """Load the application, and let its service run what takes long on native threads."""
         super().load_wsgi()
-        service = getattr(self.wsgi, "extensions", {}).get("service")
-        if service is not None:
-            with optional("threadpool"):
-                threadpool.install()
-                service.run_in_thread = threadpool.run_in_thread
+        if service := getattr(self.wsgi, "extensions", {}).get("service"):
+            switch_on("threadpool", "install", service)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection."""
-        if self._serve_simple is None:
+        if not self._has_fast_path:
             super().handle(listener, client, addr)
             return
+        from .fast_path import serve
+
         unread = b""
         try:
             client.setblocking(1)  # whatever socket.setdefaulttimeout says
-            unread = self._serve_simple(self, listener.getsockname(), client, addr)
+            unread = serve(self, listener.getsockname(), client, addr)
         except (BrokenPipeError, ConnectionResetError) as error:
             self.log.debug("connection lost: %s", error)
         except (Exception, SystemExit):  # SystemExit: gunicorn aborts a worker that hangs
@@ -75,14 +68,10 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
         now = time.monotonic()
         if now - self._checked > 0.01:
             self._checked = now
-            if _iteration() == self._iteration:
+            loop = gevent.get_hub().loop
+            if getattr(loop, "iteration", None) == self._iteration:  # libuv's loop does not count them
                 gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
-            self._iteration = _iteration()
-
-
-def _iteration() -> Any:
-    """Return how often gevent's loop has gone round. None if it does not count that: libuv's does not."""
-    return getattr(gevent.get_hub().loop, "iteration", None)
+            self._iteration = getattr(loop, "iteration", None)
 
 
 class _Unread:

@@ -11,6 +11,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from werkzeug.local import LocalProxy
+
 
 def import_sklearn() -> None:
     """Import scikit-learn, but neither pandas nor `scipy.stats`, unless one of the three is imported already.
@@ -29,25 +31,9 @@ def import_sklearn() -> None:
 
 
 class _Postponed(ModuleType):
-    """Stands for a module while others import from it."""
-
-    def __getattr__(self, name: str) -> "_PostponedName":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _PostponedName(self.__name__, name)
-
-
-class _PostponedName:
-    """A function, or an object with methods; its module is imported at the first call."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self._module, self._name = module, name
-
-    def _find(self) -> Any:
-        return getattr(importlib.import_module(self._module), self._name)
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return self._find()(*arguments, **named)
+    """Stands for a module while others import functions and objects from it, which are looked up when they are used."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._find(), name)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return LocalProxy(lambda: getattr(importlib.import_module(self.__name__), name))

@@ -21,17 +21,8 @@ from . import UnexpectedInternals
 
 _validate_data, _check_is_fitted = validation.validate_data, validation.check_is_fitted
 # What validate_data may be asked for in the simple case.
-_KNOWN = {
-    "accept_large_sparse",
-    "accept_sparse",
-    "copy",
-    "dtype",
-    "ensure_all_finite",
-    "ensure_min_features",
-    "ensure_min_samples",
-    "force_writeable",
-    "order",
-}
+_KNOWN = {"accept_large_sparse", "accept_sparse", "copy", "dtype", "ensure_all_finite", "ensure_min_features"}
+_KNOWN |= {"ensure_min_samples", "force_writeable", "order"}
 
 
 def skip_validation(model: Any) -> None:
@@ -39,23 +30,23 @@ def skip_validation(model: Any) -> None:
 
     Raises: UnexpectedInternals.
     """
-    for function, names in _EXPECTED.items():
-        if list(inspect.signature(function).parameters)[: len(names)] != names:
-            raise UnexpectedInternals(f"parameters of {function.__qualname__}")
+    for original, _, function, expected in _STAND_INS:
+        if list(inspect.signature(function).parameters)[: len(expected)] != expected:
+            raise UnexpectedInternals(f"parameters of {original.__name__}")
     classes = {cls for estimator in estimators_in(model) for cls in type(estimator).__mro__}
-    for module in {cls.__module__ for cls in classes if cls.__module__.startswith("sklearn.")}:
-        for name, original, stand_in in _STAND_INS:
-            if getattr(sys.modules[module], name, None) is original:
-                setattr(sys.modules[module], name, stand_in)
+    for module in {sys.modules[cls.__module__] for cls in classes if cls.__module__.startswith("sklearn.")}:
+        for original, stand_in, _, _ in _STAND_INS:
+            if vars(module).get(name := original.__name__) is original:
+                setattr(module, name, stand_in)
 
 
 def validate_data(
     _estimator: Any,
     /,
-    X: Any = "no_validation",  # noqa: N803  # its name there
+    X: Any = "no_validation",
     y: Any = "no_validation",
     reset: bool = True,
-    **asked: Any,
+    **asked: Any,  # noqa: N803
 ) -> Any:
     """Return `X` in the type that is asked for, if it is an array of finite numbers of the right width."""
     fitted = vars(_estimator)
@@ -71,19 +62,16 @@ def validate_data(
         and _KNOWN.issuperset(asked)
         and asked.get("order") in (None, "C")
     ):
-        array = _converted(X, asked.get("dtype", "numeric"), asked.get("copy", False), asked.get("order"))
+        dtype = asked.get("dtype", "numeric")
+        if isinstance(dtype, (list, tuple)):
+            dtype = X.dtype if X.dtype in dtype else dtype[0]
+        elif dtype in (None, "numeric"):
+            dtype = X.dtype
+        with np.errstate(over="ignore"):  # of a float32; then it is not finite
+            array = X.astype(dtype, order=asked.get("order") or "K", copy=asked.get("copy", False))
         if _is_finite(array, asked.get("ensure_all_finite", True)) and array.flags.writeable:
             return array
     return _validate_data(_estimator, X, y, reset=reset, **asked)
-
-
-def _converted(array: Any, dtype: Any, copy: bool, order: str | None) -> Any:
-    if isinstance(dtype, (list, tuple)):
-        dtype = None if array.dtype in dtype else dtype[0]
-    if isinstance(dtype, str) and dtype == "numeric":
-        dtype = None
-    with np.errstate(over="ignore"):  # of a float32; then it is not finite
-        return array.astype(dtype or array.dtype, order=order or "K", copy=copy)
 
 
 def _is_finite(array: Any, required: bool | str) -> bool:
@@ -111,13 +99,9 @@ class SerialParallel(parallel.Parallel):  # type: ignore[misc]  # scikit-learn h
         return [getattr(function, "function", function)(*given, **named) for function, given, named in iterable]
 
 
-_STAND_INS = [
-    ("validate_data", _validate_data, validate_data),
-    ("check_is_fitted", _check_is_fitted, check_is_fitted),
-    ("Parallel", parallel.Parallel, SerialParallel),
+# The original, its stand-in, and what is called of the original with its first parameters.
+_STAND_INS: list[tuple[Any, Any, Any, list[str]]] = [
+    (_validate_data, validate_data, _validate_data, ["_estimator", "X", "y", "reset"]),
+    (_check_is_fitted, check_is_fitted, _check_is_fitted, ["estimator", "attributes"]),
+    (parallel.Parallel, SerialParallel, parallel.Parallel.__call__, ["self", "iterable"]),
 ]
-_EXPECTED = {
-    _validate_data: ["_estimator", "X", "y", "reset"],
-    _check_is_fitted: ["estimator", "attributes"],
-    parallel.Parallel.__call__: ["self", "iterable"],
-}

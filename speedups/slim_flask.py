@@ -2,7 +2,7 @@
 
 They save 34 of the 68 µs that GET /healthz takes in the application: a view with a hook before it and one after it.
 
-Flask: overrides `create_url_adapter`, `ensure_sync`, `session_interface` and `response_class`.
+Flask: overrides `create_url_adapter`, `ensure_sync` and `response_class`.
 Werkzeug: overrides `MapAdapter.match` and `Response.__call__`; relies on `response`, `_on_close` and `_status_code`.
 """
 
@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response
-from flask.sessions import NullSession, SecureCookieSessionInterface
 from werkzeug.routing import MapAdapter
 
 from . import UnexpectedInternals
@@ -35,8 +34,6 @@ def slim(app: Flask) -> None:
         raise UnexpectedInternals("parameters of Flask.create_url_adapter")
     if app.response_class is Response:
         app.response_class = SlimResponse
-    if type(app.session_interface) is SecureCookieSessionInterface:
-        app.session_interface = SlimSessions()
     if "create_url_adapter" not in vars(app):
         app.create_url_adapter = _adapters(app)  # type: ignore[assignment,method-assign]
     if "ensure_sync" not in vars(app):
@@ -68,16 +65,6 @@ class SlimResponse(Response):
         return response if isinstance(response, Response) else super().force_type(response, environ)
 
 
-class SlimSessions(SecureCookieSessionInterface):
-    """Flask's sessions, with one object for all requests if the application has no secret key for them."""
-
-    none = NullSession()  # reads as empty, and refuses to be written to
-
-    def make_null_session(self, app: Flask) -> NullSession:
-        """Return the session of a request that can have none."""
-        return self.none
-
-
 class SlimAdapter(MapAdapter):
     """Matches a path without variables once: Flask takes no more routes after its first request."""
 
@@ -90,7 +77,7 @@ class SlimAdapter(MapAdapter):
         key = self.path_info, self.default_method
         if (rule := self.known.get(key)) is None:
             rule, variables = super().match(return_rule=True)
-            if variables or rule.arguments or rule.redirect_to is not None or rule.websocket:
+            if variables:
                 return rule, variables
             self.known[key] = rule
         return rule, {}

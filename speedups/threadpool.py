@@ -21,7 +21,7 @@ INTERNALS = ["_lock", "_handlerList", "_register_at_fork_reinit_lock"]  # of log
 def run_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function on a native thread, wait for its result while other greenlets run, and return it.
 
-    Raises: what the function raises. Call `install` before.
+    Raises: what the function raises.
     """
     result, error = get_hub().threadpool.apply(_guarded, (function, arguments))
     if error is not None:
@@ -36,8 +36,8 @@ def _guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
         return None, error
 
 
-def install() -> None:
-    """Take gevent's locks out of logging again, so that `run_in_thread` may be used.
+def install(service: Any) -> None:
+    """Let the `Service` use `run_in_thread`, and for that take gevent's locks out of logging again.
 
     gunicorn asks for a logger at each request, and a library does so as it is imported, on a native thread. A lock of
     gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
@@ -53,6 +53,7 @@ def install() -> None:
         if handler is not None and handler.lock is not None:
             handler.lock = _thread.RLock()
     logging.Handler.createLock = _create_lock  # type: ignore[assignment,method-assign]
+    service.run_in_thread = run_in_thread
 
 
 def _create_lock(handler: logging.Handler) -> None:

@@ -33,11 +33,10 @@ from speedups.fast_path import (
     MAX_REQUEST_LINE,
     SETTINGS,
     UNSUPPORTED_HEADERS,
-    connection_environ,
     format_response,
     is_possible,
+    of_connection,
     parse_head,
-    scheme_headers,
 )
 from speedups.gevent_worker import Worker
 
@@ -112,8 +111,7 @@ NOT_SIMPLE = [
 
 def parsed_here(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
     """Return the environ that the fast path makes."""
-    cfg = Config()
-    return parse_head(sent, connection_environ(cfg, server, addr), scheme_headers(cfg, addr))
+    return parse_head(sent, *of_connection(Config(), server, addr))
 
 
 def parsed_by_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
@@ -517,7 +515,7 @@ def test_gunicorn_that_has_changed_reads_all_requests(
     worker.cfg, worker.log = Config(), SimpleNamespace(access_log_enabled=False)
     monkeypatch.setattr(GeventWorker, "init_process", lambda self: None)
     worker.init_process()
-    assert worker._serve_simple is None
+    assert not worker._has_fast_path
     assert caplog.text.count("fast_path is left off") == 1
     given = []
     monkeypatch.setattr(GeventWorker, "handle", lambda self, *arguments: given.append(arguments))

@@ -85,7 +85,7 @@ from pathlib import Path
 from model import formats
 from model.formats import sklearn
 from speedups import lean_imports
-sklearn.before_import.append(speedups._import_sklearn)
+sklearn.before_import.append(speedups.import_sklearn)
 {change}
 model = formats.load(Path(sys.argv[1]))
 print(sys.modules.get("pandas", "absent") is not None, model.predict([[5.1, 3.5, 1.4, 0.2]]))

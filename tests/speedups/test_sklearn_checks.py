@@ -173,7 +173,7 @@ def test_several_jobs_still_run_in_a_pool() -> None:
 @pytest.fixture
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models be loaded as in a server, whatever was switched on before."""
-    monkeypatch.setattr(sklearn_format, "after_load", [speedups._skip_validation])
+    monkeypatch.setattr(sklearn_format, "after_load", [speedups.skip_validation])
     monkeypatch.setattr(_base, "validate_data", validation.validate_data)
 
 

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, gunicorn
@@ -22,7 +23,8 @@ def run(script: str) -> str:
 def test_native_thread_that_asks_for_loggers_does_not_hang_the_loop_that_does_too() -> None:
     script = """
 import gevent, logging, time
-threadpool.install()
+from types import SimpleNamespace
+threadpool.install(SimpleNamespace())
 ends = time.monotonic() + 3
 
 def ask(gives_way):
@@ -71,7 +73,7 @@ def test_logging_without_an_internal_is_left_alone(name: str, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.delattr(logging, name)
         with pytest.raises(UnexpectedInternals, match=name):
-            threadpool.install()
+            threadpool.install(SimpleNamespace())
     assert logging.Handler.createLock is create_lock
 
 
