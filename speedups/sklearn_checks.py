@@ -22,7 +22,7 @@ from . import UnexpectedInternals
 _validate_data, _check_is_fitted = validation.validate_data, validation.check_is_fitted
 # What validate_data may be asked for in the simple case.
 _KNOWN = {"accept_large_sparse", "accept_sparse", "copy", "dtype", "ensure_all_finite", "ensure_min_features"}
-_KNOWN |= {"ensure_min_samples", "force_writeable", "order"}
+_KNOWN |= {"ensure_min_samples", "force_writeable", "order", "reset"}
 
 
 def skip_validation(model: Any) -> None:
@@ -40,14 +40,7 @@ def skip_validation(model: Any) -> None:
                 setattr(module, name, stand_in)
 
 
-def validate_data(
-    _estimator: Any,
-    /,
-    X: Any = "no_validation",
-    y: Any = "no_validation",
-    reset: bool = True,
-    **asked: Any,  # noqa: N803
-) -> Any:
+def validate_data(_estimator: Any, /, X: Any = "no_validation", y: Any = "no_validation", **asked: Any) -> Any:  # noqa: N803
     """Return `X` in the type that is asked for, if it is an array of finite numbers of the right width."""
     fitted = vars(_estimator)
     if (
@@ -57,7 +50,7 @@ def validate_data(
         and len(X) > 0
         and X.shape[1] == fitted.get("n_features_in_")
         and "feature_names_in_" not in fitted  # it would warn
-        and not reset
+        and asked.get("reset") is False
         and isinstance(y, str)
         and _KNOWN.issuperset(asked)
         and asked.get("order") in (None, "C")
@@ -71,7 +64,7 @@ def validate_data(
             array = X.astype(dtype, order=asked.get("order") or "K", copy=asked.get("copy", False))
         if _is_finite(array, asked.get("ensure_all_finite", True)) and array.flags.writeable:
             return array
-    return _validate_data(_estimator, X, y, reset=reset, **asked)
+    return _validate_data(_estimator, X, y, **asked)
 
 
 def _is_finite(array: Any, required: bool | str) -> bool:
