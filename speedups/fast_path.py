@@ -14,7 +14,7 @@ import os
 import re
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gevent
 from gunicorn.http.body import Body, LengthReader
@@ -26,9 +26,6 @@ from gunicorn.http.wsgi import base_environ, create
 from gunicorn.util import hop_headers, http_date, write_error
 
 from . import UnexpectedInternals
-
-if TYPE_CHECKING:
-    from .gevent_worker import Worker
 
 # A path without escapes, perhaps a query; then fields of printable ASCII.
 HEAD = re.compile(
@@ -81,7 +78,7 @@ def is_possible(cfg: Any, log: Any) -> bool:
     return True
 
 
-def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
+def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
     """Answer a connection's simple requests; return what was read of the first other one, or nothing at its end.
 
     A simple request is a `GET` or `POST` of HTTP/1.1 whose path has no escapes. Its head arrives in one read, has a
@@ -116,7 +113,7 @@ def serve(worker: "Worker", server: Any, client: Any, addr: Any) -> bytes:
             data = unreader.take_buffered()
 
 
-def _respond(worker: "Worker", client: Any, environ: dict[str, Any]) -> bool:
+def _respond(worker: Any, client: Any, environ: dict[str, Any]) -> bool:
     """Call the application and send its response. Return whether the connection is kept."""
     worker.nr += 1
     if worker.nr >= worker.max_requests and worker.alive:

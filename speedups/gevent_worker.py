@@ -19,8 +19,6 @@ from . import switch_on
 class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """Serves a connection's requests as long as they are simple; from the first that is not, GeventWorker does."""
 
-    alive: bool  # false from the signal to stop on
-
     def init_process(self) -> None:
         """Decide, once, whether simple requests may take the fast path."""
         self._has_fast_path = switch_on("fast_path", "is_possible", self.cfg, self.log)

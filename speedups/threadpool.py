@@ -19,10 +19,7 @@ INTERNALS = ["_lock", "_handlerList", "_register_at_fork_reinit_lock"]  # of log
 
 
 def run_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function on a native thread, wait for its result while other greenlets run, and return it.
-
-    Raises: what the function raises.
-    """
+    """Call a function on a native thread; return or raise what it does. Other greenlets run meanwhile."""
     result, error = get_hub().threadpool.apply(_guarded, (function, arguments))
     if error is not None:
         raise error
