@@ -7,7 +7,8 @@ the model, the second is tried out, one missing value at a time.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from .formats import ModelLoadError
 from .formats.sklearn import estimators_in
 from .signature import ACCEPTED, Column, Kind, Layout, Signature
+
+NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
 
 
 def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[Any]]:
@@ -69,7 +72,7 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[tuple[Signatur
             yield signature, []
     elif getattr(model, "n_features_in_", None) is not None:
         yield from _candidates_with_columns(model, sample)
-    elif _takes_strings(model):
+    elif any(hasattr(part, "build_analyzer") for part, _ in raw_parts(model, range(sys.maxsize))):
         yield Signature("texts", ()), []
     else:
         if not _has_tag(model, "one_d_array"):
@@ -92,20 +95,9 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[t
     if unknown and sample and isinstance(sample, list):
         columns = _with_kinds_of_sample(columns, unknown, sample)
         unknown = []
-    for kinds in _guesses(len(unknown)):
-        guessed = dict(zip(unknown, kinds, strict=True))
-        yield Signature(layout, _with_kinds(columns, guessed)), unknown
+    for guess in _guesses(unknown):
+        yield Signature(layout, _with_kinds(columns, guess)), unknown
     yield Signature(layout, tuple(columns), precision="float32"), []
-
-
-def _takes_strings(part: Any) -> bool:
-    """Return whether a model begins with a text vectorizer, which takes a list of strings."""
-    while getattr(part, "steps", None):
-        part = part.steps[0][1]
-    inner = getattr(part, "best_estimator_", None)
-    if inner is not None:
-        return _takes_strings(inner)
-    return hasattr(part, "build_analyzer")
 
 
 def _has_tag(model: Any, name: str) -> bool:
@@ -146,16 +138,17 @@ def _with_kinds_of_sample(columns: list[Column], unknown: list[int], sample: lis
     return list(_with_kinds(columns, {at: _kind_of_values(row[at] for row in rows) for at in unknown}))
 
 
-def _guesses(count: int) -> Iterable[tuple[Kind, ...]]:
-    """Yield kinds for this many unknown columns: each combination of a few; of more, all alike or all but one."""
-    if count <= 6:
-        yield from itertools.product(("number", "text"), repeat=count)
+def _guesses(unknown: list[int]) -> Iterable[dict[int, Kind]]:
+    """Yield kinds for the unknown columns: each combination of a few; of more, all alike or all but one."""
+    if len(unknown) <= 6:
+        for kinds in itertools.product(NUMBER_OR_TEXT, repeat=len(unknown)):
+            yield dict(zip(unknown, kinds, strict=True))
         return
-    pairs: list[tuple[Kind, Kind]] = [("number", "text"), ("text", "number")]
-    for common, other in pairs:
-        yield (common,) * count
-        for at in range(count if count <= 64 else 0):
-            yield (*(common,) * at, other, *(common,) * (count - at - 1))
+    for common, other in itertools.permutations(NUMBER_OR_TEXT):
+        alike = dict.fromkeys(unknown, common)
+        yield alike
+        for at in unknown if len(unknown) <= 64 else ():
+            yield alike | {at: other}
 
 
 # --- rows that are tried
@@ -187,12 +180,10 @@ def _without_needless_strings(
         nonlocal signature, rows
         tried = replace(signature, columns=_with_kinds(signature.columns or (), dict.fromkeys(indices, "number")))
         row = [0.0 if at in indices else value for at, value in enumerate(rows[0])]
-        try:
-            model.predict(tried.parse([row]))
-        except Exception:  # any refusal means that one of them holds strings
-            return False
-        signature, rows = tried, [row]
-        return True
+        answered = _answers(model, tried, [row])
+        if answered:
+            signature, rows = tried, [row]
+        return answered
 
     list(_accepted([at for at in guessed if signature.columns and signature.columns[at].kind == "text"], answers))
     return signature, rows
@@ -208,16 +199,20 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     tried = _all_nullable(signature)
 
     def answers(indices: list[int]) -> bool:
-        try:
-            model.predict(tried.parse([[*values[:at], None, *values[at + 1 :]] for at in indices]))
-        except Exception:  # any refusal means no
-            return False
-        return True
+        return _answers(model, tried, [[*values[:at], None, *values[at + 1 :]] for at in indices])
 
     # If there are very many columns, the last few are tried together, and count as refused if one of them is.
     nullable = set(_accepted(list(range(len(values))), answers, finest=1 if len(values) <= 256 else 16))
     columns = tuple(replace(c, nullable=at in nullable) for at, c in enumerate(signature.columns))
     return replace(signature, columns=columns)
+
+
+def _answers(model: Any, signature: Signature, rows: list[Any]) -> bool:
+    try:
+        model.predict(signature.parse(rows))
+    except Exception:  # a model may raise anything at a row that it does not take
+        return False
+    return True
 
 
 def _all_nullable(signature: Signature) -> Signature:
@@ -245,8 +240,8 @@ def _rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:
 # --- what the parts of a model show about its columns
 
 
-def raw_parts(part: Any, columns: list[int]) -> Iterator[tuple[Any, list[int]]]:
-    """Yield each fitted part that raw columns reach unchanged, with the indices of those columns."""
+def raw_parts(part: Any, columns: Sequence[int]) -> Iterator[tuple[Any, Sequence[int]]]:
+    """Yield each fitted part that raw columns reach unchanged, or "drop", with the indices of those columns."""
     yield part, columns
     if hasattr(part, "steps"):
         for _, step in part.steps:
@@ -257,7 +252,7 @@ def raw_parts(part: Any, columns: list[int]) -> Iterator[tuple[Any, list[int]]]:
                 return
     elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
         for name, inner, _ in part.transformers_:
-            if inner not in ("drop", "passthrough"):
+            if inner != "passthrough":
                 yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
     else:
         for inner in _inner_estimators(part):
@@ -317,14 +312,13 @@ def _kind_of_values(values: Iterable[Any]) -> Kind:
 def inspect(model: Any, width: int) -> list[_ColumnFacts]:
     """Return what the fitted parts of a model show about its raw columns."""
     found = [_ColumnFacts() for _ in range(width)]
-    for part, indices in raw_parts(model, list(range(width))):
+    for part, indices in raw_parts(model, range(width)):
         columns = [found[at] for at in indices]
-        if hasattr(part, "steps"):
-            continue
-        if hasattr(part, "_transformer_to_input_indices"):
-            for name, inner, _ in part.transformers_:
-                for at in part._transformer_to_input_indices[name] if inner == "drop" else ():
-                    columns[at].dropped = True
+        if isinstance(part, str):  # "drop"
+            for column in columns:
+                column.dropped = True
+        elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
+            continue  # only its parts matter
         elif hasattr(part, "categories_"):
             for column, values in zip(columns, part.categories_, strict=False):
                 column.add(values)

@@ -6,7 +6,7 @@ model.predict(signature.parse([[5.1, 3.5, 1.4, 0.2]]))
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,9 +39,9 @@ JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or
 
 
 class BadRows(ValueError):
-    """A request that does not fit: `detail` says what the caller has to fix, and `errors` where.
+    """Rows that do not fit: `detail` says what the caller has to fix, and `errors` where, at most `MAX_ERRORS` times.
 
-    Each as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; row and column are optional.
+    Each as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; the column is optional.
     """
 
     def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
@@ -96,10 +96,7 @@ class Signature:
         return self.assemble([self.validate(data)])
 
     def validate(self, data: Any) -> Any:
-        """Return the rows of a decoded JSON value or an array of numbers `(n_rows, …)`, if they fit the model.
-
-        Raises: BadRows, naming the row and column, with at most `MAX_ERRORS` places.
-        """
+        """Return the rows of a decoded JSON value or an array of numbers `(n_rows, …)`. Raises: BadRows."""
         if isinstance(data, np.ndarray):
             return self._validate_array(data)
         if type(data) is not list:
@@ -167,26 +164,29 @@ class Signature:
         """Return a non-empty list of rows in column order, if their values fit the model."""
         if self.layout in ("texts", "numbers"):
             return self._validate_scalars(data)
-        rows = self._rows_in_column_order(data)
-        self._check_values(rows)
+        rows = data
+        if type(data[0]) is dict:
+            rows = self._rows_from_objects(data)
+        elif set(map(type, data)) != {list} or set(map(len, data)) != {len(self.columns or data[0])} or not data[0]:
+            raise bad_rows(self._wrong_lists(data))
+        common = self._accepted_by_all
+        if not common or not set(map(type, itertools.chain.from_iterable(rows))) <= common:
+            self._check_each_column(rows)
         return rows
 
-    def _rows_in_column_order(self, data: list[Any]) -> list[Any]:
-        """Return the rows as lists or tuples of the right width, from lists or objects."""
-        kind = type(data[0])
-        if kind is dict:
-            return self._rows_from_objects(data)
-        if kind is not list:
-            raise BadRows(
-                f"data[0] is {json_name(data[0])}; this model takes a list of rows, so one row is written with two "
-                f"brackets: {self.example()}"
-            )
-        width = len(self.columns) if self.columns is not None else len(data[0])
+    def _wrong_lists(self, data: list[Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are not lists of the right width. Raises: BadRows, the first one is not a row at all."""
+        if type(data[0]) is not list:
+            form = f"this model takes a list of rows, so one row is written with two brackets: {self.example()}"
+            raise BadRows(f"data[0] is {json_name(data[0])}; {form}")
+        width = len(self.columns or data[0])
         if width == 0:
             raise BadRows("row 0 has no values")
-        if set(map(type, data)) != {list} or set(map(len, data)) != {width}:
-            raise bad_rows(_wrong_lists(data, width))
-        return data
+        for at, row in enumerate(data):
+            if type(row) is not list:
+                yield {"row": at, "detail": f"{json_name(row)}; expected a list of {width} values, as row 0"}
+            elif len(row) != width:
+                yield {"row": at, "detail": f"{len(row)} values; expected {width}"}
 
     def _rows_from_objects(self, data: list[Any]) -> list[Any]:
         if self.columns is None or any(c.name is None for c in self.columns):
@@ -194,17 +194,11 @@ class Signature:
         names = [c.name for c in self.columns]
         if set(map(type, data)) == {dict} and set(map(len, data)) == {len(names)}:
             pick = itemgetter(*names)
-            try:
+            with suppress(KeyError):
                 return [pick(row) for row in data] if len(names) > 1 else [[pick(row)] for row in data]
-            except KeyError:
-                pass
         raise bad_rows(_wrong_objects(data, dict.fromkeys(names)))
 
-    def _check_values(self, rows: list[Any]) -> None:
-        """Check the type of each value: all at once if the columns have types in common, else column by column."""
-        common = self._accepted_by_all
-        if common and set(map(type, itertools.chain.from_iterable(rows))) <= common:
-            return
+    def _check_each_column(self, rows: list[Any]) -> None:
         columns = self.columns or [Column(None)] * len(rows[0])
         for column, values in zip(columns, zip(*rows, strict=True), strict=True):
             if not set(map(type, values)) <= column.accepted:
@@ -336,14 +330,6 @@ def bad_rows(errors: Iterable[dict[str, Any]]) -> BadRows:
     if others == MAX_ERRORS:
         more = f" (and more; the first {MAX_ERRORS} are listed)"
     return BadRows(f"{where[:200]}: {first['detail']}{more}", places[:MAX_ERRORS])
-
-
-def _wrong_lists(data: list[Any], width: int) -> Iterable[dict[str, Any]]:
-    for at, row in enumerate(data):
-        if type(row) is not list:
-            yield {"row": at, "detail": f"{json_name(row)}; expected a list of {width} values, as row 0"}
-        elif len(row) != width:
-            yield {"row": at, "detail": f"{len(row)} values; expected {width}"}
 
 
 def _wrong_objects(data: list[Any], names: dict[str | None, None]) -> Iterable[dict[str, Any]]:
