@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+import flask
 import orjson
-from flask import Response, current_app, g, request
+from flask import current_app, g, request
+from werkzeug import Response
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 
-def json_response(value: Any, status: int = 200, content_type: str = "application/json") -> Response:
+def json_response(value: Any) -> flask.Response:
     """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null.
 
-    Raises:
-        TypeError: it holds something without a JSON form (a complex number, a set).
+    Raises: TypeError, it holds something without a JSON form (a complex number, a set).
     """
     body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    return current_app.response_class(body, status, content_type=content_type)
+    return current_app.response_class(body, content_type="application/json")
 
 
 def problem(error: HTTPException, errors: Sequence[dict[str, Any]] = ()) -> Response:
@@ -25,15 +26,16 @@ def problem(error: HTTPException, errors: Sequence[dict[str, Any]] = ()) -> Resp
         error: its description is the `detail`.
         errors: where rows are wrong, as in `model.signature.BadRows`.
     """
-    plain = error.get_response()
-    status, detail = plain.status_code, error.description
+    response = error.get_response()
+    detail = error.description
     if isinstance(error, NotFound):
         detail = "there is nothing at this path; predictions are at POST /predict"
     elif isinstance(error, MethodNotAllowed):
-        detail = f"this path does not take {request.method}; use {plain.headers['Allow']}"
-    content = {"status": status, "title": error.name, "detail": detail, "request_id": g.record["request_id"]}
+        detail = f"this path does not take {request.method}; use {response.headers['Allow']}"
+    request_id = g.record["request_id"]
+    content = {"status": response.status_code, "title": error.name, "detail": detail, "request_id": request_id}
     if errors:
         content["errors"] = errors
-    response = json_response(content, status, "application/problem+json")
-    response.headers.extend((n, v) for n, v in plain.headers if n not in ("Content-Type", "Content-Length"))
+    response.data = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+    response.content_type = "application/problem+json"
     return response
