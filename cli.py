@@ -1,12 +1,9 @@
 """What the command lines share: usage, exit statuses, errors on one line, and progress on a terminal."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
@@ -33,6 +30,6 @@ def run(module: str, command: click.Command, arguments: list[str] | None, *error
         return status
 
 
-def progressbar(length: int, label: str) -> "ProgressBar[int]":
+def progressbar(length: int, label: str) -> Any:
     """Return a bar on standard error if that is a terminal: `with progressbar(…) as bar: bar.update(steps)`."""
     return click.progressbar(length=length, label=label, file=sys.stderr, hidden=not sys.stderr.isatty())

@@ -9,22 +9,17 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 # --- locks
 
 
 def flock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Lock an open file for as long as it stays open; return whether that worked.
-
-    The kernel frees the lock when the last process that has the descriptor ends, however it ends.
-    """
-    try:
+    """Lock an open file until all its descriptors are closed, as those of a dead process are; return if that worked."""
+    with suppress(BlockingIOError):
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 def is_locked(path: Path) -> bool:
@@ -65,7 +60,7 @@ class FileLock:
         self.acquire(wait=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 

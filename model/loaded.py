@@ -164,19 +164,19 @@ def load_model(
     classes = _as_lists(getattr(estimator, "classes_", None))
     pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in estimators_in(estimator))
     version = version or sha256[:12]
-    model = LoadedModel(version, estimator, signature, methods, classes, pairs, batcher or Batcher(), {})
+    about = {
+        "version": version,
+        "file": path.name,
+        "sha256": sha256,
+        "estimator": type(estimator).__name__,
+        "methods": methods,
+        "classes": classes,
+        "signature": signature.describe(),
+        "example": {"data": rows[:1]},
+        "validated_with": "a synthetic row (no sample was recorded)",
+    }
+    model = LoadedModel(version, estimator, signature, methods, classes, pairs, batcher or Batcher(), about)
     _answer_sample(model, rows)
-    model.about.update(
-        version=version,
-        file=path.name,
-        sha256=sha256,
-        estimator=type(estimator).__name__,
-        methods=methods,
-        classes=classes,
-        signature=signature.describe(),
-        example={"data": rows[:1]},
-        validated_with="a synthetic row (no sample was recorded)",
-    )
     return model
 
 

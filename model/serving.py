@@ -135,16 +135,12 @@ class Serving:
             key: requests with the same key get the same version, on every worker and host; "" for no preference.
             version: the version to use, whatever the weights are; "" for no preference.
 
-        Raises:
-            ModelNotReady: no model is loaded.
-            BadRows: that version is not served.
+        Raises: ModelNotReady, no model is loaded; BadRows, that version is not served.
         """
-        routes = self.routes
-        if routes is None:
-            raise ModelNotReady(
-                "the model did not load; the server's log says why" if self.errors else "the model is still loading"
-            )
-        return routes.choose(key, version)
+        if routes := self.routes:
+            return routes.choose(key, version)
+        why = "the model did not load; the server's log says why" if self.errors else "the model is still loading"
+        raise ModelNotReady(why)
 
     def describe(self) -> dict[str, Any]:
         """Return what is served, as JSON values."""
