@@ -26,14 +26,13 @@ def problem(error: HTTPException, errors: Sequence[dict[str, Any]] = ()) -> Resp
         error: its description is the `detail`.
         errors: where rows are wrong, as in `model.signature.BadRows`.
     """
-    response = error.get_response()
-    detail = error.description
+    response, detail = error.get_response(), error.description
     if isinstance(error, NotFound):
         detail = "there is nothing at this path; predictions are at POST /predict"
     elif isinstance(error, MethodNotAllowed):
         detail = f"this path does not take {request.method}; use {response.headers['Allow']}"
-    request_id = g.record["request_id"]
-    content = {"status": response.status_code, "title": error.name, "detail": detail, "request_id": request_id}
+    content: dict[str, Any] = {"status": response.status_code, "title": error.name, "detail": detail}
+    content["request_id"] = g.record["request_id"]
     if errors:
         content["errors"] = errors
     response.data = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
