@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,10 +75,8 @@ def _extensions(value: str) -> tuple[str, ...]:
     return entries
 
 
-def _setting(parse: Callable[[str], Any], default: Any) -> Any:
-    if callable(default):
-        return field(default_factory=default, metadata={"parse": parse})
-    return field(default=default, metadata={"parse": parse})
+def _setting(parse: Callable[[str], Any], default: Any = MISSING, default_factory: Any = MISSING) -> Any:
+    return field(default=default, default_factory=default_factory, metadata={"parse": parse})
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Settings:
     # Where it listens
     host: str = _setting(str, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
     port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
-    web_concurrency: int = _setting(_number(1, 1024, "worker processes"), usable_cores)
+    web_concurrency: int = _setting(_number(1, 1024, "worker processes"), default_factory=usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
     preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
@@ -130,29 +128,23 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
-        """Read the settings from `environ`.
-
-        Raises:
-            SettingsError: a value that does not fit, or two that contradict each other.
-        """
+        """Read the settings. Raises: SettingsError, a value does not fit, or two contradict each other."""
         values = {}
         for each in fields(cls):
             name = each.name.upper()
-            if given := environ.get(name, ""):
+            if given := environ.get(name):
                 try:
                     values[each.name] = each.metadata["parse"](given)
                 except SettingsError as error:
                     raise SettingsError(f"{name}={given!r}: {error}") from None
-        if environ.get("MODEL_PATH") and environ.get("MODEL_DIR"):
+        if "model_path" in values and "model_dir" in values:
             raise SettingsError(
                 "MODEL_PATH and MODEL_DIR are both set: unset MODEL_DIR to serve that one file, or "
                 "MODEL_PATH to serve from the version store"
             )
-        settings = cls(**values)
-        sls = (settings.sls_endpoint, settings.sls_project, settings.sls_logstore)
-        if any(sls) and not all(sls):
+        if len(values.keys() & {"sls_endpoint", "sls_project", "sls_logstore"}) in (1, 2):
             raise SettingsError("SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE: expected all three, or none")
-        return settings
+        return cls(**values)
 
     def extension_names(self) -> list[str]:
         """Return the modules of the extensions, in order."""
@@ -163,8 +155,7 @@ class Settings:
     def load_extensions(self) -> list[ModuleType]:
         """Import the extensions. A default one whose module was removed is left out; one that was named must be there.
 
-        Raises:
-            SettingsError: a module that was named does not exist, or has no `init_app`.
+        Raises: SettingsError, a module that was named does not exist, or one has no `init_app`.
         """
         found = []
         for name in self.extension_names():
@@ -185,11 +176,7 @@ class Settings:
         return found
 
     def check_files(self) -> None:
-        """Check at the start that the files exist. If they break later, a running server goes on.
-
-        Raises:
-            SettingsError: the model file or the users file is not there.
-        """
+        """Check that the files exist, at the start: later, a running server goes on. Raises: SettingsError."""
         if self.model_path is not None and not os.path.isfile(self.model_path):
             raise SettingsError(f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file to read")
         if self.auth == "basic" and not os.path.isfile(self.users_file):
