@@ -37,12 +37,11 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
     Returns:
         The signature, and the rows that it was validated with.
 
-    Raises:
-        ModelLoadError: the model answers neither the sample nor, without one, any synthetic row.
+    Raises: ModelLoadError, the model does not answer the sample or, without one, any synthetic row.
     """
     failure: Exception | None = None
     declared = hasattr(model, "signatures")  # nothing is tried out then: a tensor model would just compute with NaN
-    for signature, guessed in _candidates(model, sample):
+    for signature in _candidates(model, sample):
         tried = signature if declared else _all_nullable(signature)
         # Two synthetic rows for a declared signature: such a model may be fixed to one row at a time.
         for rows in [sample] if sample else _synthetic_rows(signature, n_rows=2 if declared else 1):
@@ -53,8 +52,8 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
                 continue
             if declared:
                 return signature, rows
-            if guessed:
-                signature, rows = _without_needless_strings(model, signature, rows, guessed)
+            if not sample:
+                signature, rows = _without_needless_strings(model, signature, rows)
             return _with_nullable(model, signature, rows), rows
     what = "refuses its recorded sample"
     if not sample:
@@ -65,23 +64,22 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
 # --- candidates
 
 
-def _candidates(model: Any, sample: list[Any] | None) -> Iterable[tuple[Signature, list[int]]]:
-    """Yield the signatures the model may have, the likeliest first, each with the columns whose kind is a guess."""
+def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
+    """Yield the signatures that the model may have, the likeliest first."""
     if hasattr(model, "signatures"):
-        for signature in model.signatures(sample):
-            yield signature, []
+        yield from model.signatures(sample)
     elif getattr(model, "n_features_in_", None) is not None:
         yield from _candidates_with_columns(model, sample)
     elif any(hasattr(part, "build_analyzer") for part, _ in raw_parts(model, range(sys.maxsize))):
-        yield Signature("texts", ()), []
+        yield Signature("texts", ())
     else:
-        if not _has_tag(model, "one_d_array"):
-            yield Signature("array", None), []
-            yield Signature("texts", ()), []
-        yield Signature("numbers", ()), []
+        if not _takes_one_dimension(model):
+            yield Signature("array", None)
+            yield Signature("texts", ())
+        yield Signature("numbers", ())
 
 
-def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[tuple[Signature, list[int]]]:
+def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
     names = [str(name) for name in getattr(model, "feature_names_in_", ())]
     found = inspect(model, model.n_features_in_)
     columns = [facts.column(name) for facts, name in itertools.zip_longest(found, names)]
@@ -90,20 +88,17 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[t
         layout = "frame"
     elif names:
         _forget_names(model)
-    # The model does not show what a step of the user's own takes. Such columns are tried as numbers, then as strings.
+    # The model does not show what a step of the user's own takes.
     unknown = [at for at, facts in enumerate(found) if layout == "frame" and facts.kind is None and not facts.dropped]
-    if unknown and sample and isinstance(sample, list):
-        columns = _with_kinds_of_sample(columns, unknown, sample)
-        unknown = []
-    for guess in _guesses(unknown):
-        yield Signature(layout, _with_kinds(columns, guess)), unknown
-    yield Signature(layout, tuple(columns), precision="float32"), []
+    for kinds in _guesses(unknown, columns, sample):
+        yield Signature(layout, _with_kinds(columns, kinds))
+    yield Signature(layout, tuple(columns), precision="float32")
 
 
-def _has_tag(model: Any, name: str) -> bool:
-    """Return one of scikit-learn's input tags."""
+def _takes_one_dimension(model: Any) -> bool:
+    """Return whether scikit-learn's tags say that the model takes a list of numbers."""
     try:
-        return bool(getattr(model.__sklearn_tags__().input_tags, name))
+        return bool(model.__sklearn_tags__().input_tags.one_d_array)
     except AttributeError:
         return False
 
@@ -132,23 +127,23 @@ def _with_kinds(columns: Iterable[Column], kinds: dict[int, Kind]) -> tuple[Colu
     return tuple(replace(c, kind=kinds[at], dtype="") if at in kinds else c for at, c in enumerate(columns))
 
 
-def _with_kinds_of_sample(columns: list[Column], unknown: list[int], sample: list[Any]) -> list[Column]:
-    """Give the unknown columns the kinds of their values in a sample; rows that do not fit are ignored."""
-    rows = [row for row in _rows_as_lists(sample, columns) if isinstance(row, list) and len(row) == len(columns)]
-    return list(_with_kinds(columns, {at: _kind_of_values(row[at] for row in rows) for at in unknown}))
+def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable[dict[int, Kind]]:
+    """Yield kinds for unknown columns: those of a sample; else each combination of a few, or all alike or all but one.
 
-
-def _guesses(unknown: list[int]) -> Iterable[dict[int, Kind]]:
-    """Yield kinds for the unknown columns: each combination of a few; of more, all alike or all but one."""
-    if len(unknown) <= 6:
+    Rows of the sample that do not fit are ignored.
+    """
+    if isinstance(sample, list) and sample:
+        rows = [row for row in _rows_as_lists(sample, columns) if isinstance(row, list) and len(row) == len(columns)]
+        yield {at: _kind_of_values(row[at] for row in rows) for at in unknown}
+    elif len(unknown) <= 6:
         for kinds in itertools.product(NUMBER_OR_TEXT, repeat=len(unknown)):
             yield dict(zip(unknown, kinds, strict=True))
-        return
-    for common, other in itertools.permutations(NUMBER_OR_TEXT):
-        alike = dict.fromkeys(unknown, common)
-        yield alike
-        for at in unknown if len(unknown) <= 64 else ():
-            yield alike | {at: other}
+    else:
+        for common, other in itertools.permutations(NUMBER_OR_TEXT):
+            alike = dict.fromkeys(unknown, common)
+            yield alike
+            for at in unknown if len(unknown) <= 64 else ():
+                yield alike | {at: other}
 
 
 # --- rows that are tried
@@ -159,22 +154,18 @@ def _synthetic_rows(signature: Signature, n_rows: int) -> Iterable[list[Any]]:
     if hasattr(signature, "synthetic_rows"):  # it has rows of its own kind
         yield from signature.synthetic_rows(n_rows)
         return
-    if signature.layout == "texts":
-        yield ["text"] * n_rows
-        return
     for number in (0.0, 1.0):
         values = {"number": number, "integer": int(number), "text": "text", "boolean": False, "any": number}
-        if signature.layout == "numbers":
-            yield [number] * n_rows
-        else:
-            columns = signature.columns or (Column(None),)
-            yield [[values[c.kind] if c.example is None else c.example for c in columns]] * n_rows
+        columns = signature.columns or (Column(None),)
+        row: Any = [values[c.kind] if c.example is None else c.example for c in columns]
+        if signature.layout in ("texts", "numbers"):
+            row = "text" if signature.layout == "texts" else number
+        yield [row] * n_rows
 
 
-def _without_needless_strings(
-    model: Any, signature: Signature, rows: list[Any], guessed: list[int]
-) -> tuple[Signature, list[Any]]:
+def _without_needless_strings(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
     """Make numbers of the columns that were only guessed to be strings, if the model answers them as numbers."""
+    columns = signature.columns or ()
 
     def answers(indices: list[int]) -> bool:
         nonlocal signature, rows
@@ -185,7 +176,7 @@ def _without_needless_strings(
             signature, rows = tried, [row]
         return answered
 
-    list(_accepted([at for at in guessed if signature.columns and signature.columns[at].kind == "text"], answers))
+    list(_accepted([at for at, c in enumerate(columns) if c.kind == "text" and c.example is None], answers))
     return signature, rows
 
 
@@ -326,9 +317,13 @@ def inspect(model: Any, width: int) -> list[_ColumnFacts]:
             for column, value in zip(columns, part.statistics_, strict=False):
                 column.none_is_missing |= getattr(part, "missing_values", 0) is None
                 column.add([value])
-        elif hasattr(part, "build_analyzer") or _is_fitted_leaf(part):
+        elif hasattr(part, "build_analyzer"):  # a text vectorizer
             for column in columns:
-                column.kind = column.kind or ("text" if hasattr(part, "build_analyzer") else "number")
+                if column.kind is None:
+                    column.add(["text"])
+        elif _is_fitted_leaf(part):
+            for column in columns:
+                column.kind = column.kind or "number"
     return found
 
 
