@@ -221,11 +221,7 @@ def _dummy_hash() -> str:
 
 
 def read_users(path: Path) -> dict[str, User]:
-    """Read and validate a users file.
-
-    Raises:
-        UsersFileError: it is not readable, or not of the form above; the message holds no hash.
-    """
+    """Read a users file. Raises: UsersFileError, it is not of the form above; the message holds no hash."""
     users = {}
     for name, entry in _read_entries(path).items():
         entry = entry if isinstance(entry, dict) else {}

@@ -19,7 +19,6 @@ from .signature import Signature
 
 # What a caller may ask for in "method", if the model has it.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
-_METHODS_WITH_CLASSES = ("predict_proba", "predict_log_proba", "decision_function")
 
 
 class RowsRefused(Exception):
@@ -42,7 +41,7 @@ class LoadedModel:
     signature: Signature
     methods: tuple[str, ...]
     classes: Any  # as the estimator's classes_; None if it has none
-    scores_pairs: bool  # its decision_function has a column for each pair of classes (an SVC with "ovo")
+    methods_by_class: list[str]  # those whose result has a column for each class
     batcher: Batcher
     about: dict[str, Any]  # for GET /model
 
@@ -77,8 +76,7 @@ class LoadedModel:
 
     def classes_for(self, method: str) -> Any:
         """Return the classes in the order of the columns of the method's result, or None if it has no such columns."""
-        of_pairs = method == "decision_function" and self.scores_pairs
-        return self.classes if method in _METHODS_WITH_CLASSES and not of_pairs else None
+        return self.classes if method in self.methods_by_class else None
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /model shows of the model, as JSON values."""
@@ -154,15 +152,16 @@ def load_model(
         allow_version_mismatch: load a model that another scikit-learn made.
         batcher: merges its calls.
 
-    Raises:
-        ModelLoadError: what is wrong with it.
+    Raises: ModelLoadError, what is wrong with it.
     """
     sha256 = sha256 or hash_file(path)
     estimator = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
     signature, rows = infer_signature(estimator, sample)
     methods = tuple(method for method in METHODS if callable(getattr(estimator, method, None)))
     classes = _as_lists(getattr(estimator, "classes_", None))
-    pairs = any(getattr(part, "decision_function_shape", "") == "ovo" for part in estimators_in(estimator))
+    by_class = ["predict_proba", "predict_log_proba"]
+    if all(getattr(part, "decision_function_shape", "") != "ovo" for part in estimators_in(estimator)):
+        by_class.append("decision_function")  # else an SVC's has a column for each pair of classes
     version = version or sha256[:12]
     about = {
         "version": version,
@@ -175,7 +174,7 @@ def load_model(
         "example": {"data": rows[:1]},
         "validated_with": "a synthetic row (no sample was recorded)",
     }
-    model = LoadedModel(version, estimator, signature, methods, classes, pairs, batcher or Batcher(), about)
+    model = LoadedModel(version, estimator, signature, methods, classes, by_class, batcher or Batcher(), about)
     _answer_sample(model, rows)
     return model
 

@@ -94,9 +94,8 @@ class SingleFile:
 class Serving:
     """The served models of this process.
 
-    `choose` may be called from any thread; one background thread asks the source for updates and loads. A new model is
-    loaded and validated beside those that serve, and swapped in by setting one reference; the old one is freed with its
-    last request. A model that cannot be loaded changes nothing, and is named in `describe()` and in the log.
+    `choose` may be called from any thread; one background thread asks the source for updates and loads. An old model is
+    freed with its last request. One that cannot be loaded changes nothing, and is named in `describe()` and in the log.
     """
 
     def __init__(
@@ -106,13 +105,9 @@ class Serving:
         allow_version_mismatch: bool = False,
         max_waiting_rows: int = 50_000,
     ) -> None:
-        """Nothing is read before `start`.
+        """Remember the settings. Nothing is read before `start`; until then an extension may replace the source.
 
-        Args:
-            source: where the models come from; an extension may replace it before `start`.
-            run_in_thread: runs a function on a native thread and returns its result; the caller's event loop goes on.
-            allow_version_mismatch: load models that another scikit-learn made.
-            max_waiting_rows: rows that may wait for a model.
+        `run_in_thread` runs a function on a native thread and returns its result; the caller's event loop goes on.
         """
         self.source, self.run_in_thread = source, run_in_thread
         self._allow_version_mismatch, self._max_waiting_rows = allow_version_mismatch, max_waiting_rows
@@ -151,8 +146,8 @@ class Serving:
     def end_if_hung(self, timeout: float) -> None:
         """End this process if a call of a model has been running for more than `timeout` seconds.
 
-        A function on a native thread cannot be stopped in any other way. gunicorn starts another worker; by itself it
-        only notices an event loop that hangs, which this one does not.
+        A native thread cannot be stopped in any other way. gunicorn starts another worker; by itself it only notices an
+        event loop that hangs, which this one does not.
         """
         seconds = max((batcher.running_for() for batcher in list(self._batchers)), default=0.0)
         if seconds > timeout:
@@ -176,13 +171,9 @@ class Serving:
         return self.routes.models() if self.routes else self._preloaded
 
     def load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
-        """Load a model on a native thread, while others go on serving.
+        """Load a model on a native thread, while others go on serving. Raises: ModelLoadError.
 
-        Args:
-            loader: `load_model` of a file, or the like; called with `allow_version_mismatch` and `batcher`.
-
-        Raises:
-            ModelLoadError: what is wrong with the model.
+        The loader is `load_model` of a file, or the like; it is called with `allow_version_mismatch` and `batcher`.
         """
         try:
             model: LoadedModel = self.run_in_thread(self._load, loader)

@@ -1,8 +1,4 @@
-"""JSON rows → the array or data frame that a model was fitted on, or an error that says what is wrong with them.
-
-signature, _ = infer_signature(model)  # model/infer_signature.py
-model.predict(signature.parse([[5.1, 3.5, 1.4, 0.2]]))
-"""
+"""JSON rows → the array or data frame that a model was fitted on, or an error that says what is wrong with them."""
 
 import itertools
 import math
@@ -242,10 +238,8 @@ class Signature:
     def _validate_array(self, array: Any) -> Any:
         if not self._is_one_array:
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
-        if array.ndim == 0 or len(array) == 0:
-            raise BadRows("the array has no rows")
         shape = self._row_shape
-        if not matches(shape, array.shape[1:]):
+        if not matches((None, *shape), array.shape):
             expected = ", ".join(["rows", *("any" if size is None else str(size) for size in shape)])
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")
         if array.dtype.kind not in "iuf":
@@ -275,9 +269,8 @@ class Signature:
 
 def matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
     """Return whether rows of these sizes, all above 0, have the shape."""
-    if len(shape) != len(sizes) or 0 in sizes:
-        return False
-    return all(wanted in (None, found) for wanted, found in zip(shape, sizes, strict=True))
+    pairs = zip(shape, sizes, strict=False)
+    return len(shape) == len(sizes) and 0 not in sizes and all(wanted in (None, found) for wanted, found in pairs)
 
 
 # --- arrays and columns
