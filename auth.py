@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -36,7 +36,6 @@ import cli
 from processes import FileLock, LogLimit, replace_file
 
 log = logging.getLogger(__name__)
-View = Callable[..., Any]
 
 ROLES = ("predict", "admin", "monitor", "metrics")
 
@@ -52,7 +51,7 @@ MAX_ADDRESSES = 10_000  # whose failures are counted; about 1 MB
 _basic = HTTPBasicAuth()
 
 
-def require(*roles: str) -> Callable[[View], View]:
+def require(*roles: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator for views that only users with one of the roles may call: `@require("predict")`.
 
     The user's name is then `g.record["user"]`. With AUTH=off every caller passes, under the name "".
@@ -60,7 +59,7 @@ def require(*roles: str) -> Callable[[View], View]:
     Raises, at a request: Unauthorized, Forbidden, or what `Users.verify` raises.
     """
 
-    def decorate(view: View) -> View:
+    def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(view)  # Flask names the endpoint after it
         def gate(*args: Any, **kwargs: Any) -> Any:
             app, context = current_app._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
@@ -208,10 +207,9 @@ class Users:
 
 def _network(address: str) -> str:
     """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6."""
-    try:
+    with suppress(ValueError):  # IPv4, a unix socket's "", or what a proxy made up
         return str(ipaddress.IPv6Network((address, 64), strict=False))
-    except ValueError:  # IPv4, a unix socket's "", or what a proxy made up
-        return address
+    return address
 
 
 @cache

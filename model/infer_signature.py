@@ -45,9 +45,8 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
         tried = signature if declared else _all_nullable(signature)
         # Two synthetic rows for a declared signature: such a model may be fixed to one row at a time.
         for rows in [sample] if sample else _synthetic_rows(signature, n_rows=2 if declared else 1):
-            try:
-                model.predict(tried.parse(rows))
-            except Exception as error:  # a model may raise anything at a row that it does not know
+            error = _failure(model, tried, rows)
+            if error is not None:
                 failure = failure or error
                 continue
             if declared:
@@ -128,11 +127,8 @@ def _with_kinds(columns: Iterable[Column], kinds: dict[int, Kind]) -> tuple[Colu
 
 
 def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable[dict[int, Kind]]:
-    """Yield kinds for unknown columns: those of a sample; else each combination of a few, or all alike or all but one.
-
-    Rows of the sample that do not fit are ignored.
-    """
-    if isinstance(sample, list) and sample:
+    """Yield kinds for unknown columns: a sample's; else each combination of a few, or all alike or all but one."""
+    if isinstance(sample, list) and sample:  # rows that do not fit are ignored
         rows = [row for row in _rows_as_lists(sample, columns) if isinstance(row, list) and len(row) == len(columns)]
         yield {at: _kind_of_values(row[at] for row in rows) for at in unknown}
     elif len(unknown) <= 6:
@@ -166,18 +162,17 @@ def _synthetic_rows(signature: Signature, n_rows: int) -> Iterable[list[Any]]:
 def _without_needless_strings(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
     """Make numbers of the columns that were only guessed to be strings, if the model answers them as numbers."""
     columns = signature.columns or ()
+    guessed = [at for at, c in enumerate(columns) if c.kind == "text" and c.example is None]
+    numbers: dict[int, Kind] = {}
 
-    def answers(indices: list[int]) -> bool:
-        nonlocal signature, rows
-        tried = replace(signature, columns=_with_kinds(signature.columns or (), dict.fromkeys(indices, "number")))
-        row = [0.0 if at in indices else value for at, value in enumerate(rows[0])]
-        answered = _answers(model, tried, [row])
-        if answered:
-            signature, rows = tried, [row]
-        return answered
+    def with_numbers(indices: list[int]) -> tuple[Signature, list[Any]]:
+        kinds: dict[int, Kind] = numbers | dict.fromkeys(indices, "number")
+        row = [0.0 if at in kinds else value for at, value in enumerate(rows[0])]
+        return replace(signature, columns=_with_kinds(columns, kinds)), [row]
 
-    list(_accepted([at for at, c in enumerate(columns) if c.kind == "text" and c.example is None], answers))
-    return signature, rows
+    for at in _accepted(guessed, lambda indices: _failure(model, *with_numbers(indices)) is None):
+        numbers[at] = "number"
+    return with_numbers([]) if numbers else (signature, rows)
 
 
 def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signature:
@@ -190,7 +185,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     tried = _all_nullable(signature)
 
     def answers(indices: list[int]) -> bool:
-        return _answers(model, tried, [[*values[:at], None, *values[at + 1 :]] for at in indices])
+        return _failure(model, tried, [[*values[:at], None, *values[at + 1 :]] for at in indices]) is None
 
     # If there are very many columns, the last few are tried together, and count as refused if one of them is.
     nullable = set(_accepted(list(range(len(values))), answers, finest=1 if len(values) <= 256 else 16))
@@ -198,12 +193,13 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     return replace(signature, columns=columns)
 
 
-def _answers(model: Any, signature: Signature, rows: list[Any]) -> bool:
+def _failure(model: Any, signature: Signature, rows: list[Any]) -> Exception | None:
+    """Return what the model raises at rows, which may be anything; None if it answers them."""
     try:
         model.predict(signature.parse(rows))
-    except Exception:  # a model may raise anything at a row that it does not take
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 def _all_nullable(signature: Signature) -> Signature:
@@ -310,13 +306,11 @@ def inspect(model: Any, width: int) -> list[_ColumnFacts]:
                 column.dropped = True
         elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
             continue  # only its parts matter
-        elif hasattr(part, "categories_"):
-            for column, values in zip(columns, part.categories_, strict=False):
-                column.add(values)
-        elif hasattr(part, "statistics_"):
-            for column, value in zip(columns, part.statistics_, strict=False):
+        elif hasattr(part, "categories_") or hasattr(part, "statistics_"):
+            known = part.categories_ if hasattr(part, "categories_") else [[value] for value in part.statistics_]
+            for column, values in zip(columns, known, strict=False):
                 column.none_is_missing |= getattr(part, "missing_values", 0) is None
-                column.add([value])
+                column.add(values)
         elif hasattr(part, "build_analyzer"):  # a text vectorizer
             for column in columns:
                 if column.kind is None:

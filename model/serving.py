@@ -75,20 +75,19 @@ class Source(Protocol):
         """Load what is to be served with `serving.load`; return None if nothing has changed since the last call."""
 
 
+@dataclass
 class SingleFile:
     """One model file, named by `MODEL_PATH`."""
 
+    path: Path | None
     interval: float | None = None
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
 
     def update(self, serving: "Serving") -> Update:
         """Load the file, unless it was loaded before the fork."""
-        if self._path is None:
+        if self.path is None:
             raise ModelLoadError("there is no model to serve: set MODEL_PATH=/path/to/model.joblib")
         loaded = serving.loaded()
-        return Routes(loaded[0] if loaded else serving.load(partial(load_model, self._path))), []
+        return Routes(loaded[0] if loaded else serving.load(partial(load_model, self.path))), []
 
 
 class Serving:

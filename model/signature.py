@@ -218,10 +218,7 @@ class Signature:
         if all(c.dtype in ("float64", "int64") for c in self.columns):
             whole = all(_are_whole(values) for _, values in columns)
             return np.column_stack([_column_of_numbers(values, column, whole) for column, values in columns])
-        array = np.empty((len(rows), len(columns)), dtype=object)
-        for index, (_, values) in enumerate(columns):
-            array[:, index] = values
-        return array
+        return np.array([values for _, values in columns], dtype=object).T
 
     # --- rows that are scalars, or an array
 

@@ -21,14 +21,12 @@ class Timings:
         self._seconds[key] = before + (_WEIGHT_IF_LESS if seconds < before else _WEIGHT_IF_MORE) * (seconds - before)
 
     def expect(self, method: str, rows: int) -> float:
-        """Return the seconds that a call will take; for a size not seen yet, the most it may take."""
+        """Return the seconds that a call will take; for a size not seen yet, the most it may take by the others."""
         bits = rows.bit_length()
         if (found := self._seconds.get((method, bits))) is not None:
             return found
-        seen = {size: seconds for (name, size), seconds in list(self._seconds.items()) if name == method}
-        larger = [seconds for size, seconds in seen.items() if size > bits]
-        smaller = [seconds * 2 ** (bits - size) for size, seconds in seen.items() if size < bits]
-        return min(larger + smaller, default=float("inf"))
+        seen = [(size, seconds) for (name, size), seconds in list(self._seconds.items()) if name == method]
+        return min((seconds * 2 ** max(0, bits - size) for size, seconds in seen), default=float("inf"))
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the averages as JSON values."""

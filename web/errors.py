@@ -11,10 +11,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 
 def json_response(value: Any) -> flask.Response:
-    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null.
-
-    Raises: TypeError, it holds something without a JSON form (a complex number, a set).
-    """
+    """Encode a value, with numpy arrays in it, as strict JSON: NaN and infinities become null. Raises: TypeError."""
     body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
     return current_app.response_class(body, content_type="application/json")
 
@@ -22,9 +19,7 @@ def json_response(value: Any) -> flask.Response:
 def problem(error: HTTPException, errors: Sequence[dict[str, Any]] = ()) -> Response:
     """Answer an error as problem+json, with the headers that it brings (Allow, Retry-After, WWW-Authenticate).
 
-    Args:
-        error: its description is the `detail`.
-        errors: where rows are wrong, as in `model.signature.BadRows`.
+    Its description is the `detail`; `errors` says where rows are wrong, as in `model.signature.BadRows`.
     """
     response, detail = error.get_response(), error.description
     if isinstance(error, NotFound):
