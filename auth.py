@@ -36,6 +36,7 @@ import cli
 from processes import FileLock, LogLimit, replace_file
 
 log = logging.getLogger(__name__)
+View = Callable[..., Any]
 
 ROLES = ("predict", "admin", "monitor", "metrics")
 
@@ -51,15 +52,14 @@ MAX_ADDRESSES = 10_000  # whose failures are counted; about 1 MB
 _basic = HTTPBasicAuth()
 
 
-def require(*roles: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def require(*roles: str) -> Callable[[View], View]:
     """Return a decorator for views that only users with one of the roles may call: `@require("predict")`.
 
-    The user's name is then `g.record["user"]`. With AUTH=off every caller passes, under the name "".
-
-    Raises, at a request: Unauthorized, Forbidden, or what `Users.verify` raises.
+    The user's name is then `g.record["user"]`. With AUTH=off every caller passes, under the name "". A request without
+    such a user raises Unauthorized, Forbidden, or what `Users.verify` raises.
     """
 
-    def decorate(view: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(view: View) -> View:
         @wraps(view)  # Flask names the endpoint after it
         def gate(*args: Any, **kwargs: Any) -> Any:
             app, context = current_app._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]

@@ -72,13 +72,8 @@ def replace_file(
 ) -> None:
     """Write a file that readers see whole: the old content or the new.
 
-    Args:
-        path: the file.
-        content: all of it.
-        mode: of a new file.
-        durable: whether the new content must survive a power failure.
-        keep_owner: an existing file keeps its owner and mode. Else everyone who may write to its directory can
-            replace it, and it is theirs from then on.
+    A new file gets `mode`. With `durable`, the new content survives a power failure. With `keep_owner`, an existing
+    file keeps its owner and mode; else everyone who may write to its directory can replace it, and it is theirs then.
     """
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +73,10 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
     elif any(hasattr(part, "build_analyzer") for part, _ in raw_parts(model, range(sys.maxsize))):
         yield Signature("texts", ())
     else:
-        if not _takes_one_dimension(model):
+        one_dimension = False
+        with suppress(AttributeError):  # only scikit-learn's own base classes have tags
+            one_dimension = model.__sklearn_tags__().input_tags.one_d_array
+        if not one_dimension:
             yield Signature("array", None)
             yield Signature("texts", ())
         yield Signature("numbers", ())
@@ -92,14 +96,6 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[S
     for kinds in _guesses(unknown, columns, sample):
         yield Signature(layout, _with_kinds(columns, kinds))
     yield Signature(layout, tuple(columns), precision="float32")
-
-
-def _takes_one_dimension(model: Any) -> bool:
-    """Return whether scikit-learn's tags say that the model takes a list of numbers."""
-    try:
-        return bool(model.__sklearn_tags__().input_tags.one_d_array)
-    except AttributeError:
-        return False
 
 
 def _selects_columns(model: Any) -> bool:

@@ -170,10 +170,7 @@ class Serving:
         return self.routes.models() if self.routes else self._preloaded
 
     def load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
-        """Load a model on a native thread, while others go on serving. Raises: ModelLoadError.
-
-        The loader is `load_model` of a file, or the like; it is called with `allow_version_mismatch` and `batcher`.
-        """
+        """Load a model on a native thread; the loader is `load_model` of a file, or the like. Raises: ModelLoadError."""
         try:
             model: LoadedModel = self.run_in_thread(self._load, loader)
         except ModelLoadError:

@@ -108,10 +108,7 @@ class Signature:
         return len(rows[0]) if self.columns is None else None
 
     def assemble(self, parts: Sequence[Any]) -> Any:
-        """Make what the model's `predict` takes of what `validate` returned to callers with the same `batch_key`.
-
-        Raises: BadRows, a number does not fit the type of its column.
-        """
+        """Make what `predict` takes of rows with equal keys. Raises: BadRows, a number does not fit its column."""
         if isinstance(parts[0], np.ndarray):
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         else:
