@@ -170,7 +170,7 @@ class Serving:
         return self.routes.models() if self.routes else self._preloaded
 
     def load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
-        """Load a model on a native thread; the loader is `load_model` of a file, or the like. Raises: ModelLoadError."""
+        """Load a model on a native thread; `loader` is `load_model` of a file, or the like. Raises: ModelLoadError."""
         try:
             model: LoadedModel = self.run_in_thread(self._load, loader)
         except ModelLoadError:
