@@ -182,9 +182,9 @@ class Signature:
                 yield {"row": at, "detail": f"{len(row)} values; expected {width}"}
 
     def _rows_from_objects(self, data: list[Any]) -> list[Any]:
-        if self.columns is None or any(c.name is None for c in self.columns):
+        names = [c.name for c in self.columns or ()]
+        if not names or None in names:
             raise BadRows(f"this model was fitted without column names; send each row as a list: {self.example()}")
-        names = [c.name for c in self.columns]
         if set(map(type, data)) == {dict} and set(map(len, data)) == {len(names)}:
             pick = itemgetter(*names)
             with suppress(KeyError):
