@@ -434,6 +434,7 @@ def test_tail_bears_segments_that_are_removed(tmp_path: Path) -> None:
     assert [record["number"] for record in tail.read()] == [1]
     second.append({"number": 2})
     segments(tmp_path)[0].unlink()  # shipped
+    first.close_if_removed()
     assert [record["number"] for record in tail.read()] == [2]
     first.append({"number": 3})
     second.append({"number": 4})
