@@ -152,7 +152,7 @@ def test_killed_service_leaves_no_shipper_for_longer_than_the_drain_time(
 ) -> None:
     sls.mode = "hang"
     with shipping(tmp_path, iris_file, sls, graceful_timeout=3) as server, Load(server) as load:
-        sls.wait_until(lambda: sls.outcomes["hang"] > 0)
+        sls.wait_until(lambda: sls.outcomes["hang"] > 0 and len(load.answered) > 20)
         for pid in [server.process.pid, *server.workers()]:
             os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
