@@ -1,6 +1,6 @@
 # make run       serve the demo model, or yours: MODEL_PATH=/path/to/model.joblib make run
 # make test      the tests, in a few minutes
-# make test-all  those that take their time as well: gthread, failures under load, onnxruntime, torch, keras (1.1 GB)
+# make test-all  those that take their time as well: gthread, failures under load, onnxruntime, torch, keras, the boosters (1.7 GB)
 # make check     format, lint and types
 # make bench     this server beside others, in some hours; BENCH_ARGS=--quick in minutes
 # make lock      write the exact, hashed requirements from the ranges in requirements.in and requirements/*.in
@@ -39,7 +39,7 @@ bench:
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done
-	for name in requirements requirements/dev requirements/onnx requirements/keras; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	for name in requirements requirements/dev requirements/onnx requirements/keras requirements/families; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make lock" $$name.in -o $$name.txt || exit 1; done
 
 	# torch without hashes, and without what only its builds for NVIDIA's GPUs need: builds differ, the version does not.
@@ -62,9 +62,10 @@ $(VENV)/dev.done: $(VENV)/run.done requirements/dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# In three calls, since one hash makes pip ask for all.
-$(VENV)/formats.done: $(VENV)/dev.done requirements/onnx.txt requirements/torch.txt requirements/keras.txt
+# In separate calls, since one hash makes pip ask for all.
+$(VENV)/formats.done: $(VENV)/dev.done requirements/onnx.txt requirements/torch.txt requirements/keras.txt requirements/families.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/onnx.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements/torch.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/keras.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/families.txt
 	@touch $@

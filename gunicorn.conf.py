@@ -70,6 +70,9 @@ control_socket_disable = True
 # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
 # With PRELOAD one: OpenMP's threads do not survive the fork, and a call that waits for them hangs.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
+if _settings.preload and os.environ["OMP_NUM_THREADS"] != "1":
+    logging.getLogger("gunicorn").warning("PRELOAD=1: OMP_NUM_THREADS=%s becomes 1", os.environ["OMP_NUM_THREADS"])
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # For TLS 1.2, if gunicorn speaks TLS itself: as in the nginx set-up. Debian's Python would take all of OpenSSL's.
 ciphers = "ECDHE+AESGCM:ECDHE+CHACHA20"

@@ -29,8 +29,9 @@ from werkzeug.exceptions import Forbidden, HTTPException, InternalServerError, S
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from auth import Users, has_role, require
+from model.answers import ModelFailed
 from model.batching import Overloaded, call_directly
-from model.loaded import LoadedModel, ModelFailed, RowsRefused
+from model.loaded import LoadedModel, RowsRefused
 from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
 from monitor import BLANK, Journal, RequestLog
@@ -96,8 +97,15 @@ class Service:
         self.settings = settings
         # Runs a function beside the event loop and returns its result; a worker class may replace it.
         self.run_in_thread: Callable[..., Any] = call_directly
-        source = SingleFile(settings.model_path)
-        self.serving = Serving(source, self._in_thread, settings.allow_version_mismatch, settings.max_waiting_rows)
+        source = SingleFile(settings.model_path, settings.model_sample)
+        self.serving = Serving(
+            source,
+            self._in_thread,
+            settings.max_waiting_rows,
+            allow_version_mismatch=settings.allow_version_mismatch,
+            merge_requests=settings.merge_requests,
+            extra_columns=settings.extra_columns,
+        )
         self.users = Users(settings.users_file, self._in_thread) if settings.auth == "basic" else None
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)

@@ -97,7 +97,9 @@ class Settings:
 
     # What it serves
     model_path: Path | None = _setting(_path, None)  # one model file, without the version store
+    model_sample: Path | None = _setting(_path, None)  # rows that it answers; by default NAME.sample.json beside NAME
     model_dir: Path = _setting(_path, Path("var/models"))  # the version store
+    extra_columns: str = _setting(_one_of("refuse", "ignore"), "refuse")  # of rows that are objects
     allow_version_mismatch: bool = _setting(_switch, False)  # serve a model made by another scikit-learn
 
     # Who may ask
@@ -106,6 +108,7 @@ class Settings:
 
     # How much at once
     max_rows: int = _setting(_number(1, 10_000_000, "rows"), 100_000)  # in one request
+    merge_requests: str = _setting(_one_of("auto", "always", "never"), "auto")  # of several callers into one call
     max_waiting_rows: int = _setting(_number(1, 10_000_000, "rows"), 50_000)  # in a worker, for the model; then 503
     predict_timeout: float = _setting(_number(1, 86_400, "seconds", float), 30.0)  # of one call of the model
     max_body_bytes: int = _setting(_number(1, 2**31, "bytes"), 16 * 2**20)  # of one request

@@ -67,6 +67,13 @@ def publish_command(store: Store, settings: Settings, file: Path, **given: Any) 
     """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
     version = publish(store, file, **given)
     click.echo(f"published version {version}; serve it with: python -m model promote {version}")
+    if equal := store.same_file(version):
+        click.echo(f"model: its file is equal to that of version {', '.join(equal)}", err=True)
+    about = read_manifest(store.directory, version).about
+    for warning in about["warnings"]:
+        click.echo(f"warning: {warning}")
+    if about["merges_requests"] != "yes":
+        click.echo(f"callers share no calls: {about['merges_requests'].removeprefix('no: ')}")
     if not given["sample"]:
         click.echo("validated with a synthetic row only: give your own rows with --sample next time")
 
@@ -165,7 +172,9 @@ def export_command(store: Store, settings: Settings, file: Path, **given: Any) -
     """Write a scikit-learn model FILE as OUT.onnx, and compare what the two predict for a sample."""
     from .versions.onnx_export import export
 
-    click.echo(export(file, **given))
+    report, out = export(file, **given), given["out"]
+    sample = " --sample ROWS.JSON" if report.rows else ""
+    click.echo(f"{report}\nwrote {out}; make a version of it with: python -m model publish {out}{sample}")
 
 
 def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> None:

@@ -5,21 +5,34 @@ does not record which columns hold strings or may be missing: the first is read 
 the model, the second is tried out, one missing value at a time.
 """
 
+import datetime
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 
-from .formats import ModelLoadError
+from .columns import ACCEPTED, ISO_DATE, BadRows, Kind, json_form
+from .formats import ModelLoadError, foreign
 from .formats.sklearn import estimators_in
-from .signature import ACCEPTED, Column, Kind, Layout, Signature
+from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
+
+
+class RawPart(NamedTuple):
+    """A fitted part of a model that raw columns reach."""
+
+    part: Any
+    columns: Sequence[int]
+    imputers: tuple[Any, ...] = ()  # on the way to it
+    entered: Sequence[int] = ()  # the columns that the first of them gets; it leaves out those without any value
 
 
 def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[Any]]:
@@ -45,20 +58,39 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
     for signature in _candidates(model, sample):
         tried = signature if declared else _all_nullable(signature)
         # Two synthetic rows for a declared signature: such a model may be fixed to one row at a time.
-        for rows in [sample] if sample else _synthetic_rows(signature, n_rows=2 if declared else 1):
+        example = getattr(model, "example", None) if declared else None
+        made = _synthetic_rows(signature, n_rows=2 if declared else 1) if example is None else [[example] * 2]
+        for rows in [sample] if sample else made:
             error = _failure(model, tried, rows)
             if error is not None:
                 failure = failure or error
                 continue
             if declared:
                 return signature, rows
-            if not sample:
+            _check_categories(model, tried, _rows_as_lists(rows, signature.columns or ())[0])
+            if sample:
+                signature = _with_zones(signature, sample)
+            else:
                 signature, rows = _without_needless_strings(model, signature, rows)
+                signature = _with_ambiguous(model, signature, rows)
+            _check_units(model, signature, rows)
             return _with_nullable(model, signature, rows), rows
-    what = "refuses its recorded sample"
-    if not sample:
-        what = "answers none of the synthetic rows that were tried; a recorded sample would show what it takes"
-    raise ModelLoadError(f"the model {what} ({type(failure).__name__}: {failure})") from failure
+    raise ModelLoadError(f"{_explain(model, failure, sample)} ({type(failure).__name__}: {failure})") from failure
+
+
+def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) -> str:
+    """Say what is wrong with a model that answered nothing. A sample is asked for only where it would help."""
+    if any(each.__name__ == "NotFittedError" for each in type(failure).__mro__) or "no trained model" in str(failure):
+        return "the model is not fitted; save it after fit"
+    if any(type(part).__name__ == "DictVectorizer" for part, *_ in raw_parts(model, range(sys.maxsize))):
+        return (
+            "the model begins with a DictVectorizer, which takes no rows; fit it on a data frame, with a OneHotEncoder"
+        )
+    if isinstance(failure, ImportError):
+        return "the model needs a library that is not installed here"
+    if sample:
+        return "the model refuses its recorded sample"
+    return "the model answers none of the synthetic rows that were tried; a recorded sample would show what it takes"
 
 
 # --- candidates
@@ -68,10 +100,14 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
     """Yield the signatures that the model may have, the likeliest first."""
     if hasattr(model, "signatures"):
         yield from model.signatures(sample)
-    elif getattr(model, "n_features_in_", None) is not None:
+    elif getattr(model, "n_features_in_", None) or foreign("columns", model):
         yield from _candidates_with_columns(model, sample)
-    elif any(hasattr(part, "build_analyzer") for part, _ in raw_parts(model, range(sys.maxsize))):
+    elif any(hasattr(part, "build_analyzer") for part, *_ in raw_parts(model, range(sys.maxsize))):
         yield Signature("texts", ())
+    elif isinstance(sample, list) and sample and isinstance(sample[0], dict):
+        columns = [Column(name) for name in sample[0]]  # a step of the user's own comes first, and records no names
+        for kinds in _guesses(list(range(len(columns))), columns, sample):
+            yield Signature("frame", _with_kinds(columns, kinds))
     else:
         one_dimension = False
         with suppress(AttributeError):  # only scikit-learn's own base classes have tags
@@ -83,18 +119,28 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 
 
 def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
-    names = [str(name) for name in getattr(model, "feature_names_in_", ())]
-    found = inspect(model, model.n_features_in_)
+    boosted = foreign("columns", model) or []
+    names = [str(name) for name in getattr(model, "feature_names_in_", ())] or [c.name for c in boosted if c.name]
+    found = inspect(model, getattr(model, "n_features_in_", 0) or len(boosted))
     columns = [facts.column(name) for facts, name in itertools.zip_longest(found, names)]
     layout: Layout = "array"
-    if names and (_selects_columns(model) or any(c.kind != "number" for c in columns)):
+    if names and (_selects_columns(model) or any(c.dtype not in ("float64", "int64") for c in columns)):
         layout = "frame"
     elif names:
         _forget_names(model)
     # The model does not show what a step of the user's own takes.
-    unknown = [at for at, facts in enumerate(found) if layout == "frame" and facts.kind is None and not facts.dropped]
+    unknown = _unknown(found) if layout == "frame" else []
+    shown = _kinds_in(sample, columns)  # numbers may be written as booleans, if the sample has them so
+    known = {at for at, c in enumerate(columns) if c.kind == "number" and shown.get(at) == "boolean"} - set(unknown)
+    columns = [replace(c, kind="boolean") if at in known else c for at, c in enumerate(columns)]
+    if any(foreign("kinds", part) is not None for part in estimators_in(model)):  # these parse strings, in any form
+        parsed = [at for at, c in enumerate(columns) if c.kind in ("number", "date") and shown.get(at) == "text"]
+        parsed = [at for at in parsed if not _are_dates(sample, columns, at)]
+        columns = list(_with_kinds(columns, dict.fromkeys(parsed, "text")))
+    of_lightgbm = any(type(part).__module__.startswith("lightgbm.") for part in (model, *estimators_in(model)))
+    blanks = of_lightgbm and not any(" " in name for name in names)
     for kinds in _guesses(unknown, columns, sample):
-        yield Signature(layout, _with_kinds(columns, kinds))
+        yield Signature(layout, _with_kinds(columns, kinds), blanks_replaced=blanks)
     yield Signature(layout, tuple(columns), precision="float32")
 
 
@@ -118,18 +164,53 @@ def _forget_names(model: Any) -> None:
 
 
 def _with_kinds(columns: Iterable[Column], kinds: dict[int, Kind]) -> tuple[Column, ...]:
-    """Return the columns, some of them with another kind."""
-    return tuple(replace(c, kind=kinds[at], dtype="") if at in kinds else c for at, c in enumerate(columns))
+    """Return the columns, some of them with another kind; "integer" means numbers that pandas holds as int64."""
+    found = list(columns)
+    for at, kind in kinds.items():
+        whole = kind == "integer"
+        found[at] = replace(found[at], kind="number" if whole else kind, dtype="int64" if whole else "")
+    return tuple(found)
+
+
+def _kinds_in(sample: Any, columns: Sequence[Column]) -> dict[int, Kind]:
+    """Return the kinds of the values in a sample, by column; rows that do not fit are ignored."""
+    rows = _rows_as_lists(sample, columns) if isinstance(sample, list) else []
+    rows = [row for row in rows if isinstance(row, list) and len(row) == len(columns)]
+    return {at: _kind_of_values([row[at] for row in rows]) for at in range(len(columns) if rows else 0)}
+
+
+def _with_zones(signature: Signature, sample: Any) -> Signature:
+    """Note whether a sample's dates have an offset, where the model does not show it."""
+    columns = signature.columns or ()
+    rows = _rows_as_lists(sample, columns)
+    found = list(columns)
+    for at, column in enumerate(columns):
+        date = next((row[at] for row in rows if row[at] is not None), None) if column.dtype == "date" else None
+        if date is not None:
+            found[at] = replace(column, zoned=column.convert(date).tzinfo is not None)  # type: ignore[misc]
+    return replace(signature, columns=tuple(found)) if columns else signature
+
+
+def _are_dates(sample: Any, columns: Sequence[Column], at: int) -> bool:
+    """Return whether a column of a sample holds dates as ISO 8601."""
+    values = [row[at] for row in _rows_as_lists(sample, columns) if isinstance(row, list) and row[at] is not None]
+    return bool(values) and all(isinstance(value, str) and ISO_DATE.fullmatch(value) for value in values)
 
 
 def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable[dict[int, Kind]]:
     """Yield kinds for unknown columns: a sample's; else each combination of a few, or all alike or all but one."""
-    if isinstance(sample, list) and sample:  # rows that do not fit are ignored
-        rows = [row for row in _rows_as_lists(sample, columns) if isinstance(row, list) and len(row) == len(columns)]
-        yield {at: _kind_of_values(row[at] for row in rows) for at in unknown}
+    if sample:
+        shown = {at: kind for at, kind in _kinds_in(sample, columns).items() if at in unknown}
+        yield shown
+        if dates := [at for at in shown if _are_dates(sample, columns, at)]:
+            date: Kind = "date"
+            yield shown | dict.fromkeys(dates, date)
     elif len(unknown) <= 6:
-        for kinds in itertools.product(NUMBER_OR_TEXT, repeat=len(unknown)):
-            yield dict(zip(unknown, kinds, strict=True))
+        for guess in itertools.product(NUMBER_OR_TEXT, repeat=len(unknown)):
+            yield dict(zip(unknown, guess, strict=True))
+        for at in unknown:  # as a step takes it that reads its month, say
+            numbers: dict[int, Kind] = dict.fromkeys(unknown, "number")
+            yield numbers | {at: "date"}
     else:
         for common, other in itertools.permutations(NUMBER_OR_TEXT):
             alike = dict.fromkeys(unknown, common)
@@ -148,6 +229,7 @@ def _synthetic_rows(signature: Signature, n_rows: int) -> Iterable[list[Any]]:
         return
     for number in (0.0, 1.0):
         values = {"number": number, "integer": int(number), "text": "text", "boolean": False, "any": number}
+        values |= {"category": "text", "date": "2026-01-31"}
         columns = signature.columns or (Column(None),)
         row: Any = [values[c.kind] if c.example is None else c.example for c in columns]
         if signature.layout in ("texts", "numbers"):
@@ -158,7 +240,7 @@ def _synthetic_rows(signature: Signature, n_rows: int) -> Iterable[list[Any]]:
 def _without_needless_strings(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
     """Make numbers of the columns that were only guessed to be strings, if the model answers them as numbers."""
     columns = signature.columns or ()
-    guessed = [at for at, c in enumerate(columns) if c.kind == "text" and c.example is None]
+    guessed = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "text"]
     numbers: dict[int, Kind] = {}
 
     def with_numbers(indices: list[int]) -> tuple[Signature, list[Any]]:
@@ -171,6 +253,29 @@ def _without_needless_strings(model: Any, signature: Signature, rows: list[Any])
     return with_numbers([]) if numbers else (signature, rows)
 
 
+def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signature:
+    """Let columns of which the model takes numbers as well as strings hold either: it does not show which is right."""
+    columns = signature.columns or ()
+    if signature.layout != "frame":
+        return signature
+    unknown = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "number"]
+
+    def takes_text(indices: list[int]) -> bool:
+        tried = replace(signature, columns=_with_kinds(columns, dict.fromkeys(indices, "text")))
+        texts = ("text", "2026-01-31")
+        rows_of_text = [[text if at in indices else value for at, value in enumerate(rows[0])] for text in texts]
+        return any(_failure(model, tried, [row]) is None for row in rows_of_text)
+
+    found = set(_accepted(unknown, takes_text))
+    either = tuple(replace(c, kind="any", dtype="infer") if at in found else c for at, c in enumerate(columns))
+    return replace(signature, columns=either)
+
+
+def _unknown(found: Sequence["_ColumnFacts"]) -> list[int]:
+    """Return the columns of which the parts of a model show nothing."""
+    return [at for at, facts in enumerate(found) if facts.kind is None and not facts.dropped]
+
+
 def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signature:
     """Find which columns may be missing by leaving each out once. An imputer's tags cannot be trusted on this."""
     if not signature.columns:
@@ -181,10 +286,12 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     tried = _all_nullable(signature)
 
     def answers(indices: list[int]) -> bool:
-        return _failure(model, tried, [[*values[:at], None, *values[at + 1 :]] for at in indices]) is None
+        row = list(values)
+        for at in indices:
+            row[at] = None
+        return _failure(model, tried, [row]) is None
 
-    # If there are very many columns, the last few are tried together, and count as refused if one of them is.
-    nullable = set(_accepted(list(range(len(values))), answers, finest=1 if len(values) <= 256 else 16))
+    nullable = set(_accepted(list(range(len(values))), answers))
     columns = tuple(replace(c, nullable=at in nullable) for at, c in enumerate(signature.columns))
     return replace(signature, columns=columns)
 
@@ -198,48 +305,172 @@ def _failure(model: Any, signature: Signature, rows: list[Any]) -> Exception | N
     return None
 
 
+def _check_categories(model: Any, signature: Signature, row: Any) -> None:
+    """Check that each category, written as JSON, is encoded as what the encoder learned. Raises: ModelLoadError."""
+    if not signature.columns or not isinstance(row, list):
+        return
+    for part, indices, imputers, entered in raw_parts(model, list(range(len(signature.columns)))):
+        if not hasattr(part, "categories_") or not hasattr(part, "transform"):
+            continue
+        learned = [array[_is_present(array)] for array in map(np.asarray, part.categories_)]
+        count = max(map(len, learned), default=0)
+        learned = [array[np.arange(count) % len(array)] for array in learned if len(array)]
+        if len(learned) < len(indices):  # a column without any value
+            continue
+        step_size = max(1000, 200_000 // len(row))  # an encoder goes through all its categories at each call
+        for start in range(0, count, step_size):
+            values = [array[start : start + step_size] for array in learned]
+            sent = [list(row) for _ in values[0]]
+            for at, array in zip(indices, values, strict=True):
+                for to, value in zip(sent, array.tolist() if array.dtype.kind == "O" else array, strict=True):
+                    to[at] = json_form(value)
+            try:
+                inputs = _select(signature.parse(orjson.loads(orjson.dumps(sent))), entered)
+            except BadRows as error:
+                raise ModelLoadError(f"a category that an encoder was fitted on cannot be sent: {error}") from error
+            for step in imputers:
+                inputs = step.transform(inputs)
+            if hasattr(inputs, "iloc") and not hasattr(part, "feature_names_in_"):
+                inputs = inputs.to_numpy()
+            if not _encodes_alike(part, inputs, _table(values, part)):
+                names = ", ".join(str(signature.columns[at].name or at) for at in indices)
+                raise ModelLoadError(
+                    f"the encoder of the columns {names} was fitted on values that JSON does not bring back as they "
+                    "were; train the model on strings or numbers made of them"
+                )
+
+
+def _check_units(model: Any, signature: Signature, rows: list[Any]) -> None:
+    """Check that answers do not depend on the unit in which pandas keeps times. Raises: ModelLoadError.
+
+    A step that makes numbers of them with `astype("int64")` gets others in microseconds than in nanoseconds, and no
+    model shows in which it was trained.
+    """
+    dates = [at for at, column in enumerate(signature.columns or ()) if column.dtype == "date"]
+    methods = ("predict_proba", "decision_function", "predict")
+    ask = next(getattr(model, method) for method in methods if hasattr(model, method))
+    answers = []
+    for unit in ("s", "us", "ns") if dates else ():
+        frame = signature.parse(rows)
+        with suppress(ValueError):  # nanoseconds end in the year 2262
+            for at in dates:
+                frame.isetitem(at, frame.iloc[:, at].dt.as_unit("s").dt.as_unit(unit))
+            answers.append(ask(frame))
+    if not all(_equal(answer, answers[0]) for answer in answers):
+        raise ModelLoadError(
+            "its answers depend on the unit in which pandas keeps times, which is not known from the model; let the "
+            'step that makes numbers of them set it, with dates.dt.as_unit("ns") or the unit that it was trained with'
+        )
+
+
+def _is_present(array: Any) -> Any:
+    return np.array([value is not None and value == value for value in array], dtype=bool)
+
+
+def _select(inputs: Any, indices: Sequence[int]) -> Any:
+    return inputs.iloc[:, list(indices)] if hasattr(inputs, "iloc") else inputs[:, indices]
+
+
+def _table(columns: list[Any], part: Any) -> Any:
+    """Make what an encoder was fitted on of values of its categories."""
+    names = getattr(part, "feature_names_in_", None)
+    if names is None:
+        array = np.empty((len(columns[0]), len(columns)), dtype=np.result_type(*columns))
+        for at, values in enumerate(columns):
+            array[:, at] = values
+        return array
+    import pandas as pd
+
+    return pd.DataFrame(
+        {name: pd.Series(values, dtype=values.dtype) for name, values in zip(names, columns, strict=True)}
+    )
+
+
+def _encodes_alike(encoder: Any, inputs: Any, expected: Any) -> bool:
+    """Return whether an encoder makes the same of what the model gets as of what it learned."""
+    try:
+        return _equal(encoder.transform(inputs), encoder.transform(expected))
+    except ValueError:  # unknown categories
+        return False
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Return whether two results of an encoder are the same."""
+    if hasattr(found, "nnz") and hasattr(expected, "nnz"):  # sparse: dense they may be larger than the memory
+        return bool(found.shape == expected.shape and (found != expected).nnz == 0)
+    first, second = (each.toarray() if hasattr(each, "toarray") else np.asarray(each) for each in (found, expected))
+    return bool(np.array_equal(first, second, equal_nan=first.dtype.kind == "f"))
+
+
 def _all_nullable(signature: Signature) -> Signature:
     return replace(signature, columns=signature.columns and tuple(replace(c, nullable=True) for c in signature.columns))
 
 
-def _accepted(indices: list[int], accepts: Callable[[list[int]], bool], finest: int = 1) -> Iterator[int]:
-    """Yield the indices that are accepted, trying many at once and halving what is refused, down to `finest`."""
-    left = [indices[at : at + 64] for at in range(0, len(indices), 64)]
-    while left:
+def _accepted(indices: list[int], accepts: Callable[[list[int]], bool]) -> Iterator[int]:
+    """Yield the indices that are accepted, trying many at once and halving what is refused.
+
+    Of very many columns not all can be tried in a few seconds; the rest count as refused.
+    """
+    left = [indices] if indices else []
+    for _ in range(max(200, 2_000_000 // max(1, len(indices)))):
+        if not left:
+            return
         group = left.pop()
         if accepts(group):
             yield from group
-        elif len(group) > finest:
+        elif len(group) > 1:
             middle = len(group) // 2
             left += [group[:middle], group[middle:]]
 
 
 def _rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:
     """Return rows with objects as lists of their values in column order; whatever else a sample holds is unchanged."""
-    names = [c.name for c in columns]
-    return [list(map(row.get, names)) if isinstance(row, dict) else row for row in rows]
+    names: list[Any] = [c.name for c in columns]
+
+    def as_list(row: Any) -> Any:
+        if not isinstance(row, dict):
+            return row
+        row = {str(name).replace(" ", "_"): value for name, value in row.items()} | row  # as LightGBM names columns
+        return list(map(row.get, names))
+
+    return [as_list(row) for row in rows]
 
 
 # --- what the parts of a model show about its columns
 
 
-def raw_parts(part: Any, columns: Sequence[int]) -> Iterator[tuple[Any, Sequence[int]]]:
-    """Yield each fitted part that raw columns reach unchanged, or "drop", with the indices of those columns."""
-    yield part, columns
+def raw_parts(
+    part: Any, columns: Sequence[int], imputers: tuple[Any, ...] = (), entered: Sequence[int] = ()
+) -> Iterator[RawPart]:
+    """Yield each fitted part that raw columns reach, unchanged or through an imputer, or "drop"."""
+    entered = entered if imputers else columns
+    yield RawPart(part, columns, imputers, entered)
     if hasattr(part, "steps"):
         for _, step in part.steps:
-            if step in (None, "passthrough"):
+            if step in (None, "passthrough") or _is_identity(step):
                 continue
-            yield from raw_parts(step, columns)
+            yield from raw_parts(step, columns, imputers, entered)
             if not hasattr(step, "statistics_"):  # an imputer passes its columns on; other steps make new ones
                 return
+            columns = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
+            imputers = (*imputers, step)
     elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
         for name, inner, _ in part.transformers_:
             if inner != "passthrough":
                 yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
     else:
         for inner in _inner_estimators(part):
-            yield from raw_parts(inner, columns)
+            yield from raw_parts(inner, columns, imputers, entered)
+
+
+def _is_identity(step: Any) -> bool:
+    """Return whether a step is a FunctionTransformer that changes nothing."""
+    return hasattr(step, "inverse_func") and step.func is None
+
+
+def _is_kept(imputer: Any, statistic: Any) -> bool:
+    """Return whether an imputer passes on a column, for which it found this statistic."""
+    return imputer.keep_empty_features or statistic is None or statistic == statistic
 
 
 def _inner_estimators(part: Any) -> Iterable[Any]:
@@ -263,57 +494,124 @@ class _ColumnFacts:
 
     kind: Kind | None = None
     dtype: str = ""
-    none_is_missing: bool = False
-    values: list[Any] = field(default_factory=list)
+    missing: Any = math.nan
+    learned: tuple[Any, ...] = ()
     dropped: bool = False  # by some part; a column that no part keeps never reaches the model
+    is_category: bool = False  # of pandas, as the model takes it
 
-    def add(self, values: Any) -> None:
-        """Add values that a part was fitted on: an encoder's categories or an imputer's replacement."""
-        array = np.asarray(values)
-        present = [v for v in array.ravel().tolist() if v is not None and v == v]
-        self.none_is_missing |= any(v is None for v in array.astype(object).ravel())
-        if self.kind is None and present:
-            self.kind = _kind_of_values(present)
-        if self.kind is not None and set(map(type, present)) <= ACCEPTED[self.kind]:
-            self.values = present
-            if self.kind == "number" and array.dtype.kind in "iuO":
-                self.dtype = "object" if array.dtype.kind == "O" else "int64"
+    def learn(self, categories: Any) -> None:
+        """Note the categories that an encoder was fitted on: they show what the column holds."""
+        array = np.asarray(categories)
+        present = tuple(v for v in array.tolist() if v is not None and v == v) if array.dtype.kind == "O" else ()
+        if array.dtype.kind == "O" and any(v is None for v in array.tolist()):
+            self.missing = None
+        if array.dtype.kind != "O":
+            present = tuple(array[array == array])
+        present = tuple(str(v) if isinstance(v, np.str_) else v for v in present)
+        if present and not self.learned:
+            self.learned = present
+            self.kind, self.dtype = _kind_and_dtype(array.dtype, present)
 
     def column(self, name: str | None) -> Column:
+        if self.is_category and self.learned:
+            return Column(name, "category", dtype="category", learned=self.learned)
         kind: Kind = self.kind or ("any" if self.dropped else "number")
-        dtype = "object" if self.none_is_missing else self.dtype
-        example = self.values[0] if self.values else None
-        return Column(name, kind, missing=None if self.none_is_missing else math.nan, dtype=dtype, example=example)
+        optional = self.dropped and self.kind is None
+        dtype = "object" if self.missing is None and self.dtype in ("", "str") else self.dtype
+        return Column(name, kind, missing=self.missing, dtype=dtype, optional=optional, learned=self.learned)
+
+
+def _kind_and_dtype(dtype: Any, values: tuple[Any, ...]) -> tuple[Kind, str]:
+    """Return the kind of a column, and the type that the model gets, from the categories that an encoder learned."""
+    if dtype.kind == "M":
+        return "date", str(dtype)
+    if dtype.kind in "biuf":
+        kind: Kind = "boolean" if dtype.kind == "b" or set(values) == {0, 1} else "number"
+        return kind, _dtype_of_numbers(dtype, values)
+    types = set(map(type, values))
+    if types == {str}:
+        return "text", ""
+    if types == {bool}:
+        return "boolean", "object"
+    if all(issubclass(each, datetime.datetime) for each in types):
+        import pandas as pd
+
+        dates = pd.Series(list(values))
+        return "date", "object" if dates.dtype == object else str(dates.dtype)
+    if types == {datetime.date}:
+        return "date", "object"
+    numbers = all(issubclass(each, (int, float, np.number, Decimal)) for each in types)
+    if numbers and not types & {bool, np.timedelta64}:
+        return "number", "object"
+    if types <= {str, bool, int, float}:
+        return "any", "object"
+    raise ModelLoadError(
+        f"an encoder was fitted on values of the type {', '.join(sorted(each.__name__ for each in types))}, which have "
+        "no form in JSON; train the model on strings or numbers made of them"
+    )
+
+
+def _dtype_of_numbers(dtype: Any, values: tuple[Any, ...]) -> str:
+    """Return the type of a column of numbers whose categories an encoder has kept."""
+    if dtype.kind != "f":
+        return "bool" if dtype.kind == "b" else "int64"
+    # pandas passes its nullable Float32 on as 64 bits, in which 0.1 looks like 0.10000000149011612.
+    if dtype == np.float64 and any(float(str(np.float32(value))) != value for value in values):
+        singles = np.array(values, dtype=np.float32)
+        if (singles == np.array(values)).all():
+            return "float32"
+    return str(dtype)
 
 
 def _kind_of_values(values: Iterable[Any]) -> Kind:
-    """Return the first kind that includes all values but None; "number" if there are no others."""
-    types = set(map(type, values)) - {type(None)}
-    return next((kind for kind, accepted in ACCEPTED.items() if types <= accepted), "any")
+    """Return the first kind that includes all values but None; "number" if there are no others.
+
+    It is "integer" if all are whole numbers, none is missing, and so a data frame holds them as int64.
+    """
+    types = set(map(type, values))
+    if types == {int}:
+        return "integer"
+    types -= {type(None)}
+    kinds: tuple[Kind, ...] = ("number", "text", "boolean", "any")
+    return next((kind for kind in kinds if types <= (ACCEPTED[kind] if kind != "boolean" else {bool})), "any")
 
 
 def inspect(model: Any, width: int) -> list[_ColumnFacts]:
     """Return what the fitted parts of a model show about its raw columns."""
     found = [_ColumnFacts() for _ in range(width)]
-    for part, indices in raw_parts(model, range(width)):
-        columns = [found[at] for at in indices]
+    for raw in raw_parts(model, list(range(width))):
+        part, columns = raw.part, [found[at] for at in raw.columns]
+        if getattr(part, "categorical_features", None) == "from_dtype" and part.is_categorical_ is not None:
+            for facts, flag in zip(columns, part.is_categorical_, strict=False):
+                facts.is_category = bool(flag)
         if isinstance(part, str):  # "drop"
-            for column in columns:
-                column.dropped = True
+            for facts in columns:
+                facts.dropped = True
         elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
             continue  # only its parts matter
-        elif hasattr(part, "categories_") or hasattr(part, "statistics_"):
-            known = part.categories_ if hasattr(part, "categories_") else [[value] for value in part.statistics_]
-            for column, values in zip(columns, known, strict=False):
-                column.none_is_missing |= getattr(part, "missing_values", 0) is None
-                column.add(values)
-        elif hasattr(part, "build_analyzer"):  # a text vectorizer
-            for column in columns:
-                if column.kind is None:
-                    column.add(["text"])
-        elif _is_fitted_leaf(part):
-            for column in columns:
-                column.kind = column.kind or "number"
+        elif (boosted := foreign("columns", part)) is not None:
+            for facts, column in zip(columns, boosted, strict=False):
+                facts.kind = facts.kind or column.kind
+                facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
+        elif (learned := foreign("categories", part)) is not None:
+            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
+                if name in learned:
+                    facts.learn(learned[name])
+        elif (kinds := foreign("kinds", part)) is not None:
+            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
+                facts.kind = facts.kind or kinds.get(name)
+        elif hasattr(part, "categories_"):
+            for facts, values in zip(columns, part.categories_, strict=False):
+                facts.learn(values)
+        elif hasattr(part, "statistics_"):
+            for facts in columns:
+                if getattr(part, "missing_values", 0) is None:
+                    facts.missing = None
+                if getattr(part, "strategy", "") in ("mean", "median"):
+                    facts.kind = facts.kind or "number"
+        elif hasattr(part, "build_analyzer") or _is_fitted_leaf(part):
+            for facts in columns:
+                facts.kind = facts.kind or ("text" if hasattr(part, "build_analyzer") else "number")
     return found
 
 

@@ -1,21 +1,25 @@
 """One model in memory: loaded from its file, validated with its sample, and called for predictions."""
 
 import hashlib
-import itertools
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
-from . import formats
+from . import formats, merging
+from .answers import ModelFailed, join, split, to_json
 from .batching import MAX_BATCH_ROWS, Batcher
 from .formats import ModelLoadError
 from .formats.sklearn import estimators_in
 from .infer_signature import infer_signature
 from .signature import Signature
+
+log = logging.getLogger(__name__)
 
 # What a caller may ask for in "method", if the model has it.
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
@@ -26,10 +30,6 @@ class RowsRefused(Exception):
 
     `__cause__` holds the model's own exception, whose message may hold the caller's data.
     """
-
-
-class ModelFailed(Exception):
-    """The model raised anything else, or returned something other than one prediction per row."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,26 @@ class LoadedModel:
     methods_by_class: list[str]  # those whose result has a column for each class
     batcher: Batcher
     about: dict[str, Any]  # for GET /model
+    path: Path = Path()  # its file
+    merges: bool = True  # the rows of several callers, or the pieces of a large request, may go into one call
 
     def predict(self, rows: Any, method: str = "predict") -> Any:
         """Return predictions for rows that `signature.validate` returned, from one call with those of other callers.
 
         See `to_json` for the result. Raises: Overloaded, BadRows, RowsRefused, ModelFailed.
         """
+        if not self.merges:
+            return self.batcher.submit(self._predict_batch, rows, method, object())  # a key that no other call has
         shape = self.signature.batch_key(rows)
         if len(rows) <= MAX_BATCH_ROWS:
             return self.batcher.submit(self._predict_batch, rows, method, shape)
         pieces = (rows[at : at + MAX_BATCH_ROWS] for at in range(0, len(rows), MAX_BATCH_ROWS))
-        return _join([self.batcher.submit(self._predict_batch, piece, method, shape) for piece in pieces])
+        return join([self.batcher.submit(self._predict_batch, piece, method, shape) for piece in pieces])
 
     def _predict_batch(self, parts: Sequence[Any], method: str) -> list[Any]:
         """Call the model once for the rows of several callers; return a result for each of them."""
         result = self.call(self.signature.assemble(parts), method)
-        return [result] if len(parts) == 1 else _split(result, [len(part) for part in parts])
+        return [result] if len(parts) == 1 else split(result, [len(part) for part in parts])
 
     def call(self, inputs: Any, method: str = "predict") -> Any:
         """Call the estimator's method on what `signature.parse` returned. Raises: RowsRefused, ModelFailed."""
@@ -83,54 +87,10 @@ class LoadedModel:
         return self.about | {"calls": self.batcher.timings.describe()}
 
     def __str__(self) -> str:
-        return f"{self.version} ({self.about['estimator']}, validated with {self.about['validated_with']})"
-
-
-def to_json(result: Any, n_rows: int) -> Any:
-    """Turn a model's result into what orjson encodes: one entry per row; for several outputs a tuple of those.
-
-    The result is an array `(n_rows, …)`, sparse or not, a data frame, a list of values, or (multi-output
-    `predict_proba`) a list of arrays. Raises: ModelFailed, it does not have one entry per row.
-    """
-    if isinstance(result, list):
-        arrays = bool(result) and all(isinstance(each, np.ndarray) for each in result)
-        if arrays and (len(result) != n_rows or result[0].ndim == 2):
-            return tuple(to_json(each, n_rows) for each in result)
-        _check_length(len(result), n_rows)
-        return [each.tolist() if isinstance(each, np.ndarray) else each for each in result]
-    if hasattr(result, "toarray"):
-        result = result.toarray()
-    array = np.asarray(result.to_numpy() if hasattr(result, "to_numpy") else result)
-    _check_length(len(array) if array.ndim else "a single value", n_rows)
-    if array.dtype.kind in "biuf":
-        # orjson encodes arrays of numbers itself, in the machine's byte order, NaN and infinities as null.
-        native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
-        return np.ascontiguousarray(array, dtype=native)
-    if array.dtype.kind == "M":
-        array = array.astype("datetime64[us]")  # nanoseconds would become plain numbers
-    return array.tolist()
-
-
-def _split(result: Any, sizes: Sequence[int]) -> list[Any]:
-    """Cut what `to_json` returned into the rows of each caller."""
-    if isinstance(result, tuple):
-        return list(zip(*(_split(each, sizes) for each in result), strict=True))
-    ends = list(itertools.accumulate(sizes))
-    return [result[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-
-
-def _join(results: list[Any]) -> Any:
-    """Put together what `to_json` returned for pieces of one caller's rows."""
-    if isinstance(results[0], tuple):
-        return tuple(_join(list(each)) for each in zip(*results, strict=True))
-    if isinstance(results[0], np.ndarray):
-        return np.concatenate(results)
-    return list(itertools.chain.from_iterable(results))
-
-
-def _check_length(found: int | str, n_rows: int) -> None:
-    if found != n_rows:
-        raise ModelFailed(f"the model returned {found} for {n_rows} rows")
+        estimator, validated_with = self.about["estimator"], self.about["validated_with"]
+        why_not = self.about["merges_requests"].removeprefix("no: ")
+        shared = "" if self.merges else f"; callers share no calls: {why_not}"
+        return f"{self.version} ({estimator} of {self.path}, validated with {validated_with}{shared})"
 
 
 def load_model(
@@ -140,6 +100,8 @@ def load_model(
     sha256: str = "",
     sample: list[Any] | None = None,
     allow_version_mismatch: bool = False,
+    merge_requests: str = "auto",
+    extra_columns: str = "refuse",
     batcher: Batcher | None = None,
 ) -> LoadedModel:
     """Load a model from its file, and let it answer a sample.
@@ -149,46 +111,86 @@ def load_model(
         version: its name; by default the beginning of its hash.
         sha256: its hash, if it was checked already. The file of a version is immutable, so it may be mapped.
         sample: rows that it is known to answer, as in the "data" of a request; by default a synthetic one is made.
-        allow_version_mismatch: load a model that another scikit-learn made.
+        allow_version_mismatch, merge_requests, extra_columns: as in the settings.
         batcher: merges its calls.
 
     Raises: ModelLoadError, what is wrong with it.
     """
     sha256 = sha256 or hash_file(path)
-    estimator = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
+    loaded = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
+    estimator = formats.foreign("servable", loaded) or loaded
     signature, rows = infer_signature(estimator, sample)
-    methods = tuple(method for method in METHODS if callable(getattr(estimator, method, None)))
-    classes = _as_lists(getattr(estimator, "classes_", None))
-    by_class = ["predict_proba", "predict_log_proba"]
-    if all(getattr(part, "decision_function_shape", "") != "ovo" for part in estimators_in(estimator)):
-        by_class.append("decision_function")  # else an SVC's has a column for each pair of classes
+    signature = replace(signature, ignores_extra=extra_columns == "ignore")
+    why_not = f"MERGE_REQUESTS={merge_requests}" if merge_requests == "never" else ""
+    if merge_requests == "auto":
+        why_not = merging.why_not(estimator, signature, rows)
     version = version or sha256[:12]
-    about = {
-        "version": version,
-        "file": path.name,
-        "sha256": sha256,
+    about: dict[str, Any] = {"version": version, "file": path.name, "sha256": sha256}
+    about |= _describe(estimator, signature, rows)
+    about["merges_requests"] = f"no: {why_not}" if why_not else "yes"
+    methods, classes, by_class = about["methods"], about["classes"], _methods_by_class(estimator)
+    model = LoadedModel(
+        version, estimator, signature, methods, classes, by_class, batcher or Batcher(), about, path, not why_not
+    )
+    _answer_sample(model, rows)
+    for warning in about["warnings"]:
+        log.warning("%s: %s", path.name, warning)
+    return model
+
+
+def _describe(estimator: Any, signature: Signature, rows: list[Any]) -> dict[str, Any]:
+    return {
         "estimator": type(estimator).__name__,
-        "methods": methods,
-        "classes": classes,
+        "methods": tuple(method for method in METHODS if callable(getattr(estimator, method, None))),
+        "classes": _as_lists(getattr(estimator, "classes_", None)),
         "signature": signature.describe(),
         "example": {"data": rows[:1]},
         "validated_with": "a synthetic row (no sample was recorded)",
+        "warnings": _warnings(signature),
     }
-    model = LoadedModel(version, estimator, signature, methods, classes, by_class, batcher or Batcher(), about)
-    _answer_sample(model, rows)
-    return model
+
+
+def _methods_by_class(estimator: Any) -> list[str]:
+    by_class = ["predict_proba", "predict_log_proba"]
+    if all(getattr(part, "decision_function_shape", "") != "ovo" for part in estimators_in(estimator)):
+        by_class.append("decision_function")  # else an SVC's has a column for each pair of classes
+    return by_class
+
+
+def _warnings(signature: Signature) -> list[str]:
+    """Return what an operator should know of a signature: columns that may hold something else than they seem to."""
+    ambiguous = [str(column.name) for column in signature.columns or () if column.dtype == "infer"]
+    if not ambiguous:
+        return []
+    return [
+        f"the model takes numbers as well as strings in {', '.join(ambiguous)}, and does not show which it was fitted "
+        "on, so both are accepted: a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
+    ]
 
 
 def _answer_sample(model: LoadedModel, rows: list[Any]) -> None:
     """Call a model twice: the first call pays for what is made only once. Raises: ModelLoadError."""
     try:
         inputs = model.signature.parse(rows)
-        model.call(inputs)
+        orjson.dumps(model.call(inputs), option=orjson.OPT_SERIALIZE_NUMPY)
         began = time.perf_counter()
         model.call(inputs)
         model.batcher.timings.note("predict", len(rows), time.perf_counter() - began)
-    except (ModelFailed, RowsRefused) as error:
+    except (ModelFailed, RowsRefused, TypeError) as error:
         raise ModelLoadError(f"version {model.version} does not answer row by row: {error}") from error
+
+
+def read_sample(path: Path) -> list[Any]:
+    """Read rows, as in the "data" of a request, or a request. Raises: ModelLoadError, there are none to read."""
+    try:
+        rows = orjson.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"the sample {path}: {error}") from error
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    if not isinstance(rows, list) or not rows:
+        raise ModelLoadError(f'the sample {path} is not a list of rows, as in the "data" of a request')
+    return rows
 
 
 def hash_file(path: Path) -> str:

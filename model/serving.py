@@ -25,7 +25,7 @@ from processes import run_hooks
 
 from .batching import Batcher, call_directly
 from .formats import ModelLoadError
-from .loaded import LoadedModel, load_model
+from .loaded import LoadedModel, load_model, read_sample
 from .signature import BadRows
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,10 @@ class Source(Protocol):
 
 @dataclass
 class SingleFile:
-    """One model file, named by `MODEL_PATH`."""
+    """One model file, named by `MODEL_PATH`, with a sample beside it or named by `MODEL_SAMPLE`."""
 
     path: Path | None
+    sample: Path | None = None
     interval: float | None = None
 
     def update(self, serving: "Serving") -> Update:
@@ -87,7 +88,15 @@ class SingleFile:
         if self.path is None:
             raise ModelLoadError("there is no model to serve: set MODEL_PATH=/path/to/model.joblib")
         loaded = serving.loaded()
-        return Routes(loaded[0] if loaded else serving.load(partial(load_model, self.path))), []
+        return Routes(loaded[0] if loaded else serving.load(partial(self._load, self.path))), []
+
+    def _load(self, path: Path, **options: Any) -> LoadedModel:
+        beside = path.with_suffix(".sample.json")
+        sample = self.sample or (beside if beside.is_file() else None)
+        model = load_model(path, sample=read_sample(sample) if sample else None, **options)
+        if sample:
+            model.about["validated_with"] = f"the sample {sample.name}"
+        return model
 
 
 class Serving:
@@ -101,15 +110,16 @@ class Serving:
         self,
         source: Source,
         run_in_thread: Callable[..., Any] = call_directly,
-        allow_version_mismatch: bool = False,
         max_waiting_rows: int = 50_000,
+        **load_options: Any,
     ) -> None:
         """Remember the settings. Nothing is read before `start`; until then an extension may replace the source.
 
         `run_in_thread` runs a function on a native thread and returns its result; the caller's event loop goes on.
+        `load_options` are handed on to `load_model`.
         """
         self.source, self.run_in_thread = source, run_in_thread
-        self._allow_version_mismatch, self._max_waiting_rows = allow_version_mismatch, max_waiting_rows
+        self._max_waiting_rows, self._load_options = max_waiting_rows, load_options
         self.routes: Routes | None = None
         self.errors: list[str] = []
         self.finished = threading.Event()  # the first load has ended, successfully or not
@@ -184,7 +194,7 @@ class Serving:
         batcher = Batcher(self.run_in_thread, self._max_waiting_rows, self.on_batch)
         try:
             sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
-            model = loader(allow_version_mismatch=self._allow_version_mismatch, batcher=batcher)
+            model = loader(batcher=batcher, **self._load_options)
         except ModelLoadError:
             raise
         except BaseException as error:  # a pickle runs code of its own, which may even raise SystemExit

@@ -1,7 +1,6 @@
 """JSON rows → the array or data frame that a model was fitted on, or an error that says what is wrong with them."""
 
 import itertools
-import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,59 +10,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-Kind = Literal["number", "integer", "text", "boolean", "any"]
+from .columns import (
+    ACCEPTED,
+    EXPECTED,
+    BadRows,
+    Column,
+    Kind,
+    are_whole,
+    json_name,
+    to_array,
+    to_numbers,
+    to_series,
+)
+
+__all__ = ["BadRows", "Column", "Signature", "bad_rows", "matches"]
+
 Layout = Literal["array", "frame", "texts", "numbers", "records", "tensor"]
 
 MAX_ERRORS = 20  # listed for one request; callers fix the first few and try again
-ACCEPTED: dict[Kind, set[type]] = {
-    "number": {int, float},
-    "integer": {int},
-    "text": {str},
-    "boolean": {bool},
-    "any": {int, float, str, bool},
-}
-_DTYPES: dict[Kind, str] = {"number": "float64", "integer": "int64", "text": "str", "boolean": "bool", "any": "object"}
-EXAMPLES: dict[Kind, str] = {"number": "0.5", "integer": "1", "text": '"text"', "boolean": "true", "any": "0.5"}
-EXPECTED: dict[Kind, str] = {
-    "number": "a number",
-    "integer": "a whole number, written without a decimal point",
-    "text": "a string",
-    "boolean": "true or false",
-    "any": "a number, a string, or true or false",
-}
-JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-
-
-class BadRows(ValueError):
-    """Rows that do not fit: `detail` says what the caller has to fix, and `errors` where, at most `MAX_ERRORS` times.
-
-    Each as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; the column is optional.
-    """
-
-    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
-        super().__init__(detail)
-        self.detail, self.errors = detail, list(errors)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One input column of a model."""
-
-    name: str | None  # None if the model was fitted without names
-    kind: Kind = "number"
-    nullable: bool = False  # the model answers a row in which this value is missing
-    missing: float | None = math.nan  # what the model gets for a missing value
-    # What the model gets: float64, int64 (if all values are whole), str, bool or object; by default that of the kind.
-    dtype: str = ""
-    example: Any = None  # a value that the model saw when it was fitted, if it keeps one
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", self.dtype or _DTYPES[self.kind])
-
-    @cached_property
-    def accepted(self) -> set[type]:
-        """The types of its JSON values."""
-        return ACCEPTED[self.kind] | ({type(None)} if self.nullable else set())
 
 
 @dataclass(frozen=True)
@@ -76,7 +40,7 @@ class Signature:
            [1.5, 2. ]])
     >>> signature.parse([{"width": 2, "height": "tall"}])
     Traceback (most recent call last):
-    model.signature.BadRows: row 0, column 'height': a string; expected a number
+    model.columns.BadRows: row 0, column 'height': a string; expected a number
 
     Layouts: "array" a 2-D array, `(n_rows, n_columns)` float64 (object if a column does not hold numbers); "frame" a
     pandas data frame; "texts" and "numbers" a list of `n_rows` scalars. `columns` is None if the model does not show
@@ -86,6 +50,8 @@ class Signature:
     layout: Layout
     columns: tuple[Column, ...] | None
     precision: str = "float64"  # of an array; some models take only the float32 they were fitted on
+    blanks_replaced: bool = False  # by underscores in the names, as LightGBM does; callers may write either
+    ignores_extra: bool = False  # members of a row that are not columns
 
     def parse(self, data: Any) -> Any:
         """Turn the decoded JSON value of `data` into what the model's `predict` takes. Raises: as `validate`."""
@@ -105,7 +71,14 @@ class Signature:
         """Return a key for rows that `validate` returned: those with equal keys can be assembled together."""
         if isinstance(rows, np.ndarray):
             return tuple(rows.shape[1:])
-        return len(rows[0]) if self.columns is None else None
+        if self.columns is None:
+            return len(rows[0])
+        if not self._free_dates:
+            return None
+        # The dates of one call must have one offset, since they stay as their callers wrote them.
+        return tuple(
+            next((row[at].utcoffset() for row in rows if row[at] is not None), None) for at in self._free_dates
+        )
 
     def assemble(self, parts: Sequence[Any]) -> Any:
         """Make what `predict` takes of rows with equal keys. Raises: BadRows, a number does not fit its column."""
@@ -130,13 +103,13 @@ class Signature:
             return "[0.5]"
         if self.columns is None or len(self.columns) > 8:
             return "[[1.0, 2.0, …]]" + (f" with {len(self.columns)} values each" if self.columns else "")
-        return "[[" + ", ".join(EXAMPLES[c.kind] for c in self.columns) + "]]"
+        return "[[" + ", ".join(c.json_example() for c in self.columns) + "]]"
 
     def describe(self) -> dict[str, Any]:
         """Describe the signature for people and programs, as JSON values."""
         columns = None
         if self.columns is not None:
-            columns = [{"name": c.name, "type": c.kind, "nullable": c.nullable} for c in self.columns]
+            columns = [c.describe() for c in self.columns]
         return {"layout": self.layout, "columns": columns, "form": self.example()}
 
     @cached_property
@@ -165,7 +138,7 @@ class Signature:
         common = self._accepted_by_all
         if not common or not set(map(type, itertools.chain.from_iterable(rows))) <= common:
             self._check_each_column(rows)
-        return rows
+        return self._convert(rows) if self._converted else rows
 
     def _wrong_lists(self, data: list[Any]) -> Iterator[dict[str, Any]]:
         """Yield the rows that are not lists of the right width. Raises: BadRows, the first one is not a row at all."""
@@ -189,7 +162,35 @@ class Signature:
             pick = itemgetter(*names)
             with suppress(KeyError):
                 return [pick(row) for row in data] if len(names) > 1 else [[pick(row)] for row in data]
-        raise bad_rows(_wrong_objects(data, dict.fromkeys(names)))
+        adapted = [self._adapt(row) for row in data]
+        if adapted != data:
+            return self._rows_from_objects(adapted)
+        raise bad_rows(self._wrong_objects(data))
+
+    def _adapt(self, row: Any) -> Any:
+        """Return a row with what it may leave out, and without what it may have."""
+        if type(row) is not dict or self.columns is None:
+            return row
+        if self.blanks_replaced:
+            replaced = {name.replace(" ", "_"): value for name, value in row.items()}
+            row = replaced if len(replaced) == len(row) else row
+        row = {c.name: None for c in self.columns if c.optional} | row
+        if self.ignores_extra:
+            names = {c.name for c in self.columns}
+            row = {name: value for name, value in row.items() if name in names}
+        return row
+
+    def _wrong_objects(self, data: list[Any]) -> Iterable[dict[str, Any]]:
+        columns = {c.name: c for c in self.columns or ()}
+        for at, row in enumerate(data):
+            if type(row) is not dict:
+                yield {"row": at, "detail": f"{json_name(row)}; expected an object, as row 0"}
+                continue
+            for name in [name for name in columns if name not in row]:
+                missing = "missing; write null for a value that is not known" if columns[name].nullable else "missing"
+                yield {"row": at, "column": name, "detail": missing}
+            for name in [name for name in row if name not in columns]:
+                yield {"row": at, "column": name[:80], "detail": "not a column of this model"}
 
     def _check_each_column(self, rows: list[Any]) -> None:
         columns = self.columns or [Column(None)] * len(rows[0])
@@ -201,6 +202,35 @@ class Signature:
     def _accepted_by_all(self) -> set[type]:
         return set.intersection(*(c.accepted for c in self.columns or [Column(None)]))
 
+    @cached_property
+    def _converted(self) -> list[int]:
+        """The columns whose JSON values are not yet what the model gets."""
+        return [at for at, c in enumerate(self.columns or ()) if c.convert is not None]
+
+    @cached_property
+    def _free_dates(self) -> list[int]:
+        """The columns whose dates keep their callers' offsets."""
+        return [at for at, c in enumerate(self.columns or ()) if c.dtype == "date"]
+
+    def _convert(self, rows: list[Any]) -> list[Any]:
+        """Return the rows with the values of those columns converted. Raises: BadRows."""
+        by_column: list[Sequence[Any]] = list(zip(*rows, strict=True))
+        errors: list[dict[str, Any]] = []
+        for at in self._converted:
+            column, converted = self.columns[at], []  # type: ignore[index]  # there are columns then
+            place = at if column.name is None else column.name
+            for row, value in enumerate(by_column[at]):
+                try:
+                    converted.append(None if value is None else column.convert(value))  # type: ignore[misc]  # is not None
+                except BadRows as error:
+                    errors.append({"row": row, "column": place, "detail": error.detail})
+            if column.dtype == "date" and len({date.utcoffset() for date in converted if date is not None}) > 1:
+                errors.append({"row": 0, "column": place, "detail": "dates with different offsets in one request"})
+            by_column[at] = converted
+        if errors:
+            raise bad_rows(sorted(errors, key=itemgetter("row")))
+        return list(zip(*by_column, strict=True))
+
     def _assemble_columns(self, rows: list[Any]) -> Any:
         """Make a data frame or an array whose columns differ in type."""
         assert self.columns is not None  # otherwise the model takes numbers
@@ -211,11 +241,16 @@ class Signature:
         if self.layout == "frame":
             import pandas as pd
 
-            return pd.DataFrame({column.name: _to_series(values, column) for column, values in columns})
-        if all(c.dtype in ("float64", "int64") for c in self.columns):
-            whole = all(_are_whole(values) for _, values in columns)
-            return np.column_stack([_column_of_numbers(values, column, whole) for column, values in columns])
-        return np.array([values for _, values in columns], dtype=object).T
+            return pd.DataFrame({column.name: to_series(values, column) for column, values in columns})
+        if all(c.dtype in ("float64", "float32", "float16", "int64") for c in self.columns):
+            whole = all(are_whole(values) for _, values in columns)
+            return np.column_stack([to_numbers(values, column, whole) for column, values in columns])
+        if len(narrow := {c.dtype for c in self.columns} - {"float64"}) == 1 and narrow <= {"float32", "float16"}:
+            return np.column_stack([to_array(values, *narrow) for _, values in columns])  # an array has one type
+        by_column = [
+            to_array(values, c.dtype) if c.dtype in ("float32", "float16") else values for c, values in columns
+        ]
+        return np.array(by_column, dtype=object).T
 
     # --- rows that are scalars, or an array
 
@@ -238,6 +273,10 @@ class Signature:
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")
         if array.dtype.kind not in "iuf":
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
+        if np.dtype(self.precision).kind in "iu":
+            bounds = np.iinfo(self.precision)
+            if array.min() < bounds.min or array.max() > bounds.max:
+                raise BadRows(f"the array holds a number that does not fit {self.precision}, which the model takes")
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(array, dtype=self.precision)
         self._check_finite(numbers)
@@ -267,44 +306,6 @@ def matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:
     return len(shape) == len(sizes) and 0 not in sizes and all(wanted in (None, found) for wanted, found in pairs)
 
 
-# --- arrays and columns
-
-
-def to_array(values: Sequence[Any], dtype: str) -> Any:
-    with np.errstate(over="ignore"), suppress(OverflowError):
-        array = np.array(values, dtype=dtype)
-        if dtype not in ("float32", "float16") or not np.isinf(array).any():
-            return array
-    raise BadRows(f"data holds a number that is too large for {dtype}, which the model takes")
-
-
-def _are_whole(values: list[Any]) -> bool:
-    return all(type(value) is int and -(2**63) <= value < 2**63 for value in values)
-
-
-def _column_of_numbers(values: list[Any], column: Column, whole: bool) -> Any:
-    """Make an array of a column's numbers. An encoder may distinguish whole numbers whose floats are equal."""
-    if whole and column.dtype == "int64":
-        return np.array(values, dtype=np.int64)
-    if column.dtype == "int64" and any(type(value) is int and abs(value) > 2**53 for value in values):
-        raise BadRows(
-            f"column {column.name!r}: a whole number beyond 2**53 is not exact beside a missing, fractional or larger "
-            "value; send those rows in a request of their own"
-        )
-    return to_array(values, "float64")
-
-
-def _to_series(values: list[Any], column: Column) -> Any:
-    """Make a column of a data frame, of a type that does not depend on the values of one request."""
-    import pandas as pd
-
-    if column.dtype in ("float64", "int64"):
-        return _column_of_numbers(values, column, whole=_are_whole(values))
-    if column.dtype == "str" and int(pd.__version__.split(".")[0]) >= 3:
-        return pd.Series(values, dtype="str")
-    return pd.Series(values, dtype=bool if column.dtype == "bool" and column.missing not in values else object)
-
-
 # --- error messages
 
 
@@ -319,29 +320,12 @@ def bad_rows(errors: Iterable[dict[str, Any]]) -> BadRows:
     return BadRows(f"{where[:200]}: {first['detail']}{more}", places[:MAX_ERRORS])
 
 
-def _wrong_objects(data: list[Any], names: dict[str | None, None]) -> Iterable[dict[str, Any]]:
-    for at, row in enumerate(data):
-        if type(row) is not dict:
-            yield {"row": at, "detail": f"{json_name(row)}; expected an object, as row 0"}
-            continue
-        for name in names:
-            if name not in row:
-                yield {"row": at, "column": name, "detail": "missing"}
-        for name in row:
-            if name not in names:
-                yield {"row": at, "column": name[:80], "detail": "not a column of this model"}
-
-
 def _wrong_values(rows: list[Any], columns: Sequence[Column]) -> Iterable[dict[str, Any]]:
     for at, row in enumerate(rows):
         for index, (column, value) in enumerate(zip(columns, row, strict=True)):
             if type(value) in column.accepted:
                 continue
-            detail = f"{json_name(value)}; expected {EXPECTED[column.kind]}"
+            detail = f"{json_name(value)}; expected {column.expected}"
             if value is None:
                 detail = "null; this model does not take a missing value here"
             yield {"row": at, "column": index if column.name is None else column.name, "detail": detail}
-
-
-def json_name(value: Any) -> str:
-    return JSON_NAMES.get(type(value), "a number")

@@ -3,15 +3,19 @@
 During a predict of 220 ms (a forest, 20,000 rows) other requests wait for 11 ms at most instead of 222 ms. A call costs
 20 µs on an idle loop.
 
-logging: replaces its locks (`_lock`, those of the handlers in `_handlerList`, `Handler.createLock`).
+logging: replaces its locks (`_lock`, those of the handlers in `_handlerList`, `Handler.createLock`). subprocess: takes
+gevent's functions out again.
 """
 
 import _thread  # gevent leaves its RLock as it is
 import logging
+import os
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from gevent import get_hub
+import gevent.subprocess
+from gevent import get_hub, monkey
 
 from . import UnexpectedInternals
 
@@ -39,6 +43,9 @@ def install(service: Any) -> None:
     gunicorn asks for a logger at each request, and a library does so as it is imported, on a native thread. A lock of
     gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
 
+    The same with subprocess: gevent's own starts a program on the main thread only, and a library may do so as it is
+    imported, or a model in predict.
+
     Raises: UnexpectedInternals; then slow calls must stay in the worker's loop.
     """
     for name in INTERNALS:
@@ -50,6 +57,10 @@ def install(service: Any) -> None:
         if handler is not None and handler.lock is not None:
             handler.lock = _thread.RLock()
     logging.Handler.createLock = _create_lock  # type: ignore[assignment,method-assign]
+    for module, names in ((subprocess, gevent.subprocess.__implements__), (os, ("close", "waitpid"))):
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, monkey.get_original(module.__name__, name))
     service.run_in_thread = run_in_thread
 
 

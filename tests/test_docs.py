@@ -1,10 +1,15 @@
 """The documentation is true: its links, its settings, its list of modules, and its commands and code, run as shown."""
 
+import ast
+import importlib.util
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -22,7 +27,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from model.serving import Serving, SingleFile
 from settings import Settings
+from web.decoding import decode_json
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 README, API, MODELS, SETTINGS, TOUR = (
@@ -82,15 +89,83 @@ def test_tour_has_each_module_once() -> None:
     assert Counter(listed) == Counter(path.relative_to(ROOT).as_posix() for path in modules)
 
 
-def test_symptoms_of_a_model_that_does_not_load_are_messages_of_ours() -> None:
-    code = "".join(re.sub(r'"\s*f?"', "", path.read_text()) for path in ROOT.glob("model/**/*.py"))  # joins literals
+def messages(node: ast.AST) -> Iterator[str]:
+    """Yield the literal parts of each message in `raise ModelLoadError(…)` or `UnsupportedModel(…)`, joined."""
+    for each in ast.walk(node):
+        call = each.exc if isinstance(each, ast.Raise) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("ModelLoadError", "UnsupportedModel"):
+            parts = [part.value for part in ast.walk(call) if isinstance(part, ast.Constant)]
+            text = "…".join(part for part in parts if isinstance(part, str))
+            if re.search(r"\w{3} \w", text):
+                yield text
+
+
+def test_symptoms_of_a_model_that_does_not_load_are_messages_of_ours_and_all_of_them() -> None:
+    sources = [path.read_text() for path in ROOT.glob("model/**/*.py")]
+    code = "".join(re.sub(r'"\s*f?["\']', "", source) for source in sources)  # joins literals
     table = MODELS.partition("## If it does not load")[2].partition("\n## ")[0]
     symptoms = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
-    ours = [each for each in symptoms if not each.startswith(("Can't get attribute", "No module named"))]  # Python's
-    assert len(ours) == 5
-    for symptom in ours:
-        for words in re.split(r"[\d.]+", symptom):
-            assert words in code, symptom
+    for symptom in symptoms:
+        if not symptom.startswith(("Can't get attribute", "No module named")):  # Python's
+            for words in re.split(r"[\d.]+|…", symptom):
+                assert words in code, symptom
+    shown = [words.strip(" …") for each in re.findall(r"`([^`]+)`", table) for words in re.split(r"\d[\d.]*|…", each)]
+    for message in [message for source in sources for message in messages(ast.parse(source))]:
+        assert any(len(words) > 5 and words in message for words in shown), message
+
+
+# --- the examples of docs/models.md
+
+
+def examples() -> list[Any]:
+    """Return each program of docs/models.md that saves a model, and the command below it that asks it."""
+    section = MODELS.partition("## By library and kind of column")[2].partition("\n## ")[0]
+    pairs = re.findall(r"^```python\n([^`]*)^```\n\n^```sh\n(curl .*)\n```$", section, re.MULTILINE)
+    return [pytest.param(program, curl, id=program.partition("\n")[0]) for program, curl in pairs]
+
+
+@pytest.mark.parametrize(("program", "curl"), examples())
+def test_example_is_answered_as_its_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, curl: str
+) -> None:
+    for library in set(re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE)) - {"steps"}:
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    prelude, *others = blocks(MODELS, "python")
+    (steps,) = [each for each in others if each.startswith("# steps.py")]
+    (tmp_path / "steps.py").write_text(steps)
+    ending = "if 'X' in dir() and 'model' in dir(): print(np.asarray(model.predict(X[:1])).tolist())\n"
+    environ = os.environ | {"KERAS_BACKEND": "torch"}
+    command = [sys.executable, "-W", "ignore", "-c", f"{prelude}{program}{ending}"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, env=environ, stdout=subprocess.PIPE, text=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (path,) = [each for each in tmp_path.glob("model.*") if each.suffix != ".json"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the libraries
+        source = SingleFile(path)
+        serving = Serving(source)
+        loaded = source.update(serving)[0].stable  # type: ignore[union-attr]
+        rows, method = decode_json(shlex.split(curl)[shlex.split(curl).index("-d") + 1].encode())
+        answer = loaded.predict(loaded.signature.validate(rows), method)
+    sys.modules.pop("steps", None)
+    assert len(answer) == len(rows)
+    if done.stdout:
+        assert np.allclose(answer, json.loads(done.stdout))
+
+
+def test_client_with_a_data_frame_adds_its_predictions(tmp_path: Path) -> None:
+    columns = ["age", "city", "day"]
+    frame = pd.DataFrame([[22.0, "Oslo", "2026-01-31"], [38.0, None, "2026-02-28"]] * 4, columns=columns)
+    frame["day"] = pd.to_datetime(frame["day"])
+    encode = make_column_transformer((StandardScaler(), ["age"]), (OneHotEncoder(), ["city", "day"]))
+    joblib.dump(make_pipeline(encode, LogisticRegression()).fit(frame, [0, 1] * 4), tmp_path / "model.joblib")
+    users = tmp_path / "users.json"
+    users.write_text(json.dumps({"alice": {"password": CHEAP, "roles": ["predict"]}}))
+    (client,) = [each for each in blocks(MODELS, "python") if "import requests" in each]
+    with gunicorn(tmp_path, model_path=tmp_path / "model.joblib", users_file=users) as server:
+        command = [sys.executable, "-c", client.replace("5000", str(server.port))]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in printed.splitlines()] == ["prediction", "0", "1"]
 
 
 @needs_curl
@@ -151,24 +226,6 @@ def test_client_in_python_prints_probabilities_that_the_extension_rounded(own_mo
     found = re.fullmatch(r"\[\[([0-9.]+), ([0-9.]+)\]\] \[0, 1\]\n", printed)
     assert found
     assert all(len(each) <= len("0.12") for each in found.groups())
-
-
-def test_dates_are_strings_once_the_model_is_published_with_a_sample(tmp_path: Path) -> None:
-    module, training = blocks(MODELS, "python")
-    (tmp_path / "dates.py").write_text(module)
-    names = "from sklearn.preprocessing import FunctionTransformer\nimport dates\n"
-    (tmp_path / "train.py").write_text(
-        "import joblib, pandas\nfrom sklearn.compose import make_column_transformer\n"
-        "from sklearn.linear_model import LogisticRegression\nfrom sklearn.pipeline import make_pipeline\n"
-        f"from sklearn.preprocessing import StandardScaler\n{names}"
-        "frame = pandas.DataFrame({'fare': [7.0, 70, 8, 53], 'day': ['2026-01-01', '2026-02-01'] * 2})\n"
-        f"target = [0, 1, 0, 1]\n{training}joblib.dump(model, 'model.joblib')\n"
-    )
-    (tmp_path / "rows.json").write_text('[{"fare": 7.25, "day": "2026-01-01"}]')
-    run_module(tmp_path, "train")
-    run_module(tmp_path, "model", "publish", "model.joblib", "--version", "1", "--sample", "rows.json")
-    manifest = json.loads(run_module(tmp_path, "model", "show", "1"))
-    assert [column["type"] for column in manifest["signature"]["columns"]] == ["number", "text"]
 
 
 def test_what_the_snippet_returns_is_indeed_not_json() -> None:

@@ -16,6 +16,7 @@ import joblib
 import pytest
 from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn, write_users
 from sklearn.datasets import load_iris
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 SLOW_CALL = 0.02  # seconds of a call that runs on a native thread
@@ -103,6 +104,18 @@ def test_file_that_does_not_load_leaves_the_worker_live_not_ready_and_says_why(t
         status, _, body = server.ask("GET", "/model", Authorization=basic("admin"))
         assert status == 200
         assert "broken.joblib does not load" in json.loads(body)["error"]
+
+
+def test_preloaded_model_that_uses_openmp_answers_though_the_environment_wants_threads(tmp_path: Path) -> None:
+    x, y = load_iris(return_X_y=True)
+    model = HistGradientBoostingClassifier(max_iter=5).fit(x, y)
+    joblib.dump(model, tmp_path / "model.joblib")
+    # Two threads would hang: those that the master started to answer the sample are not in the worker.
+    with gunicorn(tmp_path, model_path=tmp_path / "model.joblib", preload=1, omp_num_threads=2) as server:
+        server.wait_until(server.is_ready)
+        for size in (1, 150):  # the larger on a native thread
+            assert server.predict(x[:size].tolist()) == (200, {"prediction": model.predict(x[:size]).tolist()})
+        assert "PRELOAD=1: OMP_NUM_THREADS=2 becomes 1" in server.log.read_text()
 
 
 def test_two_masters_do_not_disturb_each_other(tmp_path: Path, iris_file: Path) -> None:

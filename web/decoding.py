@@ -13,6 +13,7 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMedi
 
 from web.body import BodyReader
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 
 
@@ -44,25 +45,44 @@ def read_rows(
 def decode_json(body: bytes) -> tuple[Any, str]:
     """Decode `{"data": rows, "method": "predict"}`; the method is optional.
 
+    Also what pandas writes: `to_json(orient="records")`, the list of rows alone, and `orient="split"`, with "columns".
+
     Raises: BadRequest, not JSON; UnprocessableEntity, JSON of another form.
     """
     form = 'send {"data": [[…], …]}'
     if not body:
         raise BadRequest(f"the body is empty; {form}")
     try:
-        call = orjson.loads(body)
+        call = orjson.loads(body.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         raise BadRequest(_explain_json(body, error)) from None
+    if type(call) is list:
+        call = {"data": call}
     if type(call) is not dict:
         raise UnprocessableEntity(f"the body is not an object; {form}")
-    if unknown := call.keys() - {"data", "method"}:
+    if unknown := call.keys() - (
+        {"data", "method"} if "columns" not in call else {"data", "method", "columns", "index"}
+    ):
         raise UnprocessableEntity(f"unknown key {min(unknown)[:80]!r}; the body has data and may have method")
     if "data" not in call:
         raise UnprocessableEntity(f"data is missing; {form}")
     rows, method = call["data"], call.get("method", "predict")
     if not isinstance(method, str):
         raise UnprocessableEntity('method is not a string, such as "predict_proba"')
-    return rows, method
+    return (_with_names(rows, call["columns"]) if "columns" in call else rows), method
+
+
+def _with_names(rows: Any, columns: Any) -> Any:
+    """Return rows as objects, from lists of values in the order of some columns; numbered columns have no names."""
+    if columns == list(range(len(columns) if isinstance(columns, list) else 0)):
+        return rows
+    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns):
+        raise UnprocessableEntity("columns is not a list of names")
+    if len(set(columns)) < len(columns):
+        raise UnprocessableEntity("columns has a name twice")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+        raise UnprocessableEntity(f"with columns, data is a list of rows with a value for each of the {len(columns)}")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def decode_npy(body: bytes) -> Any:

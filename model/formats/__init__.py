@@ -25,12 +25,27 @@ LOADERS = {
 }
 
 
+# Libraries whose models model/foreign.py knows, which may be removed.
+FAMILIES = ("lightgbm", "xgboost", "catboost", "category_encoders", "feature_engine", "skrub")
+
+
 class ModelLoadError(Exception):
     """A model that cannot be served. The message says how to fix it; it goes to the log, never to a caller."""
 
 
 class UnsupportedModel(ModelLoadError):
     """A file that its loader cannot serve. The message continues the file's name: "model.pt holds a state_dict…"."""
+
+
+def foreign(function: str, part: Any) -> Any:
+    """Call a function of `model/foreign.py` with a part of a model of those libraries; None for all others."""
+    if type(getattr(part, "raw", part)).__module__.partition(".")[0] not in FAMILIES:
+        return None
+    try:
+        found = pkgutil.resolve_name(f"model.foreign:{function}")
+    except ModuleNotFoundError:
+        return None
+    return found(part)
 
 
 def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:
@@ -61,10 +76,38 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         raise
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
-    what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__} without predict()"
-    if isinstance(model, type) or not callable(getattr(model, "predict", None)):
-        raise ModelLoadError(f"{path.name} holds {what}; save the fitted model itself")
+    if isinstance(model, type):
+        raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
+    if not callable(getattr(model, "predict", None)):
+        raise ModelLoadError(_explain_parts(path, model))
     return model
+
+
+def _explain_parts(path: Path, bundle: Any) -> str:
+    """Explain how to save what was saved as several parts. A model alone would get raw rows."""
+    parts: dict[str, Any] = {}
+    if isinstance(bundle, dict):
+        parts = {f"bundle[{key!r}]": part for key, part in bundle.items()}
+    elif isinstance(bundle, (list, tuple)):
+        parts = {f"bundle[{at}]": part for at, part in enumerate(bundle)}
+    elif hasattr(bundle, "__dict__"):
+        parts = {f"bundle.{name}": part for name, part in vars(bundle).items()}
+    models = [name for name, part in parts.items() if callable(getattr(part, "predict", None))]
+    transformers = [name for name, part in parts.items() if callable(getattr(part, "transform", None))]
+    transformers = [name for name in transformers if name not in models]
+    kind = f"{path.name} holds a {type(bundle).__name__} without predict()"
+    if not models:
+        return f"{kind}; save the fitted model itself"
+    load = f'    bundle = joblib.load("{path.name}")\n'
+    if len(models) == 1 and not transformers:
+        return f'{kind}, with a model in it. Save that:\n{load}    joblib.dump({models[0]}, "model.joblib")'
+    found = ", ".join(f"{name} ({type(parts[name]).__name__})" for name in [*transformers, *models])
+    return (
+        f"{kind}, but several parts: {found}. In which order they belong together it does not say. Save them as one "
+        "pipeline, each transformer in the order in which it is applied, and the model last:\n"
+        f"    from sklearn.pipeline import make_pipeline\n{load}"
+        f'    joblib.dump(make_pipeline({", ".join([*transformers, models[0]])}), "model.joblib")'
+    )
 
 
 def _explain(path: Path, error: Exception) -> str:
@@ -95,8 +138,8 @@ def _explain(path: Path, error: Exception) -> str:
         )
     if missing and root.isidentifier():
         return (
-            f"{summary}. The model needs the library {root!r}: add it to requirements.in and run `make lock`, or "
-            "install it beside the server"
+            f"{summary}. If {root} is a file of yours, put {root}.py beside server.py; if it is a library, add it to "
+            "requirements.in and run `make lock`, or install it beside the server"
         )
     if not missing and isinstance(error, (AttributeError, ImportError, OSError, MemoryError)):
         return summary

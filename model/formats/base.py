@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from ..columns import Kind
 from ..signature import Column, Signature
 from . import UnsupportedModel
 from .tensor_signature import TensorSignature, TypedSignature, kind_of
@@ -13,6 +14,7 @@ class TensorModel:
     """A model of another library, with the methods of a scikit-learn estimator that the server uses."""
 
     signature: Signature  # only if the file records it
+    example: Any = None  # a row that it answers, if the file records one
     sizes_open = True  # whether rows may have a shape that only the model itself can reject
 
     def signatures(self, sample: list[Any] | None) -> Sequence[Signature]:
@@ -47,7 +49,12 @@ def signature_of(shape: Sequence[Any], dtype: str, fix: str = "", known: dict[st
     named = known.get("columns") or [{"name": None, "nullable": False}] * row[0]
     if len(named) != row[0]:
         raise UnsupportedModel(f"takes {row[0]} columns, but its metadata names {len(named)}")
-    columns = tuple(Column(c["name"], kind, kind == "number" and bool(c["nullable"])) for c in named)
+    kinds: list[Kind] = ["boolean" if kind == "number" and c.get("type") == "boolean" else kind for c in named]
+    nullable = [kind == "number" and bool(c["nullable"]) for c in named]
+    columns = tuple(
+        Column(c["name"], each, missing, dtype="float64" if each == "boolean" and kind == "number" else "")
+        for c, each, missing in zip(named, kinds, nullable, strict=True)
+    )
     return (Signature if kind == "number" else TypedSignature)("array", columns, precision=dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..columns import Kind
 from ..signature import Column, Signature
 from . import UnsupportedModel
 from .base import TensorModel, first_line, import_library, signature_of
@@ -34,19 +35,31 @@ def load_onnx(path: Path, **_: bool) -> "OnnxModel":
     try:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no base of their own
-        reason = first_line(error)
-        if "xternal data" in reason or "model_path must not be empty" in reason:
-            raise UnsupportedModel(
-                "keeps its weights in another file. Save both in one file: "
-                f'onnx.save(onnx.load("{path.name}"), "whole.onnx", save_as_external_data=False)'
-            ) from error
-        raise UnsupportedModel(
-            f"is not taken by onnxruntime {ort.__version__} ({reason}): the file is damaged, incomplete, or not of the "
-            "format that its suffix names; or it needs an operator or an opset that this version does not have"
-        ) from error
+        raise UnsupportedModel(_explain(error, path)) from error
     known = json.loads(session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
     is_classifier = _has_labels_and_scores(session) and "predict_proba" in known.get("methods", ["predict_proba"])
     return OnnxClassifier(session, known, content) if is_classifier else OnnxModel(session, known)
+
+
+def _explain(error: Exception, path: Path) -> str:
+    """Explain why onnxruntime does not take a file: the message continues the file's name."""
+    reason = first_line(error)
+    if locale := re.search(r"locale with name:([^:\s]+)", str(error)):
+        language, _, charset = locale[1].partition(".")
+        return (
+            f"needs the locale {locale[1]}, which this machine does not have: sudo apt install locales && "
+            f"sudo localedef -i {language} -f {charset or 'UTF-8'} {locale[1]}. Then start the server again"
+        )
+    if "xternal data" in reason or "model_path must not be empty" in reason:
+        return (
+            "keeps its weights in another file. Save both in one file: "
+            f'onnx.save(onnx.load("{path.name}"), "whole.onnx", save_as_external_data=False)'
+        )
+    return (
+        f"is not taken by onnxruntime {import_library('onnxruntime', 'requirements/onnx.txt').__version__} ({reason}): "
+        "the file is damaged, incomplete, or not of the format that its suffix names; or it needs an operator or an "
+        "opset that this version does not have"
+    )
 
 
 class OnnxModel(TensorModel):
@@ -57,6 +70,14 @@ class OnnxModel(TensorModel):
         self._inputs = session.get_inputs()
         self._outputs = [output.name for output in session.get_outputs()]
         self.signature = _signature_of(self._inputs, known)
+        self.example = known.get("example")
+        # The categories that a column may hold, by its name or index; the operator would answer others, which the
+        # model rejects.
+        self._closed = {
+            (column["name"] or column.get("input")) if len(self._inputs) > 1 else at: column["only"]
+            for at, column in enumerate(known.get("columns") or [])
+            if column.get("only")
+        }
         self.sizes_open = any(not isinstance(size, int) for each in self._inputs for size in each.shape[1:])
         # scikit-learn's regressors return one value a row, their ONNX form a column.
         self._flat = session.get_modelmeta().producer_name == "skl2onnx"
@@ -67,16 +88,26 @@ class OnnxModel(TensorModel):
         return result[:, 0] if self._flat and np.ndim(result) == 2 and result.shape[1] == 1 else result
 
     def _run(self, rows: Any, output: str) -> Any:
+        self._check_categories(rows)
         feed = {}
-        for each in self._inputs:
-            array = rows[each.name] if len(self._inputs) > 1 else np.asarray(rows, dtype=_TYPES[each.type])
+        for at, each in enumerate(self._inputs):
+            several = len(self._inputs) > 1
+            array = rows[rows.dtype.names[at]] if several else np.asarray(rows, dtype=_TYPES[each.type])
             feed[each.name] = array.reshape(-1, 1) if array.ndim < len(each.shape) else array
         try:
             return self._session.run([output], feed)[0]
         except Exception as error:  # its exceptions have no base of their own
-            if self.sizes_open or type(error).__name__ == "InvalidArgument":
+            # "Unknown Category and zeros = 0" is a plain Fail: a value that a OneHotEncoder did not learn.
+            if self.sizes_open or type(error).__name__ == "InvalidArgument" or "Unknown Category" in str(error):
                 raise ValueError("onnxruntime rejects the rows") from error
             raise
+
+    def _check_categories(self, rows: Any) -> None:
+        for column, known in self._closed.items():
+            values = rows[column] if rows.dtype.names else rows[:, column]
+            unknown = ~np.isin(values, np.array(known, dtype=values.dtype)) & (values == values)  # NaN is missing
+            if unknown.any():
+                raise ValueError(f"an unknown category in column {column!r}")
 
 
 class OnnxClassifier(OnnxModel):
@@ -131,11 +162,14 @@ def _signature_of(inputs: list[Any], known: dict[str, Any]) -> Signature:
     if any(each.shape[1:] not in ([], [1]) for each in inputs):
         listed = ", ".join(f"{each.name!r} {each.shape}" for each in inputs)
         raise UnsupportedModel(f"takes several inputs that are not one column each, which rows do not have: {listed}")
-    nullable = {column["name"] for column in known.get("columns") or [] if column["nullable"]}
+    # The converter writes "petal_width" for "petal width"; callers write the names that the model was fitted with.
+    recorded = {column.get("input", column["name"]): column for column in known.get("columns") or []}
     columns = []
     for each in inputs:
-        dtype = _TYPES[each.type]
-        columns.append(Column(each.name, kind_of(dtype), "float" in dtype and each.name in nullable, dtype=dtype))
+        dtype, column = _TYPES[each.type], recorded.get(each.name, {})
+        nullable = "float" in dtype and bool(column.get("nullable"))
+        kind: Kind = "boolean" if column.get("type") == "boolean" else kind_of(dtype)
+        columns.append(Column(column.get("name") or each.name, kind, nullable, dtype=dtype))
     return RecordSignature("records", tuple(columns))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..signature import ACCEPTED, EXAMPLES, EXPECTED, BadRows, Kind, Signature, bad_rows, json_name, matches, to_array
+from ..columns import ACCEPTED, EXAMPLES, EXPECTED, Kind, json_name, to_array
+from ..signature import BadRows, Signature, bad_rows, matches
 
 
 def kind_of(dtype: str) -> Kind:

@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from ..answers import ModelFailed
 from ..formats import ModelLoadError
-from ..loaded import LoadedModel, hash_file, load_model
+from ..loaded import LoadedModel, RowsRefused, hash_file, load_model
+from ..signature import BadRows
 from .store import Manifest
+
+# Counts the forms that descriptions of signatures have had: 2 knows categories, dates, and more booleans.
+SIGNATURE_FORM = 2
 
 
 def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
@@ -17,26 +22,53 @@ def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
     """
     about = manifest.about
     sample, recorded = about.get("sample"), about.get("predictions")
+    shown = None if about.get("sample_from") == "synthetic" else sample  # a made-up row shows no kinds of columns
     model = load_model(
-        manifest.artifact, version=manifest.version, sha256=check_bytes(manifest), sample=sample, **options
+        manifest.artifact, version=manifest.version, sha256=check_bytes(manifest), sample=shown, **options
     )
-    if recorded is not None and not same_predictions(model.call(model.signature.parse(sample)), recorded):
+    if recorded is not None and not same_predictions(_answer(model, sample), recorded):
         raise ModelLoadError(
             f"version {model.version} answers its recorded sample differently than when it was published"
         )
     for name, found in model_facts(model).items():
-        if name in about and about[name] != found:
+        if name in about and not _is_same(name, found, about):
             raise ModelLoadError(f"version {model.version} has another {name} than its manifest records")
     model.about["made_with"] = about.get("libraries")
     model.about.update({name: about.get(name) for name in ("published", "metrics", "note")})
-    if sample and about.get("sample_from") != "synthetic":
+    if shown:
         model.about["validated_with"] = "its recorded sample"
     return model
 
 
+def _answer(model: LoadedModel, sample: Any) -> Any:
+    try:
+        return model.call(model.signature.parse(sample))
+    except (BadRows, RowsRefused, ModelFailed) as error:
+        raise ModelLoadError(f"the model refuses its recorded sample ({type(error).__name__}: {error})") from error
+
+
 def model_facts(model: LoadedModel) -> dict[str, Any]:
     """Return what a manifest records of the model itself, as JSON values."""
-    return {"signature": model.signature.describe(), "methods": list(model.methods), "classes": model.classes}
+    signature = {"signature": model.signature.describe(), "signature_form": SIGNATURE_FORM}
+    return signature | {"methods": list(model.methods), "classes": model.classes}
+
+
+def _is_same(name: str, found: Any, about: dict[str, Any]) -> bool:
+    """Compare a fact with what a manifest records of it.
+
+    A manifest of an older form may describe the same column otherwise, as a number and not as a boolean, say. Of those
+    the names of the columns are compared; the file's hash and its predictions are compared in any case.
+    """
+    if about.get("signature_form") == SIGNATURE_FORM:
+        return bool(about[name] == found)
+    if name == "signature":
+        return bool(_column_names(about[name]) == _column_names(found))
+    return name == "signature_form" or bool(about[name] == found)
+
+
+def _column_names(signature: Any) -> Any:
+    columns = signature.get("columns") if isinstance(signature, dict) else None
+    return columns and [column.get("name") for column in columns]
 
 
 def check_bytes(manifest: Manifest) -> str:

@@ -148,6 +148,8 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     return model_facts(model) | {
         "sample": sample,
         "predictions": model.call(model.signature.parse(sample)),
+        "merges_requests": model.about["merges_requests"],
+        "warnings": model.about["warnings"],
         "libraries": installed(loaded_only=True),
         "machine": platform.machine(),
         "memory": before and _resident() - before,

@@ -46,10 +46,11 @@ class Manifest:
     """What is known of a version before it is loaded: its `manifest.json`.
 
     Format: a JSON object with `version`, `artifact` (a file name), `format`, `size` (bytes), `sha256`, `signature` and
-    `methods` and `classes` (as `GET /model` shows them), `sample` (rows, as in the "data" of a request), `sample_from`
-    ("operator", or "synthetic" if none was given), `predictions` (the model's for the sample), `libraries` and
-    `machine` (that it was published with), `memory` (bytes that loading it took, libraries included), `published`,
-    `by`, and the publisher's `metrics` and `note`.
+    `methods` and `classes` (as `GET /model` shows them), `signature_form` (the number of the form that the signature
+    is described in; none in the first), `sample` (rows, as in the "data" of a request), `sample_from` ("operator", or
+    "synthetic" if none was given), `predictions` (the model's for the sample), `merges_requests` and `warnings` (as
+    `GET /model` showed them then), `libraries` and `machine` (that it was published with), `memory` (bytes that loading
+    it took, libraries included), `published`, `by`, and the publisher's `metrics` and `note`.
     """
 
     artifact: Path
@@ -210,6 +211,15 @@ class Store:
         finally:
             os.close(holder)
             shutil.rmtree(staging, ignore_errors=True)
+
+    def same_file(self, version: str) -> list[str]:
+        """Return the other versions whose file is equal to that of this one."""
+        sha256, found = self.manifest(version).about["sha256"], []
+        for other in self.versions():
+            with suppress(ModelLoadError):  # a manifest that cannot be read
+                if other != version and read_manifest(self.directory, other).about["sha256"] == sha256:
+                    found.append(other)
+        return found
 
     def promote(self, version: str) -> Routing:
         """Make a version the stable one. If it was the canary, there is no canary any more. Raises: StoreError."""

@@ -27,6 +27,7 @@ from sklearn.ensemble import (
     StackingClassifier,
     VotingClassifier,
 )
+from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfVectorizer
 from sklearn.feature_selection import RFE
 from sklearn.frozen import FrozenEstimator
@@ -142,7 +143,14 @@ def answers_without(model: Any, x: Any, at: int) -> bool:
 
 def described(signature: Signature) -> str:
     """Write a signature in one line, numbers without their kind: `frame city:text size age?`."""
-    kinds = {"number": "", "text": ":text", "boolean": ":boolean", "any": ":any"}
+    kinds = {
+        "number": "",
+        "text": ":text",
+        "boolean": ":boolean",
+        "any": ":any",
+        "category": ":category",
+        "date": ":date",
+    }
     columns = [f"{c.name or '-'}{kinds[c.kind]}{'?' * c.nullable}" for c in signature.columns or ()]
     return " ".join([signature.layout, *columns])
 
@@ -294,7 +302,7 @@ CASES = {
     "vectorized text": (on(NOTE, SIZE), "size note:text age"),
     "text reduced": (on((make_pipeline(TfidfVectorizer(), TruncatedSVD(2)), "note"), CITY), "city:text note:text"),
     "categories by index": (hgb([1]), "size? grade?"),
-    "categories of pandas": (hgb("from_dtype"), "size? sort:text?"),
+    "categories of pandas": (hgb("from_dtype"), "size? sort:category?"),
     "encoded categories of pandas": (on((OneHotEncoder(), ["sort"])), "sort:text"),
     "booleans": (on((OneHotEncoder(), ["member"]), SIZE), "member:boolean size age"),
     "whole numbers as categories": (on((OneHotEncoder(), ["grade"]), SIZE), "grade size age"),
@@ -341,15 +349,21 @@ CASES = {
     "bags of text": (BaggingClassifier(make_pipeline(OneHotEncoder(), LogisticRegression()), 3), "city:text note:text"),
     "function": (make_pipeline(FunctionTransformer(np.log1p), LogisticRegression(max_iter=1000)), "size age"),
     "function that takes no zero": (on((FunctionTransformer(np.log), ["age"]), CITY), "age city:text"),
-    "own step": (make_pipeline(Pick(), LogisticRegression()), "age? size"),
-    "own step that takes strings": (OWN_STRINGS, "size? note:text"),
+    "own step": (make_pipeline(Pick(), LogisticRegression()), "age:any? size"),
+    "own step that takes strings": (OWN_STRINGS, "size:any? note:text"),
     "own step among others": (on((StringLength(["note"]), ["note"]), CITY, SIZE), "city:text note:text size age"),
-    "own step in a search": (search(OWN_STRINGS), "note:text size?"),
-    "own step, many columns after it": (OWN_STRINGS, "note:text size? age? grade? weight? a? b? c? d? e? f?"),
-    "own step, many columns before it": (OWN_STRINGS, "size? age? grade? weight? a? b? c? d? e? f? note:text"),
+    "own step in a search": (search(OWN_STRINGS), "note:text size:any?"),
+    "own step, many columns after it": (
+        OWN_STRINGS,
+        "note:text size:any? age:any? grade:any? weight:any? a:any? b:any? c:any? d:any? e:any? f:any?",
+    ),
+    "own step, many columns before it": (
+        OWN_STRINGS,
+        "size:any? age:any? grade:any? weight:any? a:any? b:any? c:any? d:any? e:any? f:any? note:text",
+    ),
     "own step that takes many columns of strings": (
         make_pipeline(StringLength(["city", "note", "kind"]), LogisticRegression()),
-        "city:text size? age? grade? weight? a? b? c? kind:text d? e? note:text",
+        "city:text size:any? age:any? grade:any? weight:any? a:any? b:any? c:any? kind:text d:any? e:any? note:text",
     ),
 }
 
@@ -612,6 +626,21 @@ def test_sample_may_hold_missing_values_if_the_model_takes_them(sample: list[Any
     assert described(signature) == "array size? age?"
 
 
+def test_model_that_takes_dicts_asks_for_no_sample() -> None:
+    model = make_pipeline(DictVectorizer(), LogisticRegression()).fit([{"a": 1}, {"a": 2}] * 3, [0, 1] * 3)
+    for sample in (None, [{"a": 1}]):
+        with pytest.raises(ModelLoadError, match=r"^the model begins with a DictVectorizer.*OneHotEncoder"):
+            infer_signature(copy.deepcopy(model), sample)
+
+
+@pytest.mark.parametrize("make", [pd.Timedelta, lambda days: pd.Period(f"2026-01-{days:02}")])
+def test_categories_that_json_cannot_write_are_named(make: Any) -> None:
+    frame = pd.DataFrame({"c": [make(1), make(2)] * 3})
+    model = make_pipeline(OneHotEncoder(), LogisticRegression()).fit(frame, [0, 1] * 3)
+    with pytest.raises(ModelLoadError, match=r"values of the type (timedelta64|Period), which have no form in JSON"):
+        infer_signature(model)
+
+
 NOT_ROWS = [[[1.0]], [[1.0, "a", 2.0]], [{"size": 1.0}], [{}], ["a"], [1.0], [None], [[1.0, "a"], None], [[[], "a"]]]
 
 
@@ -733,15 +762,16 @@ def test_error_for_anything_but_a_list_of_rows_shows_the_form(data: Any, detail:
         (PAIR, [[1, 2], [True, 2]], [(1, "a", "true or false; expected a number")]),
         (PAIR, [[None, None]], [(0, "a", "null; this model does not take a missing value here")]),
         (UNNAMED, [[1, []]], [(0, 1, "a list; expected a number")]),
-        (PAIR, [{"a": 1}], [(0, "b", "missing")]),
+        (PAIR, [{"a": 1}], [(0, "b", "missing; write null for a value that is not known")]),
+        (PAIR, [{"b": 1}], [(0, "a", "missing")]),
         (PAIR, [{"a": 1, "b": 2, "c": 3}], [(0, "c", "not a column of this model")]),
         (PAIR, [{"a": 1, "b": 2}, [1, 2]], [(1, None, "a list; expected an object, as row 0")]),
         (
             MIXED,
-            [[1, 1, [], "d"]],
+            [[1, "1", [], "d"]],
             [
                 (0, "a", "a number; expected a string"),
-                (0, "b", "a number; expected true or false"),
+                (0, "b", "a string; expected true or false"),
                 (0, "c", "a list; expected a number, a string, or true or false"),
                 (0, "d", "a string; expected a number"),
             ],

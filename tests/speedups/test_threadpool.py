@@ -3,9 +3,11 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import pytest
 from conftest import ROOT, gunicorn
 
@@ -103,3 +105,40 @@ def test_worker_lets_the_service_use_native_threads(
         assert running.ask("GET", "/native")[2] == str(not is_broken).encode()
         assert running.predict([[5.1, 3.5, 1.4, 0.2]]) == (200, {"prediction": [0]})
         assert running.log.read_text().count("threadpool is left off") == is_broken
+
+
+# As libraries do that look for a shared library or for fonts. gevent's own subprocess works on the main thread only.
+STARTS_PROGRAMS = """
+import ctypes.util, subprocess
+LIBRARY = ctypes.util.find_library("c")
+AT_IMPORT = subprocess.run(["echo", "import"], capture_output=True, check=True, text=True).stdout
+
+class Model:
+    n_features_in_ = 1
+
+    def predict(self, rows):
+        lines = subprocess.check_output(["sh", "-c", "sleep 0.05; echo predict"], text=True)
+        return [AT_IMPORT.strip() + " " + lines.strip()] * len(rows)
+"""
+
+
+@pytest.mark.parametrize("preload", [0, 1])
+def test_model_may_start_programs_as_it_is_imported_and_in_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: int
+) -> None:
+    (tmp_path / "starts_programs.py").write_text(STARTS_PROGRAMS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from starts_programs import Model  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Model(), tmp_path / "model.joblib")
+    sys.modules.pop("starts_programs")
+    with gunicorn(tmp_path, model_path=tmp_path / "model.joblib", preload=preload) as running:
+        running.wait_until(running.is_ready)
+        for _ in range(3):
+            assert running.predict([[1.0]]) == (200, {"prediction": ["import predict"]})
+        # On the loop's own thread as well: gevent's loop and the program's end must not wait for each other.
+        with ThreadPoolExecutor(8) as pool:
+            assert set(map(str, pool.map(lambda _: running.predict([[1.0]]), range(16)))) == {
+                str((200, {"prediction": ["import predict"]}))
+            }
+        assert running.stop() == 0

@@ -216,9 +216,7 @@ def test_directory_and_missing_file_are_load_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        ({"model": MODEL}, "a dict"),
         (pd.DataFrame({"a": [1]}), "a DataFrame"),
-        ([MODEL], "a list"),
         (None, "a NoneType"),
         (X, "a ndarray"),
         (StandardScaler().fit(X), "a StandardScaler"),
@@ -226,7 +224,67 @@ def test_directory_and_missing_file_are_load_errors(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_value_without_predict_is_named(tmp_path: Path, value: Any, kind: str) -> None:
-    assert f"holds {kind} without predict(); save the fitted model itself" in refusal(saved(tmp_path, value))
+    why = refusal(saved(tmp_path, value))
+    assert f"holds {kind} without predict()" in why
+    assert "save the fitted model itself" in why or "joblib.dump(bundle" in why
+
+
+SCALER = StandardScaler().fit(X)
+FINAL = LogisticRegression().fit(SCALER.transform(X), Y)
+
+
+class Bundle:
+    """An object with parts."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "found", "line"),
+    [
+        (
+            {"model": FINAL, "scaler": SCALER},
+            "bundle['scaler'] (StandardScaler), bundle['model'] (LogisticRegression)",
+            "make_pipeline(bundle['scaler'], bundle['model'])",
+        ),
+        (
+            (SCALER, FINAL),
+            "bundle[0] (StandardScaler), bundle[1] (LogisticRegression)",
+            "make_pipeline(bundle[0], bundle[1])",
+        ),
+        (
+            [FINAL, SCALER, "notes"],
+            "bundle[1] (StandardScaler), bundle[0] (LogisticRegression)",
+            "make_pipeline(bundle[1], bundle[0])",
+        ),
+        (
+            Bundle(clf=FINAL, prep=SCALER, names=["a"]),
+            "bundle.prep (StandardScaler), bundle.clf (LogisticRegression)",
+            "make_pipeline(bundle.prep, bundle.clf)",
+        ),
+    ],
+    ids=["dict", "tuple", "list", "object"],
+)
+def test_bundle_of_a_model_and_its_transformer_is_explained_with_lines_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Any, found: str, line: str
+) -> None:
+    why = refusal(saved(tmp_path, bundle, ".joblib"))
+    assert f"several parts: {found}" in why
+    assert line in why
+    assert "save the fitted model itself" not in why  # alone it would get rows that nothing scaled
+    program = [each[4:] for each in why.splitlines() if each.startswith("    ")]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(["import joblib", *program]), {})
+    assert formats.load(tmp_path / "model.joblib").predict(X).tolist() == FINAL.predict(SCALER.transform(X)).tolist()
+
+
+def test_bundle_with_one_model_says_how_to_save_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    why = refusal(saved(tmp_path, {"model": MODEL, "trained": "2026-03-01"}, ".joblib"))
+    program = [each[4:] for each in why.splitlines() if each.startswith("    ")]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(["import joblib", *program]), {})
+    assert formats.load(tmp_path / "model.joblib").predict(X).tolist() == MODEL.predict(X).tolist()
 
 
 def test_class_is_not_taken_for_a_model(tmp_path: Path) -> None:
@@ -235,7 +293,26 @@ def test_class_is_not_taken_for_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [LogisticRegression(), make_pipeline(StandardScaler(), KNeighborsClassifier())])
 def test_model_that_was_not_fitted_is_named(tmp_path: Path, model: Any) -> None:
-    assert "not fitted yet" in error_of_serving(saved(tmp_path, model))
+    error = error_of_serving(saved(tmp_path, model))
+    assert error.startswith("the model is not fitted; save it after fit (NotFittedError: ")
+    assert "sample" not in error
+
+
+class NeedsLibrary(BaseEstimator):
+    """Imports a library that is not there when it predicts."""
+
+    def predict(self, rows: Any) -> Any:
+        """Fail."""
+        import no_such_library
+
+        return no_such_library.predict(rows)
+
+
+def test_library_that_a_model_needs_when_it_predicts_is_named(tmp_path: Path) -> None:
+    error = error_of_serving(saved(tmp_path, NeedsLibrary()))
+    assert error.startswith("the model needs a library that is not installed here (ModuleNotFoundError: No module")
+    assert "no_such_library" in error
+    assert "sample" not in error
 
 
 # --- code in a pickle
@@ -305,7 +382,7 @@ def test_users_module_with_a_name_of_the_servers_is_explained(tmp_path: Path, mo
 def test_missing_library_is_named_with_the_way_to_add_it(tmp_path: Path) -> None:
     script = "from somelib.inner import Mine\nthing = Mine()"
     why = refusal(pickled_elsewhere(tmp_path, script=script, somelib__inner=MINE))
-    assert "needs the library 'somelib': add it to requirements.in and run `make lock`" in why
+    assert "put somelib.py beside server.py; if it is a library, add it to requirements.in and run `make lock`" in why
 
 
 def test_class_that_a_library_no_longer_has_is_named(tmp_path: Path) -> None:

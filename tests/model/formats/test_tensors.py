@@ -328,6 +328,27 @@ def test_every_type_of_tensor_comes_through(onnx: Any, tmp_path: Path, kind: str
     assert answer(model, rows) == rows
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown", "wrong", "right"),
+    [
+        ("UINT8", "uint8", [300, -1], [0, 255]),
+        ("INT8", "int8", [200, -129], [-128, 127]),
+        ("INT32", "int32", [2**31, -(2**31) - 1], [2**31 - 1]),
+        ("UINT64", "uint64", [-1], [2**63 - 1]),
+    ],
+)
+def test_whole_number_of_an_array_that_does_not_fit_is_refused_as_in_json(
+    onnx: Any, tmp_path: Path, kind: str, shown: str, wrong: list[int], right: list[int]
+) -> None:
+    model = loaded(small(onnx, tmp_path / "same.onnx", "Identity", ["n", 2], kind))
+    for value in wrong:  # numpy would make 44 of 300
+        assert f"does not fit {shown}" in bad(model, np.array([[value, 1]]))
+        assert bad(model, [[value, 1]])
+    for value in right:
+        assert answer(model, np.array([[value, 1]])) == [[value, 1]]
+        assert answer(model, [[value, 1]]) == [[value, 1]]
+
+
 def test_number_too_large_for_its_type_is_refused(onnx: Any, tmp_path: Path) -> None:
     model = loaded(small(onnx, tmp_path / "m.onnx", "Identity", [None, 2], "UINT8"))
     assert "too large for uint8" in bad(model, [[0, 256]])
@@ -352,6 +373,31 @@ def test_onnx_of_a_fixed_number_of_rows_is_refused_with_a_way_out(onnx: Any, tmp
 def test_onnx_that_claims_open_rows_and_takes_one_is_refused(onnx: Any, tmp_path: Path) -> None:
     path = small(onnx, tmp_path / "m.onnx", "Flatten", [None, 3], axis=0)  # makes one row of all
     assert "returned 1 for 2 rows" in refusal(path)
+
+
+def test_onnx_whose_locale_is_not_here_names_it_with_the_line_that_makes_it(onnx: Any, tmp_path: Path) -> None:
+    lower = {"case_change_action": "LOWER", "is_case_sensitive": 0}
+    path = small(onnx, tmp_path / "m.onnx", "StringNormalizer", [None], "STRING", locale="xx_YY.UTF-8", **lower)
+    why = refusal(path)
+    assert "m.onnx needs the locale xx_YY.UTF-8, which this machine does not have" in why
+    assert "sudo apt install locales && sudo localedef -i xx_YY -f UTF-8 xx_YY.UTF-8" in why
+    path = small(onnx, tmp_path / "m.onnx", "StringNormalizer", [None], "STRING", locale="C.UTF-8", **lower)
+    assert load_model(path).call(["SCHÖN"]) == ["schön"]
+
+
+def test_locale_that_the_line_makes_is_enough(onnx: Any, tmp_path: Path) -> None:
+    if shutil.which("localedef") is None or not Path("/usr/share/i18n/locales/en_US").exists():
+        pytest.skip("needs localedef: apt install locales")
+    (tmp_path / "locales").mkdir()
+    made = ["localedef", "-i", "en_US", "-f", "UTF-8", str(tmp_path / "locales/en_US.UTF-8")]
+    subprocess.run(made, check=True, capture_output=True)
+    path = small(
+        onnx, tmp_path / "m.onnx", "StringNormalizer", [None], "STRING", case_change_action="LOWER", is_case_sensitive=0
+    )
+    code = f"from model.loaded import *; print(load_model(Path({str(path)!r})).call(['SCHÖN']))"
+    environ = os.environ | {"LOCPATH": str(tmp_path / "locales"), "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.stdout == "['schön']\n", done.stderr
 
 
 def test_onnx_with_a_custom_operator_is_refused(onnx: Any, tmp_path: Path) -> None:

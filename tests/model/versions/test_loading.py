@@ -8,14 +8,19 @@ from typing import Any
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
 from model.formats import ModelLoadError
 from model.serving import ModelNotReady, Serving
-from model.versions.loading import load_version, same_predictions
+from model.versions.loading import SIGNATURE_FORM, load_version, same_predictions
 from model.versions.store import Manifest, Routing, Store, read_manifest
 from model.versions.watcher import StoreWatcher
 
@@ -188,6 +193,51 @@ def test_sample_with_objects_and_missing_values_is_replayed(tmp_path: Path) -> N
     assert loaded.about["validated_with"] == "its recorded sample"
 
 
+def older(signature: dict[str, Any]) -> dict[str, Any]:
+    """Return a signature as manifests had it before categories, dates and most booleans were known."""
+    names = {"category": "text", "date": "text", "boolean": "number"}
+    columns = [
+        {"name": c["name"], "type": names.get(c["type"], c["type"]), "nullable": c["nullable"]}
+        for c in signature["columns"]
+    ]
+    return signature | {"columns": columns}
+
+
+def published_before(tmp_path: Path) -> Path:
+    """Publish a model with a boolean column, as an older server did."""
+    frame = pd.DataFrame({"paid": [0, 1, 1, 0] * 5, "size": np.arange(20.0)})
+    steps = make_column_transformer((OneHotEncoder(), ["paid"]), remainder="passthrough")
+    joblib.dump(make_pipeline(steps, LogisticRegression()).fit(frame, frame.paid), tmp_path / "model.joblib")
+    store = tmp_path / "store"
+    put(store, tmp_path / "model.joblib", [[1, 0.5]], [1])
+    signature = load_version(stable(store)).signature.describe()
+    assert [column["type"] for column in signature["columns"]] == ["boolean", "number"]
+    edit(store, signature=older(signature))
+    return store
+
+
+def test_version_published_before_a_kind_was_known_is_served(tmp_path: Path) -> None:
+    loaded = load_version(stable(published_before(tmp_path)))
+    assert loaded.call(loaded.signature.parse([[True, 0.5]])).tolist() == [1]
+
+
+def test_signature_of_the_same_form_that_differs_is_refused(tmp_path: Path) -> None:
+    store = published_before(tmp_path)
+    edit(store, signature_form=SIGNATURE_FORM)
+    assert "another signature than its manifest records" in refusal(store)
+
+
+def test_changed_file_or_other_columns_of_an_older_version_are_refused(tmp_path: Path) -> None:
+    store = published_before(tmp_path)
+    signature = dict(stable(store).about["signature"])
+    edit(store, signature=signature | {"columns": signature["columns"][::-1]})
+    assert "another signature than its manifest records" in refusal(store)
+    edit(store, signature=signature)
+    (store / "1/model.joblib").chmod(0o644)
+    (store / "1/model.joblib").write_bytes((store / "1/model.joblib").read_bytes() + b" ")
+    assert "is not the file that was published" in refusal(store)
+
+
 def test_what_was_preloaded_is_served_only_where_the_routing_still_asks_for_it(
     store: Path, artifact: Path, monkeypatch: Any
 ) -> None:
@@ -207,6 +257,22 @@ def test_what_was_preloaded_is_served_only_where_the_routing_still_asks_for_it(
     assert loads == []
 
 
+def as_strings(frame: Any) -> Any:
+    """Count the letters of strings, or of numbers as strings."""
+    return frame.apply(lambda column: column.astype(str).str.len())
+
+
+def test_made_up_row_does_not_decide_what_columns_hold(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"code": ["a", "bcd", "e", "fgh"]})
+    model = make_pipeline(FunctionTransformer(as_strings), LogisticRegression()).fit(frame, [0, 1, 0, 1])
+    joblib.dump(model, tmp_path / "model.joblib")
+    put(tmp_path / "store", tmp_path / "model.joblib", [[0.0]], [1])
+    edit(tmp_path / "store", sample_from="synthetic")
+    loaded = load_version(stable(tmp_path / "store"))
+    assert loaded.signature.describe()["columns"][0]["type"] == "any"
+    assert loaded.about["validated_with"].startswith("a synthetic row")
+
+
 def test_about_says_what_is_served(store: Path) -> None:
     about = load_version(stable(store)).about
     sha256 = hashlib.sha256((store / "1/model.joblib").read_bytes()).hexdigest()
@@ -224,6 +290,8 @@ def test_about_says_what_is_served(store: Path) -> None:
         },
         "example": {"data": SAMPLE[:1]},
         "validated_with": "its recorded sample",
+        "merges_requests": "yes",
+        "warnings": [],
         "made_with": None,
         "published": stable(store).about["published"],
         "metrics": None,

@@ -1,8 +1,10 @@
 """Exports: what an ONNX file answers next to the model that it was made of, and what is refused."""
 
+import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from sklearn.ensemble import (
     RandomForestClassifier,
     RandomForestRegressor,
 )
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
@@ -28,15 +30,18 @@ from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler, TargetEncoder
 from sklearn.semi_supervised import LabelPropagation
 from sklearn.svm import SVC
 
 pytest.importorskip("skl2onnx", reason="skl2onnx is not installed: pip install -r requirements/onnx.txt")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -r requirements/onnx.txt")
 
+from model.__main__ import main
+from model.columns import BadRows
 from model.formats import ModelLoadError
-from model.loaded import LoadedModel, load_model
+from model.loaded import LoadedModel, RowsRefused, load_model
+from model.versions import onnx_export
 from model.versions.onnx_export import TOLERANCE, NotExported, Report, export
 
 IRIS = load_iris(as_frame=True)
@@ -91,7 +96,8 @@ CLASSIFIERS = {
 def test_classifier_answers_as_before(tmp_path: Path, name: str, labels: Any) -> None:
     trained = CLASSIFIERS[name].fit(X, labels)
     report, model = exported(tmp_path, trained, ROWS)
-    assert (report.rows, report.synthetic, report.labels, report.compared) == (150, False, 0, "predict_proba")
+    assert (report.rows, report.labels, report.compared) == (150, 0, "predict_proba")
+    assert 900 < report.synthetic <= 1000
     assert report.absolute < 1e-6
     assert answer(model, ROWS) == trained.predict(X).tolist()
     assert np.allclose(answer(model, ROWS, "predict_proba"), trained.predict_proba(X), atol=1e-6)
@@ -217,10 +223,12 @@ def test_boosting_on_large_numbers_is_refused_for_its_thresholds_have_no_single_
 
 def test_force_writes_what_differs_and_says_by_how_much(tmp_path: Path) -> None:
     trained = HistGradientBoostingClassifier(max_iter=10).fit(LARGE, TWO)
+    signature = load_model(saved(tmp_path, trained)).signature
+    rows = LARGE.tolist() + onnx_export._synthetic_rows(trained, signature, LARGE[0].tolist())
     report, model = exported(tmp_path, trained, LARGE.tolist(), force=True)
-    different = (np.array(answer(model, LARGE.tolist())) != trained.predict(LARGE)).sum()
+    different = (np.array(answer(model, rows)) != trained.predict(np.array(rows))).sum()
     assert report.labels == different > 0
-    apart = abs(np.array(answer(model, LARGE.tolist(), "predict_proba")) - trained.predict_proba(LARGE)).max()
+    apart = abs(np.array(answer(model, rows, "predict_proba")) - trained.predict_proba(np.array(rows))).max()
     assert report.absolute == pytest.approx(apart)
     assert not report.alike
 
@@ -311,24 +319,190 @@ def test_missing_library_is_named_with_the_requirements_that_install_it(
     assert "needs the library skl2onnx, which is not installed: pip install -r requirements/onnx.txt" in why
 
 
+def test_command_ends_in_the_file_and_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out, rows = saved(tmp_path, IRIS_MODEL), tmp_path / "iris.onnx", tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    assert main(["export", str(path), str(out)]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"\nwrote {out}; make a version of it with: python -m model publish {out}\n"
+    )
+    assert main(["export", str(path), str(out), "--sample", str(rows)]) == 0
+    assert capsys.readouterr().out.endswith(f"python -m model publish {out} --sample ROWS.JSON\n")
+    joblib.dump(LabelPropagation().fit(X, Y), path)
+    assert main(["export", str(path), str(out)]) == 1
+    assert capsys.readouterr().err.endswith(f"The model is served without it: python -m model publish {path}\n")
+
+
 # --- rows that are made up
 
 
 def test_report_says_that_rows_are_synthetic_rows(tmp_path: Path) -> None:
     report, _ = exported(tmp_path, make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y))
-    assert report.synthetic
-    assert 900 < report.rows <= 1000
+    assert report.rows == 0
+    assert 900 < report.synthetic <= 1000
     assert re.match(r"\d+ synthetic rows, float64 numbers; 0 labels differ; predict_proba differs by ", str(report))
     assert "--sample rows.json" in str(report)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "forest", "histogram boosting", "neighbours"])
 def test_synthetic_rows_rows_reach_every_class(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model.versions import onnx_export as module
-
     made: list[Any] = []
-    make = module._synthetic_rows
-    monkeypatch.setattr(module, "_synthetic_rows", lambda *given: made.extend(make(*given)) or made)
+    make = onnx_export._synthetic_rows
+    monkeypatch.setattr(onnx_export, "_synthetic_rows", lambda *given: made.extend(make(*given)) or made)
     trained = CLASSIFIERS[name].fit(X.to_numpy(), Y)
     exported(tmp_path, trained)
     assert set(trained.predict(np.array(made))) == {0, 1, 2}
+
+
+# --- strings
+
+
+WORDS = ["schön und günstig", "häßlich und öde", "très réussi", "raté déçu", "очень хорошо", "плохо", "好 的"]
+LIKED = [1, 0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "vectorizer",
+    [
+        TfidfVectorizer(),
+        TfidfVectorizer(lowercase=False),
+        CountVectorizer(ngram_range=(1, 2)),
+        TfidfVectorizer(token_pattern=r"(?u)\b\w+\b"),
+    ],
+    ids=["words", "as written", "pairs", "letters"],
+)
+def test_words_of_all_scripts_are_exported(tmp_path: Path, vectorizer: Any) -> None:
+    trained = make_pipeline(vectorizer, LogisticRegression(C=100)).fit(WORDS, LIKED)
+    report, model = exported(tmp_path, trained)
+    assert (report.labels, report.relative < TOLERANCE) == (0, True)
+    texts = [
+        "schön",
+        "SCHÖN",
+        "öde!",
+        "réussi",
+        "re\u0301ussi",
+        "raté-déçu",
+        "Очень хорошо",
+        "好",
+        "",
+        "schönes",
+        "und",
+    ]
+    expected = trained.predict_proba(texts)
+    assert np.allclose(answer(model, texts, "predict_proba"), expected, atol=1e-6)
+    assert np.allclose([answer(model, [text], "predict_proba")[0] for text in texts], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "vectorizer",
+    [TfidfVectorizer(token_pattern=r"[^\W\d]{2,}"), TfidfVectorizer(analyzer="char", ngram_range=(1, 3))],
+    ids=["letters that onnxruntime takes for others", "runs of blanks, which scikit-learn joins"],
+)
+def test_words_that_are_read_differently_are_found_without_a_sample(tmp_path: Path, vectorizer: Any) -> None:
+    why = refusal(tmp_path, make_pipeline(vectorizer, LogisticRegression(C=100)).fit(WORDS, LIKED))
+    assert re.search(r"[1-9]\d* labels differ", why)
+    assert "python -m model publish" in why
+
+
+def test_strings_of_a_column_are_made_of_its_vocabulary(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"words": WORDS, "size": np.arange(7.0)})
+    steps = make_column_transformer((TfidfVectorizer(), "words"), remainder="passthrough")
+    trained = make_pipeline(steps, LogisticRegression(C=100)).fit(frame, LIKED)
+    report, model = exported(tmp_path, trained, frame.to_dict("records")[:1])
+    assert (report.rows, report.labels, report.synthetic > 900) == (1, 0, True)
+    assert np.allclose(
+        answer(model, frame.to_numpy().tolist(), "predict_proba"), trained.predict_proba(frame), atol=1e-5
+    )
+
+
+def test_sample_is_compared_beside_synthetic_rows(tmp_path: Path) -> None:
+    trained = HistGradientBoostingClassifier(max_iter=10).fit(LARGE, TWO)
+    alone = [[1.0, 2.0, 3.0]]  # far from all thresholds
+    why = refusal(tmp_path, trained, alone)
+    assert "1 rows of the sample and 1000 synthetic rows" in why
+
+
+# --- categories
+
+
+CATEGORIES = pd.DataFrame({"c": ["a", "b", "d", "b"] * 20, "k": [1, 2, 3, 4] * 20, "x": np.linspace(-1, 1, 80)})
+CHOSEN = ((CATEGORIES.c == "d") | (CATEGORIES.x > 0.5)).astype(int)
+
+
+def of_categories(encoder: Any) -> Any:
+    steps = make_column_transformer((encoder, ["c", "k"]), remainder="passthrough")
+    return make_pipeline(steps, LogisticRegression()).fit(CATEGORIES, CHOSEN)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        OneHotEncoder(),
+        OneHotEncoder(handle_unknown="ignore"),
+        OrdinalEncoder(),
+        OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1),
+        TargetEncoder(),
+    ],
+    ids=["one hot", "ignored", "ordinal", "ordinal with a value", "target"],
+)
+def test_unknown_category_is_answered_as_the_model_does(tmp_path: Path, encoder: Any) -> None:
+    report, model = exported(tmp_path, of_categories(encoder))
+    before = load_model(tmp_path / "model.joblib")
+    assert report.unknown == ()
+    for row in (["a", 2, 0.3], ["ZZ", 2, 0.3], ["A", 2, 0.3], ["", 2, 0.3], ["a", 99, 0.3], ["a", 2.5, 0.3]):
+        try:
+            expected = answer(before, [row], "predict_proba")
+        except RowsRefused:
+            with pytest.raises((RowsRefused, BadRows)):
+                answer(model, [row], "predict_proba")
+        else:
+            with suppress(BadRows):  # a fraction, where the file takes whole numbers only
+                assert np.allclose(answer(model, [row], "predict_proba"), expected, atol=1e-6)
+                continue
+            assert row[1] == 2.5
+
+
+def test_names_with_blanks_and_booleans_are_those_of_the_model(tmp_path: Path) -> None:
+    frame = CATEGORIES.assign(k=CATEGORIES.k > 2).astype({"k": int})
+    frame.columns = ["the city", "is large", "größe (m)"]
+    steps = make_column_transformer((OneHotEncoder(), ["the city", "is large"]), remainder="passthrough")
+    _, model = exported(tmp_path, make_pipeline(steps, LogisticRegression()).fit(frame, CHOSEN))
+    columns = [(c.name, c.kind) for c in model.signature.columns or ()]
+    assert columns == [("the city", "text"), ("is large", "boolean"), ("größe (m)", "number")]
+    before = load_model(tmp_path / "model.joblib")
+    for large in (True, False, 1, 0):
+        row = {"größe (m)": 0.4, "the city": "b", "is large": large}
+        assert answer(model, [row]) == answer(before, [row])
+
+
+@pytest.mark.parametrize("values", [["2026-01-31", "2026-02-01"], ["a", "b"]], ids=["dates", "pandas categories"])
+def test_columns_that_onnx_does_not_have_are_named(tmp_path: Path, values: list[str]) -> None:
+    if values[0] == "a":
+        frame = pd.DataFrame({"c": pd.Categorical(values * 40), "x": np.arange(80.0)})
+        model = HistGradientBoostingClassifier(categorical_features="from_dtype", max_iter=3)
+    else:
+        frame = pd.DataFrame({"c": pd.to_datetime(values * 40), "x": np.arange(80.0)})
+        steps = make_column_transformer((OneHotEncoder(), ["c"]), remainder="passthrough")
+        model = make_pipeline(steps, LogisticRegression(max_iter=1000))
+    why = refusal(tmp_path, model.fit(frame, np.arange(80) % 2))
+    assert re.search(r"column 'c' holds (dates|pandas categories), which ONNX does not have. The model is served", why)
+
+
+def test_unknown_category_that_only_the_file_rejects_is_told(tmp_path: Path) -> None:
+    encoder = OneHotEncoder(handle_unknown="infrequent_if_exist", min_frequency=5)
+    trained = of_categories(encoder)
+    why = refusal(tmp_path, trained)
+    assert "column 'c': an unknown category is answered by the model, and rejected by its ONNX form" in why
+    report, _ = exported(tmp_path, trained, force=True)
+    assert not report.alike
+
+
+def test_file_without_a_synthetic_row_that_fits_loads_with_the_row_that_it_records(tmp_path: Path) -> None:
+    _, model = exported(tmp_path, of_categories(OneHotEncoder()))
+    assert model.about["validated_with"] == "a synthetic row (no sample was recorded)"
+    assert answer(model, [{"c": "d", "k": 1, "x": 0.0}]) == [1]
+    numbers = make_pipeline(OneHotEncoder(), LogisticRegression()).fit([[3.0], [7.0], [9.0]] * 9, [0, 1, 1] * 9)
+    _, model = exported(tmp_path, numbers)
+    assert answer(model, [[3], [7]]) == [0, 1]
+    with pytest.raises((RowsRefused, BadRows)):
+        answer(model, [[4]])

@@ -31,7 +31,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from model.versions import publish_status, worker_statuses
 from model.versions.guard import MIN_REQUESTS
-from model.versions.loading import load_version
+from model.versions.loading import load_version, model_facts
 from model.versions.store import Routing, Store, write_json
 from model.versions.watcher import share_of
 from worker_slot import WorkerSlot
@@ -194,7 +194,7 @@ def publish(store: Store, model: Any, version: str) -> Path:
         manifest.about["sample"] = SAMPLE
         loaded = load_version(manifest)
         answers = np.asarray(loaded.call(loaded.signature.parse(SAMPLE))).tolist()
-        manifest.about.update(signature=loaded.signature.describe(), predictions=answers)
+        manifest.about.update(model_facts(loaded), predictions=answers)
     return store.directory / version
 
 

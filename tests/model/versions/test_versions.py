@@ -23,10 +23,13 @@ from typing import Any
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 from model.__main__ import main
 from model.formats import ModelLoadError
@@ -1048,6 +1051,37 @@ def test_publish_without_rows_makes_one_up_and_says_so(
         None,
         "",
     )
+
+
+def test_file_that_is_published_twice_is_a_version_that_names_the_first(
+    iris: Path, store: Store, command: Any, validated_here: None
+) -> None:
+    line = ("publish", iris / "iris.joblib", "--sample", iris / "rows.json")
+    assert command(*line).err == ""
+    done = command(*line)
+    assert (done.status, done.out) == (0, "published version 2; serve it with: python -m model promote 2\n")
+    assert done.err == "model: its file is equal to that of version 1\n"
+    (store.directory / "1/manifest.json").write_text("{")
+    assert command(*line).err == "model: its file is equal to that of version 2\n"
+
+
+def test_publish_shows_what_only_a_sample_can_settle(
+    tmp_path: Path, store: Store, command: Any, validated_here: None
+) -> None:
+    frame = pd.DataFrame({"code": ["a", "bcd", "e", "fgh"]})
+    model = make_pipeline(FunctionTransformer(lengths), LogisticRegression()).fit(frame, [0, 1, 0, 1])
+    joblib.dump(model, tmp_path / "model.joblib")
+    lines = command("publish", tmp_path / "model.joblib").out.splitlines()
+    assert lines[1].startswith("warning: the model takes numbers as well as strings in code")
+    assert lines[2] == "callers share no calls: func=lengths of FunctionTransformer may look at several rows at once"
+    (tmp_path / "rows.json").write_text('[{"code": "a"}]')
+    lines = command("publish", tmp_path / "model.joblib", "--sample", tmp_path / "rows.json").out.splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["callers share no calls"]
+
+
+def lengths(frame: Any) -> Any:
+    """Count the letters of strings, or of numbers as strings."""
+    return frame.apply(lambda column: column.astype(str).str.len())
 
 
 def test_whole_request_body_is_a_sample_as_well(iris: Path, store: Store, command: Any, validated_here: None) -> None:

@@ -1,0 +1,277 @@
+"""The columns of a model: which JSON values each of them takes, and what the model gets for them."""
+
+import datetime
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["number", "integer", "text", "boolean", "category", "date", "any"]
+
+ACCEPTED: dict[Kind, set[type]] = {
+    "number": {int, float},
+    "integer": {int},
+    "text": {str},
+    "boolean": {bool, int, float},  # 1 and 0 stand for true and false
+    "category": {int, float, str, bool},  # or only the types that its categories have
+    "date": {str},
+    "any": {int, float, str, bool},
+}
+_DTYPES: dict[Kind, str] = {"number": "float64", "integer": "int64", "text": "str", "boolean": "bool", "date": "date"}
+EXAMPLES: dict[Kind, str] = {
+    **{"number": "0.5", "integer": "1", "text": '"text"', "boolean": "true", "category": '"text"'},
+    **{"date": '"2026-01-31"', "any": "0.5"},
+}
+EXPECTED: dict[Kind, str] = {
+    "number": "a number",
+    "integer": "a whole number, written without a decimal point",
+    "text": "a string",
+    "boolean": "true or false",
+    "category": "a category",
+    "date": "a date",
+    "any": "a number, a string, or true or false",
+}
+JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+# ISO 8601 as programs write it; pandas would also take "now", and guess at "1/2/2026".
+ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
+
+
+class BadRows(ValueError):
+    """A request that does not fit: `detail` says what the caller has to fix, and `errors` where.
+
+    Each as `{"row": 3, "column": "petal width (cm)", "detail": "missing"}`; row and column are optional.
+    """
+
+    def __init__(self, detail: str, errors: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(detail)
+        self.detail, self.errors = detail, list(errors)
+
+
+def json_name(value: Any) -> str:
+    """Return what JSON calls a value."""
+    return JSON_NAMES.get(type(value), "a number")
+
+
+_JSON_FORMS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    (str, str),
+    ((bool, np.bool_), bool),
+    ((int, np.integer), int),
+    ((float, np.floating, Decimal), lambda value: float(str(value))),
+    (np.datetime64, str),
+    (datetime.date, lambda value: value.isoformat()),
+)
+
+
+def json_form(value: Any) -> Any:
+    """Return a value that a model learned as callers write it in JSON.
+
+    A number of less than 64 bits is written as briefly as it can be; a date or a time as ISO 8601; what is missing as
+    null. Raises: TypeError, there is no such form.
+    """
+    if value is None or value != value:  # NaN and NaT
+        return None
+    for types, form in _JSON_FORMS:
+        if isinstance(value, types):
+            return form(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input column of a model.
+
+    Kinds: "number"; "integer", a whole number; "text", a string; "boolean", which may be written 1 and 0; "category",
+    a value as those in `learned`; "date", ISO 8601; "any" of these but a date.
+    """
+
+    name: str | None  # None if the model was fitted without names
+    kind: Kind = "number"
+    nullable: bool = False  # the model answers a row in which this value is missing
+    missing: Any = math.nan  # what the model gets for a missing value
+    # What the model gets, a dtype of numpy or pandas: float64, int64 (if all values are whole), str, bool, object,
+    # "datetime64[us]", "datetime64[us, Europe/Oslo]", "category"; "date" for a date as the caller wrote it. By default
+    # that of the kind.
+    dtype: str = ""
+    optional: bool = False  # the model drops it; a row that is an object may leave it out
+    zoned: bool | None = None  # of "date": whether the sample's have an offset; None if there is no sample
+    learned: tuple[Any, ...] = ()  # values that the model saw when it was fitted, if it keeps them
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", self.dtype or _DTYPES.get(self.kind, "object"))
+
+    @cached_property
+    def accepted(self) -> set[type]:
+        """The types of its JSON values."""
+        types = ACCEPTED[self.kind]
+        if self.kind == "category" and self.learned:
+            types = {type(json_form(value)) for value in self.learned}
+            if types & {int, float, bool}:
+                types |= {int, float}
+            if set(self.learned) == {0, 1}:  # a library may keep true and false as numbers
+                types |= {bool}
+        return types | ({type(None)} if self.nullable else set())
+
+    @property
+    def example(self) -> Any:
+        """A JSON value that the model knows, or None."""
+        return json_form(self.learned[0]) if self.learned else None
+
+    @property
+    def expected(self) -> str:
+        """What a caller has to write."""
+        if self.kind == "category" and self.learned:
+            return "a category: " + ", ".join(repr(json_form(value)) for value in self.learned[:5])
+        if self.kind == "date":
+            if self.dtype.startswith("datetime64") or self.zoned is not None:
+                zone = "with" if self.zoned or "," in self.dtype else "without"
+                return f"a date as ISO 8601 {zone} an offset, {self.json_example()}"
+            return "a date as ISO 8601, such as 2026-01-31 or 2026-01-31T08:30:00+01:00"
+        return EXPECTED[self.kind]
+
+    def json_example(self) -> str:
+        """Show a value as JSON."""
+        if self.kind == "date" and (self.zoned or "," in self.dtype):
+            return '"2026-01-31T08:30:00+01:00"'
+        if self.kind in ("category", "boolean", "any") and isinstance(self.example, (str, bool, int, float)):
+            return f'"{self.example}"' if isinstance(self.example, str) else str(self.example).lower()
+        return EXAMPLES[self.kind]
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the column for people and programs, as JSON values."""
+        found: dict[str, Any] = {"name": self.name, "type": self.kind, "nullable": self.nullable}
+        if self.kind == "category" and self.learned:
+            found["categories"] = [json_form(value) for value in self.learned[:100]]
+        return found
+
+    @cached_property
+    def convert(self) -> Callable[[Any], Any] | None:
+        """What makes the model's value of a JSON value that is accepted and not null; None if they are the same.
+
+        It raises BadRows.
+        """
+        if self.kind == "boolean":
+            return self._to_boolean
+        if self.kind == "date":
+            return self._to_date
+        if self.learned and self.dtype in ("object", "category"):
+            return self._to_learned
+        if self.kind == "category":
+            return self._to_category
+        return None
+
+    def _to_boolean(self, value: Any) -> Any:
+        if value not in (0, 1):
+            raise BadRows("a number; expected true or false, or 1 or 0")
+        return value == 1 if self.dtype in ("bool", "boolean", "object", "category") else int(value)
+
+    def _to_learned(self, value: Any) -> Any:
+        found = self._by_json_value.get(value, value)
+        return Decimal(repr(value)) if found is value and isinstance(self.learned[0], Decimal) else found
+
+    def _to_category(self, value: Any) -> Any:
+        """Return a category of CatBoost, which takes strings and whole numbers, and keeps none to compare with."""
+        if isinstance(value, float):
+            if not value.is_integer():
+                raise BadRows("a fraction; expected a category: a string or a whole number")
+            return int(value)
+        return int(value) if isinstance(value, bool) else value  # CatBoost writes True as 1
+
+    @cached_property
+    def _by_json_value(self) -> dict[Any, Any]:
+        """JSON value → the value that was learned: the number that it equals, or is the shortest form of."""
+        exact = {value: value for value in self.learned}
+        return {json_form(value): value for value in self.learned} | exact
+
+    def _to_date(self, text: str) -> Any:
+        import pandas as pd
+
+        try:
+            if not ISO_DATE.fullmatch(text):
+                raise ValueError(text)
+            date = pd.Timestamp(text)
+        except ValueError:
+            raise BadRows(f"not such a date; expected {self.expected}") from None
+        if self.dtype == "date" and self.zoned in (None, date.tzinfo is not None):
+            return date
+        if self.dtype == "date" or (date.tzinfo is not None) != ("," in self.dtype):
+            raise BadRows(f"a date {'with' if date.tzinfo else 'without'} an offset; expected {self.expected}")
+        if self.dtype == "object":
+            return self._by_date.get(date, date)
+        try:
+            return date.as_unit(self.dtype[11:].split("]")[0].split(",")[0], round_ok=False)
+        except ValueError:
+            raise BadRows(f"a time finer than the model's, which are {self.dtype}") from None
+
+    @cached_property
+    def _by_date(self) -> dict[Any, Any]:
+        import pandas as pd
+
+        return {pd.Timestamp(value): value for value in self.learned}
+
+
+# --- columns of values that were converted → what the model gets
+
+
+def to_array(values: Sequence[Any], dtype: str) -> Any:
+    """Make an array of numbers. Raises: BadRows, one does not fit the type."""
+    with np.errstate(over="ignore"), suppress(OverflowError):
+        array = np.array(values, dtype=dtype)
+        if dtype not in ("float32", "float16") or not np.isinf(array).any():
+            return array
+    raise BadRows(f"data holds a number that is too large for {dtype}, which the model takes")
+
+
+def are_whole(values: list[Any]) -> bool:
+    """Return whether all values are whole numbers of 64 bits; 3.0 is one, too."""
+    return all((type(v) is int or (type(v) is float and v.is_integer())) and -(2**63) <= v < 2**63 for v in values)
+
+
+def to_numbers(values: list[Any], column: Column, whole: bool) -> Any:
+    """Make an array of a column's numbers. An encoder may distinguish whole numbers whose floats are equal."""
+    if column.dtype != "int64":
+        return to_array(values, column.dtype)
+    if whole:
+        return np.array(list(map(int, values)), dtype=np.int64)
+    if any(type(value) is int and abs(value) > 2**53 for value in values):
+        raise BadRows(
+            f"column {column.name!r}: a whole number beyond 2**53 is not exact beside a missing, fractional or larger "
+            "value; send those rows in a request of their own"
+        )
+    return to_array(values, "float64")
+
+
+def to_series(values: list[Any], column: Column) -> Any:
+    """Make a column of a data frame, of a type that does not depend on the values of one request."""
+    import pandas as pd
+
+    dtype = column.dtype
+    present = [value for value in values if value is not None and value == value] if dtype == "int64" else values
+    if len(present) < len(values) and not column.learned and are_whole(present):
+        # Before a step of the user's own, which may make strings of them: a null must not turn 3 into 3.0.
+        return pd.array([None if value is None or value != value else int(value) for value in values], dtype="Int64")
+    if dtype in ("float64", "float32", "float16", "int64"):
+        return to_numbers(values, column, whole=are_whole(values))
+    if dtype == "infer":  # a column that may hold numbers or strings
+        numbers = all(type(value) in (int, float) for value in values)
+        if numbers and all(type(value) is int for value in values) and are_whole(values):
+            return np.array(values, dtype=np.int64)  # a step may make strings of them, and "3" is not "3.0"
+        return to_array(values, "float64") if numbers else pd.Series(values, dtype=object)
+    if dtype == "boolean":  # pandas' own, which may be missing
+        return pd.array([value if isinstance(value, bool) else None for value in values], dtype="boolean")
+    if dtype == "category":
+        return pd.Series(pd.Categorical(values, categories=pd.Index(list(column.learned))))
+    if dtype.startswith("datetime64"):
+        dates = pd.Series(pd.to_datetime(values, utc=True) if "," in dtype else values)
+        return dates.astype(dtype)
+    if dtype == "date":
+        dates = pd.Series(values, dtype=None if any(value is not None for value in values) else "datetime64[us]")
+        return dates
+    if dtype == "str" and int(pd.__version__.split(".")[0]) >= 3:
+        return pd.Series(values, dtype="str")
+    return pd.Series(values, dtype=bool if dtype == "bool" and column.missing not in values else object)
