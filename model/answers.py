@@ -39,6 +39,8 @@ def to_json(result: Any, n_rows: int) -> Any:
     if isinstance(result, np.ma.MaskedArray):
         result = np.array(result.tolist(), dtype=object)  # None where it is masked
     array = np.asarray(result.to_numpy() if hasattr(result, "to_numpy") else result)
+    if hasattr(result, "iloc") and result.ndim == 2 and len(set(result.dtypes)) > 1:
+        array = result.to_numpy(dtype=object)  # as one type of number, large whole ones beside fractions are rounded
     if array.dtype.kind == "f" and getattr(getattr(result, "dtype", None), "kind", "f") in "iu":
         array = result.to_numpy(dtype=object)  # pandas makes floats of whole numbers beside NA, and so rounds them
     _check_length(len(array) if array.ndim else "a single value", n_rows)
@@ -115,9 +117,9 @@ def join(results: list[Any]) -> Any:
     """Put together what `to_json` returned for pieces of one caller's rows."""
     if isinstance(results[0], tuple):
         return tuple(join(list(each)) for each in zip(*results, strict=True))
-    if isinstance(results[0], np.ndarray):
+    if all(isinstance(each, np.ndarray) for each in results):
         return np.concatenate(results)
-    return list(itertools.chain.from_iterable(results))
+    return [value for each in results for value in (each.tolist() if isinstance(each, np.ndarray) else each)]
 
 
 def _check_length(found: int | str, n_rows: int) -> None:

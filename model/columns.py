@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 
 Kind = Literal["number", "integer", "text", "boolean", "category", "date", "any"]
 
@@ -37,6 +38,7 @@ EXPECTED: dict[Kind, str] = {
     "date": "a date",
     "any": "a number, a string, or true or false",
 }
+NOT_BOOLEAN = "a number; expected true or false, or 1 or 0"
 JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 # ISO 8601 as programs write it; pandas would also take "now", and guess at "1/2/2026".
 ISO_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?")
@@ -126,7 +128,7 @@ class Column:
     def expected(self) -> str:
         """What a caller has to write."""
         if self.kind == "category" and self.learned:
-            return "a category: " + ", ".join(repr(json_form(value)) for value in self.learned[:5])
+            return "a category: " + ", ".join(_as_json(json_form(value)) for value in self.learned[:5])
         if self.kind == "date":
             if self.dtype.startswith("datetime64") or self.zoned is not None:
                 zone = "with" if self.zoned or "," in self.dtype else "without"
@@ -139,7 +141,7 @@ class Column:
         if self.kind == "date" and (self.zoned or "," in self.dtype):
             return '"2026-01-31T08:30:00+01:00"'
         if self.kind in ("category", "boolean", "any") and isinstance(self.example, (str, bool, int, float)):
-            return f'"{self.example}"' if isinstance(self.example, str) else str(self.example).lower()
+            return _as_json(self.example)
         return EXAMPLES[self.kind]
 
     def describe(self) -> dict[str, Any]:
@@ -151,10 +153,7 @@ class Column:
 
     @cached_property
     def convert(self) -> Callable[[Any], Any] | None:
-        """What makes the model's value of a JSON value that is accepted and not null; None if they are the same.
-
-        It raises BadRows.
-        """
+        """The function that makes the model's value of an accepted one; None if both are equal. It raises BadRows."""
         if self.kind == "boolean":
             return self._to_boolean
         if self.kind == "date":
@@ -167,11 +166,11 @@ class Column:
 
     def _to_boolean(self, value: Any) -> Any:
         if value not in (0, 1):
-            raise BadRows("a number; expected true or false, or 1 or 0")
+            raise BadRows(NOT_BOOLEAN)
         return value == 1 if self.dtype in ("bool", "boolean", "object", "category") else int(value)
 
     def _to_learned(self, value: Any) -> Any:
-        found = self._by_json_value.get(value, value)
+        found = self._by_json_value.get(value, None if self.dtype == "category" else value)
         return Decimal(repr(value)) if found is value and isinstance(self.learned[0], Decimal) else found
 
     def _to_category(self, value: Any) -> Any:
@@ -196,7 +195,7 @@ class Column:
                 raise ValueError(text)
             date = pd.Timestamp(text)
         except ValueError:
-            raise BadRows(f"not such a date; expected {self.expected}") from None
+            raise BadRows(f"not a valid date; expected {self.expected}") from None
         if self.dtype == "date" and self.zoned in (None, date.tzinfo is not None):
             return date
         if self.dtype == "date" or (date.tzinfo is not None) != ("," in self.dtype):
@@ -205,14 +204,35 @@ class Column:
             return self._by_date.get(date, date)
         try:
             return date.as_unit(self.dtype[11:].split("]")[0].split(",")[0], round_ok=False)
+        except pd.errors.OutOfBoundsDatetime:
+            raise BadRows(f"a date outside the range of the model's dates, which are {self.dtype}") from None
         except ValueError:
-            raise BadRows(f"a time finer than the model's, which are {self.dtype}") from None
+            raise BadRows(f"a time finer than the model's dates, which are {self.dtype}") from None
 
     @cached_property
     def _by_date(self) -> dict[Any, Any]:
         import pandas as pd
 
         return {pd.Timestamp(value): value for value in self.learned}
+
+
+def _as_json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def context(values: list[Any], column: Column) -> Any:
+    """Return what decides the type of a column in one call, where its values do; None if they do not.
+
+    Rows of which it differs must not share a call: each caller's answer would depend on the others' values. It is the
+    offset of dates that stay as they were written, and whether numbers are whole before a step of the user's own,
+    which may make strings of them.
+    """
+    present = [value for value in values if value is not None]
+    if column.dtype == "date":
+        return (present[0].utcoffset(),) if present else ()
+    if column.dtype == "infer" or (column.dtype == "int64" and not column.learned):
+        return len(present) < len(values), are_whole(present), frozenset(map(type, present))
+    return None
 
 
 # --- columns of values that were converted → what the model gets
@@ -247,12 +267,13 @@ def to_numbers(values: list[Any], column: Column, whole: bool) -> Any:
 
 
 def to_series(values: list[Any], column: Column) -> Any:
-    """Make a column of a data frame, of a type that does not depend on the values of one request."""
+    """Make a column of a data frame, of a type that depends on its values only as far as `context` says."""
     import pandas as pd
 
     dtype = column.dtype
-    present = [value for value in values if value is not None and value == value] if dtype == "int64" else values
-    if len(present) < len(values) and not column.learned and are_whole(present):
+    counted = dtype == "int64" or (dtype == "infer" and all(type(value) in (int, float) for value in values))
+    present = [value for value in values if value is not None and value == value] if counted else values
+    if present and len(present) < len(values) and not column.learned and are_whole(present):
         # Before a step of the user's own, which may make strings of them: a null must not turn 3 into 3.0.
         return pd.array([None if value is None or value != value else int(value) for value in values], dtype="Int64")
     if dtype in ("float64", "float32", "float16", "int64"):
@@ -270,8 +291,8 @@ def to_series(values: list[Any], column: Column) -> Any:
         dates = pd.Series(pd.to_datetime(values, utc=True) if "," in dtype else values)
         return dates.astype(dtype)
     if dtype == "date":
-        dates = pd.Series(values, dtype=None if any(value is not None for value in values) else "datetime64[us]")
-        return dates
+        missing = all(value is None or value != value for value in values)
+        return pd.Series(values, dtype="datetime64[us]" if missing else None)
     if dtype == "str" and int(pd.__version__.split(".")[0]) >= 3:
         return pd.Series(values, dtype="str")
     return pd.Series(values, dtype=bool if dtype == "bool" and column.missing not in values else object)

@@ -1,4 +1,4 @@
-"""What other libraries than scikit-learn keep of the columns their models were fitted on. None is imported here.
+"""What libraries other than scikit-learn record about their models' columns. They are imported only to predict.
 
 Tried with LightGBM 4.7, XGBoost 3.2, CatBoost 1.2, category_encoders 2.11, feature_engine 1.9 and skrub 0.11.
 """
@@ -47,7 +47,10 @@ def _lightgbm_categories(booster: Any, names: list[str]) -> dict[int, list[Any]]
         return dict(zip(positions, categories, strict=True))
     first = _in_order(highest, categories)
     last = _in_order(highest[::-1], categories[::-1])
-    if first is None or last is None or first != [len(names) - 1 - at for at in last[::-1]]:
+    # Another column of small whole numbers might be the one, if the last category of an ordered one never occurred.
+    most = max(map(len, categories))
+    others = [code for at, code in enumerate(highest) if at not in (first or ()) and 0 <= code < most]
+    if others or first is None or last is None or first != [len(names) - 1 - at for at in last[::-1]]:
         raise ModelLoadError(
             "LightGBM does not keep which columns held pandas categories, as some are ordered or others were named in "
             "categorical_feature; train it on unordered categories, and name no other columns"

@@ -79,7 +79,7 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
 
 
 def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) -> str:
-    """Say what is wrong with a model that answered nothing. A sample is asked for only where it would help."""
+    """Return why a model answered nothing; suggest a sample only where it would help."""
     if any(each.__name__ == "NotFittedError" for each in type(failure).__mro__) or "no trained model" in str(failure):
         return "the model is not fitted; save it after fit"
     if any(type(part).__name__ == "DictVectorizer" for part, *_ in raw_parts(model, range(sys.maxsize))):

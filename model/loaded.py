@@ -17,7 +17,7 @@ from .batching import MAX_BATCH_ROWS, Batcher
 from .formats import ModelLoadError
 from .formats.sklearn import estimators_in
 from .infer_signature import infer_signature
-from .signature import Signature
+from .signature import BadRows, Signature
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class LoadedModel:
             raise ModelFailed(f"{type(error).__name__} in {method}") from error
         try:
             return to_json(result, len(inputs))
+        except TypeError as error:
+            raise ModelFailed(f"{method} returned what JSON cannot hold: {error}") from error
         except Exception as error:
             raise ModelFailed(f"{method} did not return one prediction per row: {error}") from error
 
@@ -117,8 +119,7 @@ def load_model(
     Raises: ModelLoadError, what is wrong with it.
     """
     sha256 = sha256 or hash_file(path)
-    loaded = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
-    estimator = formats.foreign("servable", loaded) or loaded
+    estimator = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
     signature, rows = infer_signature(estimator, sample)
     signature = replace(signature, ignores_extra=extra_columns == "ignore")
     why_not = f"MERGE_REQUESTS={merge_requests}" if merge_requests == "never" else ""
@@ -176,7 +177,7 @@ def _answer_sample(model: LoadedModel, rows: list[Any]) -> None:
         began = time.perf_counter()
         model.call(inputs)
         model.batcher.timings.note("predict", len(rows), time.perf_counter() - began)
-    except (ModelFailed, RowsRefused, TypeError) as error:
+    except (BadRows, ModelFailed, RowsRefused, TypeError) as error:
         raise ModelLoadError(f"version {model.version} does not answer row by row: {error}") from error
 
 
@@ -186,7 +187,7 @@ def read_sample(path: Path) -> list[Any]:
         rows = orjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"the sample {path}: {error}") from error
-    if isinstance(rows, dict):
+    if isinstance(rows, dict) and rows.keys() <= {"data", "method"}:
         rows = rows.get("data")
     if not isinstance(rows, list) or not rows:
         raise ModelLoadError(f'the sample {path} is not a list of rows, as in the "data" of a request')

@@ -13,10 +13,12 @@ import numpy as np
 from .columns import (
     ACCEPTED,
     EXPECTED,
+    NOT_BOOLEAN,
     BadRows,
     Column,
     Kind,
     are_whole,
+    context,
     json_name,
     to_array,
     to_numbers,
@@ -73,12 +75,9 @@ class Signature:
             return tuple(rows.shape[1:])
         if self.columns is None:
             return len(rows[0])
-        if not self._free_dates:
+        if not self._contextual:
             return None
-        # The dates of one call must have one offset, since they stay as their callers wrote them.
-        return tuple(
-            next((row[at].utcoffset() for row in rows if row[at] is not None), None) for at in self._free_dates
-        )
+        return tuple(context([row[at] for row in rows], self.columns[at]) for at in self._contextual)
 
     def assemble(self, parts: Sequence[Any]) -> Any:
         """Make what `predict` takes of rows with equal keys. Raises: BadRows, a number does not fit its column."""
@@ -168,7 +167,7 @@ class Signature:
         raise bad_rows(self._wrong_objects(data))
 
     def _adapt(self, row: Any) -> Any:
-        """Return a row with what it may leave out, and without what it may have."""
+        """Return a row with its optional columns added and, if they are ignored, its extra keys removed."""
         if type(row) is not dict or self.columns is None:
             return row
         if self.blanks_replaced:
@@ -208,9 +207,9 @@ class Signature:
         return [at for at, c in enumerate(self.columns or ()) if c.convert is not None]
 
     @cached_property
-    def _free_dates(self) -> list[int]:
-        """The columns whose dates keep their callers' offsets."""
-        return [at for at, c in enumerate(self.columns or ()) if c.dtype == "date"]
+    def _contextual(self) -> list[int]:
+        """The columns of which the model gets another type for other values of a call: see `context`."""
+        return [at for at, c in enumerate(self.columns or ()) if context([], c) is not None]
 
     def _convert(self, rows: list[Any]) -> list[Any]:
         """Return the rows with the values of those columns converted. Raises: BadRows."""
@@ -280,6 +279,12 @@ class Signature:
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(array, dtype=self.precision)
         self._check_finite(numbers)
+        for at, column in enumerate(self.columns or ()):
+            if column.kind == "boolean":
+                wrong = np.flatnonzero(~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])))
+                if len(wrong):
+                    place = at if column.name is None else column.name
+                    raise bad_rows({"row": int(row), "column": place, "detail": NOT_BOOLEAN} for row in wrong)
         return numbers
 
     def _check_finite(self, numbers: Any) -> None:

@@ -14,6 +14,7 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMedi
 from web.body import BodyReader
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
+MAX_DIMENSIONS = 32  # of an array, as in numpy before 2.0
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 
 
@@ -101,8 +102,8 @@ def decode_npy(body: bytes) -> Any:
         raise BadRequest("the body is not an array in numpy's format (numpy.save), version 1 or 2") from None
     if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype.subdtype:
         raise UnprocessableEntity("the array does not hold numbers of at most 64 bits")
-    if not shape or min(shape) < 1:
-        raise UnprocessableEntity("the array has no rows, or rows without values")
+    if not shape or len(shape) > MAX_DIMENSIONS or min(shape) < 1:
+        raise UnprocessableEntity("the array has no rows, rows without values, or too many dimensions")
     if math.prod(shape) * dtype.itemsize != len(body) - file.tell():
         raise BadRequest(f"the body does not hold as many bytes as an array of shape {shape} of {dtype.name} has")
     return np.frombuffer(body, dtype, offset=file.tell()).reshape(shape, order="F" if by_columns else "C")

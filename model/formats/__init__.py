@@ -76,6 +76,7 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         raise
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
+    model = foreign("servable", model) or model
     if isinstance(model, type):
         raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
     if not callable(getattr(model, "predict", None)):

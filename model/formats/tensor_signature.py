@@ -77,7 +77,7 @@ class TensorSignature(TypedSignature):
 
     def _validate_rows(self, data: list[Any]) -> Any:
         sizes, values, types = _flatten(data)
-        if sizes is None or not matches(self.shape, sizes[1:]) or not types <= ACCEPTED[kind_of(self.precision)]:
+        if sizes is None or not matches(self.shape, sizes[1:]) or not types <= _accepted(kind_of(self.precision)):
             raise bad_rows(self._wrong_rows(data))
         return to_array(values, self.precision).reshape(sizes)
 
@@ -91,8 +91,12 @@ class TensorSignature(TypedSignature):
                 yield {"row": at, "detail": f"{_show_sizes(sizes)}; expected {_show_sizes(shape)}"}
             else:
                 shape = sizes  # if sizes are open, the first row sets them for the others
-                if wrong := [value for value in values if type(value) not in ACCEPTED[kind]]:
+                if wrong := [value for value in values if type(value) not in _accepted(kind)]:
                     yield {"row": at, "detail": f"holds {json_name(wrong[0])}; expected {EXPECTED[kind]}"}
+
+
+def _accepted(kind: Kind) -> set[type]:
+    return {bool} if kind == "boolean" else ACCEPTED[kind]
 
 
 def _flatten(row: Any) -> tuple[tuple[int, ...] | None, list[Any], set[type]]:

@@ -25,7 +25,7 @@ import numpy as np
 import cli
 from processes import replace_file
 
-from .. import foreign, formats
+from .. import formats
 from ..columns import BadRows, json_form
 from ..formats import ModelLoadError, UnsupportedModel
 from ..formats.base import TensorModel, first_line, import_library
@@ -119,7 +119,7 @@ def export(path: Path, out: Path, sample: list[Any] | None = None, force: bool =
     """
     if out.suffix.lower() != ".onnx":
         raise NotExported(f"{out.name}: an ONNX file's name ends in .onnx; name it {out.with_suffix('.onnx').name}")
-    model = foreign.servable(formats.load(path))
+    model = formats.load(path)
     if isinstance(model, TensorModel):
         raise NotExported(
             f"{path.name} is not a model of scikit-learn: its own library exports it, such as torch.onnx.export"

@@ -78,7 +78,7 @@ RESULTS = {
     "sparse matrix": (scipy.sparse.csr_matrix([[0, 1], [2, 0]]), [[0, 1], [2, 0]]),
     "sparse array": (scipy.sparse.csr_array([[0.0, 1.0], [2.0, 0.0]]), [[0.0, 1.0], [2.0, 0.0]]),
     "matrix": (np.ones((2, 1)).view(np.matrix), [[1.0], [1.0]]),
-    "frame": (pd.DataFrame({"a": [1, 2], "b": [3.5, 4]}), [[1.0, 3.5], [2.0, 4.0]]),
+    "frame": (pd.DataFrame({"a": [2**53 + 1, 2], "b": [3.5, 4]}), [[2**53 + 1, 3.5], [2, 4.0]]),
     "frame of this and that": (pd.DataFrame({"a": [1, 2], "b": ["x", None]}), [[1, "x"], [2, None]]),
     "series": (pd.Series([1, 2], index=[7, 8]), [1, 2]),
     "series of texts": (pd.Series(["a", None], dtype="str"), ["a", None]),

@@ -124,11 +124,11 @@ WRONG_DATES = [
     (DAYS, "2026-03-01T00:00:00Z", "a date with an offset; expected a date as ISO 8601 without an offset"),
     (ZONED, "2026-03-01T08:30:00", "a date without an offset; expected a date as ISO 8601 with an offset"),
     (ZONED, "2026-03-01", "a date without an offset"),
-    (DAYS, "yesterday", "not such a date; expected a date as ISO 8601"),
-    (DAYS, "1/2/2026", "not such a date"),
-    (DAYS, "now", "not such a date"),
-    (DAYS, "2026-02-30", "not such a date"),
-    (DAYS, "", "not such a date"),
+    (DAYS, "yesterday", "not a valid date; expected a date as ISO 8601"),
+    (DAYS, "1/2/2026", "not a valid date"),
+    (DAYS, "now", "not a valid date"),
+    (DAYS, "2026-02-30", "not a valid date"),
+    (DAYS, "", "not a valid date"),
     (DAYS, 1772323200, "a number; expected a date"),
     (DAYS.astype("datetime64[s]"), "2026-03-01T00:00:00.5", "a time finer than the model's"),
 ]
@@ -180,7 +180,7 @@ def test_categories_of_pandas_are_listed_and_named_in_errors(tmp_path: Path) -> 
     described = served.signature.describe()["columns"][0]
     assert (described["type"], described["categories"]) == ("category", ["a", "b", "c"])
     assert answers(served, [["a", 1.0], ["b", 1.0]]) == own(model, frame.iloc[:2].assign(n=1.0))
-    assert "column 'x': a number; expected a category: 'a', 'b', 'c'" in refused(served, [[3, 1.0]])
+    assert 'column \'x\': a number; expected a category: "a", "b", "c"' in refused(served, [[3, 1.0]])
 
 
 def test_column_that_the_pipeline_drops_may_be_left_out_or_hold_anything(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_known_class_that_answers_rows_together_otherwise_is_found_out_with_rows
 
     monkeypatch.setattr(sklearn.linear_model, "Outlier", Outlier, raising=False)  # so that it can be loaded
     model = loaded(tmp_path, Outlier().fit(X, Y > 30))
-    assert model.about["merges_requests"] == "no: it answers rows together otherwise than each by itself"
+    assert model.about["merges_requests"] == "no: it answers rows differently together than one by one"
 
 
 @pytest.mark.parametrize(("setting", "merges"), [("always", True), ("never", False), ("auto", False)])
