@@ -283,23 +283,39 @@ def test_nothing_that_a_caller_sent_is_in_a_label(iris: Client) -> None:
 @contextmanager
 def forked(work: Callable[[], Any]) -> Iterator[int]:
     """Run `work` in a fork of this process, which lives until the block ends and it is killed; yield its pid."""
-    readable, writable = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os.write(writable, b"1")
-            time.sleep(600)
-        finally:
-            os._exit(1)
-    os.close(writable)
+    for _ in range(3):
+        pid, readable = fork_and_work(work)
+        if os.read(readable, 1):
+            break
+        os.close(readable)
+        # A thread of another test may have held a lock at the fork, for which the child would wait for ever.
+        status = os.waitpid(pid, 0)[1]
+        assert os.WIFSIGNALED(status), "the child failed"
+        assert os.WTERMSIG(status) == signal.SIGALRM
     try:
-        assert os.read(readable, 1) == b"1", "the child failed"
         yield pid
     finally:
         os.close(readable)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def fork_and_work(work: Callable[[], Any]) -> tuple[int, int]:
+    """Fork; return the child's pid, and a descriptor from which a byte can be read when it has done its work."""
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            work()
+            signal.alarm(0)
+            os.write(writable, b"1")
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(writable)
+    return pid, readable
 
 
 @pytest.fixture
