@@ -3,7 +3,7 @@
 import datetime
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -144,6 +144,10 @@ class Column:
             return _as_json(self.example)
         return EXAMPLES[self.kind]
 
+    def place(self, at: int) -> str | int:
+        """Return what errors call the column that is number `at` of the model's."""
+        return at if self.name is None else self.name
+
     def describe(self) -> dict[str, Any]:
         """Describe the column for people and programs, as JSON values."""
         found: dict[str, Any] = {"name": self.name, "type": self.kind, "nullable": self.nullable}
@@ -214,6 +218,19 @@ class Column:
         import pandas as pd
 
         return {pd.Timestamp(value): value for value in self.learned}
+
+
+def rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:
+    """Return rows with objects as lists of their values in column order; whatever else a sample holds is unchanged."""
+    names: list[Any] = [c.name for c in columns]
+
+    def as_list(row: Any) -> Any:
+        if not isinstance(row, dict):
+            return row
+        row = {str(name).replace(" ", "_"): value for name, value in row.items()} | row  # as LightGBM names columns
+        return list(map(row.get, names))
+
+    return [as_list(row) for row in rows]
 
 
 def _as_json(value: Any) -> str:

@@ -5,34 +5,21 @@ does not record which columns hold strings or may be missing: the first is read 
 the model, the second is tried out, one missing value at a time.
 """
 
-import datetime
 import itertools
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from decimal import Decimal
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-import orjson
-
-from .columns import ACCEPTED, ISO_DATE, BadRows, Kind, json_form
+from .column_checks import check_categories, check_units
+from .columns import ACCEPTED, ISO_DATE, Kind, rows_as_lists
 from .formats import ModelLoadError, foreign
 from .formats.sklearn import estimators_in
+from .parts import ColumnFacts, inspect, raw_parts
 from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
-
-
-class RawPart(NamedTuple):
-    """A fitted part of a model that raw columns reach."""
-
-    part: Any
-    columns: Sequence[int]
-    imputers: tuple[Any, ...] = ()  # on the way to it
-    entered: Sequence[int] = ()  # the columns that the first of them gets; it leaves out those without any value
 
 
 def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[Any]]:
@@ -67,13 +54,13 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
                 continue
             if declared:
                 return signature, rows
-            _check_categories(model, tried, _rows_as_lists(rows, signature.columns or ())[0])
+            check_categories(model, tried, rows_as_lists(rows, signature.columns or ())[0])
             if sample:
                 signature = _with_zones(signature, sample)
             else:
                 signature, rows = _without_needless_strings(model, signature, rows)
                 signature = _with_ambiguous(model, signature, rows)
-            _check_units(model, signature, rows)
+            check_units(model, signature, rows)
             return _with_nullable(model, signature, rows), rows
     raise ModelLoadError(f"{_explain(model, failure, sample)} ({type(failure).__name__}: {failure})") from failure
 
@@ -174,15 +161,28 @@ def _with_kinds(columns: Iterable[Column], kinds: dict[int, Kind]) -> tuple[Colu
 
 def _kinds_in(sample: Any, columns: Sequence[Column]) -> dict[int, Kind]:
     """Return the kinds of the values in a sample, by column; rows that do not fit are ignored."""
-    rows = _rows_as_lists(sample, columns) if isinstance(sample, list) else []
+    rows = rows_as_lists(sample, columns) if isinstance(sample, list) else []
     rows = [row for row in rows if isinstance(row, list) and len(row) == len(columns)]
     return {at: _kind_of_values([row[at] for row in rows]) for at in range(len(columns) if rows else 0)}
+
+
+def _kind_of_values(values: Iterable[Any]) -> Kind:
+    """Return the first kind that includes all values but None; "number" if there are no others.
+
+    It is "integer" if all are whole numbers, none is missing, and so a data frame holds them as int64.
+    """
+    types = set(map(type, values))
+    if types == {int}:
+        return "integer"
+    types -= {type(None)}
+    kinds: tuple[Kind, ...] = ("number", "text", "boolean", "any")
+    return next((kind for kind in kinds if types <= (ACCEPTED[kind] if kind != "boolean" else {bool})), "any")
 
 
 def _with_zones(signature: Signature, sample: Any) -> Signature:
     """Note whether a sample's dates have an offset, where the model does not show it."""
     columns = signature.columns or ()
-    rows = _rows_as_lists(sample, columns)
+    rows = rows_as_lists(sample, columns)
     found = list(columns)
     for at, column in enumerate(columns):
         date = next((row[at] for row in rows if row[at] is not None), None) if column.dtype == "date" else None
@@ -193,7 +193,7 @@ def _with_zones(signature: Signature, sample: Any) -> Signature:
 
 def _are_dates(sample: Any, columns: Sequence[Column], at: int) -> bool:
     """Return whether a column of a sample holds dates as ISO 8601."""
-    values = [row[at] for row in _rows_as_lists(sample, columns) if isinstance(row, list) and row[at] is not None]
+    values = [row[at] for row in rows_as_lists(sample, columns) if isinstance(row, list) and row[at] is not None]
     return bool(values) and all(isinstance(value, str) and ISO_DATE.fullmatch(value) for value in values)
 
 
@@ -271,7 +271,7 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
     return replace(signature, columns=either)
 
 
-def _unknown(found: Sequence["_ColumnFacts"]) -> list[int]:
+def _unknown(found: Sequence[ColumnFacts]) -> list[int]:
     """Return the columns of which the parts of a model show nothing."""
     return [at for at, facts in enumerate(found) if facts.kind is None and not facts.dropped]
 
@@ -281,7 +281,7 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
     if not signature.columns:
         return signature
     # A value of each column from the rows that the model answered, not a missing one if some row has another.
-    by_column = zip(*_rows_as_lists(rows, signature.columns), strict=True)
+    by_column = zip(*rows_as_lists(rows, signature.columns), strict=True)
     values = [next((value for value in column if value is not None), None) for column in by_column]
     tried = _all_nullable(signature)
 
@@ -305,103 +305,6 @@ def _failure(model: Any, signature: Signature, rows: list[Any]) -> Exception | N
     return None
 
 
-def _check_categories(model: Any, signature: Signature, row: Any) -> None:
-    """Check that each category, written as JSON, is encoded as what the encoder learned. Raises: ModelLoadError."""
-    if not signature.columns or not isinstance(row, list):
-        return
-    for part, indices, imputers, entered in raw_parts(model, list(range(len(signature.columns)))):
-        if not hasattr(part, "categories_") or not hasattr(part, "transform"):
-            continue
-        learned = [array[_is_present(array)] for array in map(np.asarray, part.categories_)]
-        count = max(map(len, learned), default=0)
-        learned = [array[np.arange(count) % len(array)] for array in learned if len(array)]
-        if len(learned) < len(indices):  # a column without any value
-            continue
-        step_size = max(1000, 200_000 // len(row))  # an encoder goes through all its categories at each call
-        for start in range(0, count, step_size):
-            values = [array[start : start + step_size] for array in learned]
-            sent = [list(row) for _ in values[0]]
-            for at, array in zip(indices, values, strict=True):
-                for to, value in zip(sent, array.tolist() if array.dtype.kind == "O" else array, strict=True):
-                    to[at] = json_form(value)
-            try:
-                inputs = _select(signature.parse(orjson.loads(orjson.dumps(sent))), entered)
-            except BadRows as error:
-                raise ModelLoadError(f"a category that an encoder was fitted on cannot be sent: {error}") from error
-            for step in imputers:
-                inputs = step.transform(inputs)
-            if hasattr(inputs, "iloc") and not hasattr(part, "feature_names_in_"):
-                inputs = inputs.to_numpy()
-            if not _encodes_alike(part, inputs, _table(values, part)):
-                names = ", ".join(str(signature.columns[at].name or at) for at in indices)
-                raise ModelLoadError(
-                    f"the encoder of the columns {names} was fitted on values that JSON does not bring back as they "
-                    "were; train the model on strings or numbers made of them"
-                )
-
-
-def _check_units(model: Any, signature: Signature, rows: list[Any]) -> None:
-    """Check that answers do not depend on the unit in which pandas keeps times. Raises: ModelLoadError.
-
-    A step that makes numbers of them with `astype("int64")` gets others in microseconds than in nanoseconds, and no
-    model shows in which it was trained.
-    """
-    dates = [at for at, column in enumerate(signature.columns or ()) if column.dtype == "date"]
-    methods = ("predict_proba", "decision_function", "predict")
-    ask = next(getattr(model, method) for method in methods if hasattr(model, method))
-    answers = []
-    for unit in ("s", "us", "ns") if dates else ():
-        frame = signature.parse(rows)
-        with suppress(ValueError):  # nanoseconds end in the year 2262
-            for at in dates:
-                frame.isetitem(at, frame.iloc[:, at].dt.as_unit("s").dt.as_unit(unit))
-            answers.append(ask(frame))
-    if not all(_equal(answer, answers[0]) for answer in answers):
-        raise ModelLoadError(
-            "its answers depend on the unit in which pandas keeps times, which is not known from the model; let the "
-            'step that makes numbers of them set it, with dates.dt.as_unit("ns") or the unit that it was trained with'
-        )
-
-
-def _is_present(array: Any) -> Any:
-    return np.array([value is not None and value == value for value in array], dtype=bool)
-
-
-def _select(inputs: Any, indices: Sequence[int]) -> Any:
-    return inputs.iloc[:, list(indices)] if hasattr(inputs, "iloc") else inputs[:, indices]
-
-
-def _table(columns: list[Any], part: Any) -> Any:
-    """Make what an encoder was fitted on of values of its categories."""
-    names = getattr(part, "feature_names_in_", None)
-    if names is None:
-        array = np.empty((len(columns[0]), len(columns)), dtype=np.result_type(*columns))
-        for at, values in enumerate(columns):
-            array[:, at] = values
-        return array
-    import pandas as pd
-
-    return pd.DataFrame(
-        {name: pd.Series(values, dtype=values.dtype) for name, values in zip(names, columns, strict=True)}
-    )
-
-
-def _encodes_alike(encoder: Any, inputs: Any, expected: Any) -> bool:
-    """Return whether an encoder makes the same of what the model gets as of what it learned."""
-    try:
-        return _equal(encoder.transform(inputs), encoder.transform(expected))
-    except ValueError:  # unknown categories
-        return False
-
-
-def _equal(found: Any, expected: Any) -> bool:
-    """Return whether two results of an encoder are the same."""
-    if hasattr(found, "nnz") and hasattr(expected, "nnz"):  # sparse: dense they may be larger than the memory
-        return bool(found.shape == expected.shape and (found != expected).nnz == 0)
-    first, second = (each.toarray() if hasattr(each, "toarray") else np.asarray(each) for each in (found, expected))
-    return bool(np.array_equal(first, second, equal_nan=first.dtype.kind == "f"))
-
-
 def _all_nullable(signature: Signature) -> Signature:
     return replace(signature, columns=signature.columns and tuple(replace(c, nullable=True) for c in signature.columns))
 
@@ -421,201 +324,3 @@ def _accepted(indices: list[int], accepts: Callable[[list[int]], bool]) -> Itera
         elif len(group) > 1:
             middle = len(group) // 2
             left += [group[:middle], group[middle:]]
-
-
-def _rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:
-    """Return rows with objects as lists of their values in column order; whatever else a sample holds is unchanged."""
-    names: list[Any] = [c.name for c in columns]
-
-    def as_list(row: Any) -> Any:
-        if not isinstance(row, dict):
-            return row
-        row = {str(name).replace(" ", "_"): value for name, value in row.items()} | row  # as LightGBM names columns
-        return list(map(row.get, names))
-
-    return [as_list(row) for row in rows]
-
-
-# --- what the parts of a model show about its columns
-
-
-def raw_parts(
-    part: Any, columns: Sequence[int], imputers: tuple[Any, ...] = (), entered: Sequence[int] = ()
-) -> Iterator[RawPart]:
-    """Yield each fitted part that raw columns reach, unchanged or through an imputer, or "drop"."""
-    entered = entered if imputers else columns
-    yield RawPart(part, columns, imputers, entered)
-    if hasattr(part, "steps"):
-        for _, step in part.steps:
-            if step in (None, "passthrough") or _is_identity(step):
-                continue
-            yield from raw_parts(step, columns, imputers, entered)
-            if not hasattr(step, "statistics_"):  # an imputer passes its columns on; other steps make new ones
-                return
-            columns = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
-            imputers = (*imputers, step)
-    elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
-        for name, inner, _ in part.transformers_:
-            if inner != "passthrough":
-                yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
-    else:
-        for inner in _inner_estimators(part):
-            yield from raw_parts(inner, columns, imputers, entered)
-
-
-def _is_identity(step: Any) -> bool:
-    """Return whether a step is a FunctionTransformer that changes nothing."""
-    return hasattr(step, "inverse_func") and step.func is None
-
-
-def _is_kept(imputer: Any, statistic: Any) -> bool:
-    """Return whether an imputer passes on a column, for which it found this statistic."""
-    return imputer.keep_empty_features or statistic is None or statistic == statistic
-
-
-def _inner_estimators(part: Any) -> Iterable[Any]:
-    """Yield the fitted estimators to which a meta-estimator passes its own input."""
-    for name in ("best_estimator_", "estimator_", "regressor_", "_preprocessor"):
-        inner = getattr(part, name, None)
-        if inner is not None:
-            yield inner
-    for name in ("calibrated_classifiers_", "estimators_"):
-        fitted = getattr(part, name, ())
-        # A few are enough of a forest, and are all of a vote between models of different columns.
-        for inner in itertools.islice(fitted.flat if isinstance(fitted, np.ndarray) else fitted, 10):
-            yield getattr(inner, "estimator", inner) if name == "calibrated_classifiers_" else inner
-    for _, inner in getattr(part, "transformer_list", ()):
-        yield inner
-
-
-@dataclass
-class _ColumnFacts:
-    """What the model's parts show about one raw column."""
-
-    kind: Kind | None = None
-    dtype: str = ""
-    missing: Any = math.nan
-    learned: tuple[Any, ...] = ()
-    dropped: bool = False  # by some part; a column that no part keeps never reaches the model
-    is_category: bool = False  # of pandas, as the model takes it
-
-    def learn(self, categories: Any) -> None:
-        """Note the categories that an encoder was fitted on: they show what the column holds."""
-        array = np.asarray(categories)
-        present = tuple(v for v in array.tolist() if v is not None and v == v) if array.dtype.kind == "O" else ()
-        if array.dtype.kind == "O" and any(v is None for v in array.tolist()):
-            self.missing = None
-        if array.dtype.kind != "O":
-            present = tuple(array[array == array])
-        present = tuple(str(v) if isinstance(v, np.str_) else v for v in present)
-        if present and not self.learned:
-            self.learned = present
-            self.kind, self.dtype = _kind_and_dtype(array.dtype, present)
-
-    def column(self, name: str | None) -> Column:
-        if self.is_category and self.learned:
-            return Column(name, "category", dtype="category", learned=self.learned)
-        kind: Kind = self.kind or ("any" if self.dropped else "number")
-        optional = self.dropped and self.kind is None
-        dtype = "object" if self.missing is None and self.dtype in ("", "str") else self.dtype
-        return Column(name, kind, missing=self.missing, dtype=dtype, optional=optional, learned=self.learned)
-
-
-def _kind_and_dtype(dtype: Any, values: tuple[Any, ...]) -> tuple[Kind, str]:
-    """Return the kind of a column, and the type that the model gets, from the categories that an encoder learned."""
-    if dtype.kind == "M":
-        return "date", str(dtype)
-    if dtype.kind in "biuf":
-        kind: Kind = "boolean" if dtype.kind == "b" or set(values) == {0, 1} else "number"
-        return kind, _dtype_of_numbers(dtype, values)
-    types = set(map(type, values))
-    if types == {str}:
-        return "text", ""
-    if types == {bool}:
-        return "boolean", "object"
-    if all(issubclass(each, datetime.datetime) for each in types):
-        import pandas as pd
-
-        dates = pd.Series(list(values))
-        return "date", "object" if dates.dtype == object else str(dates.dtype)
-    if types == {datetime.date}:
-        return "date", "object"
-    numbers = all(issubclass(each, (int, float, np.number, Decimal)) for each in types)
-    if numbers and not types & {bool, np.timedelta64}:
-        return "number", "object"
-    if types <= {str, bool, int, float}:
-        return "any", "object"
-    raise ModelLoadError(
-        f"an encoder was fitted on values of the type {', '.join(sorted(each.__name__ for each in types))}, which have "
-        "no form in JSON; train the model on strings or numbers made of them"
-    )
-
-
-def _dtype_of_numbers(dtype: Any, values: tuple[Any, ...]) -> str:
-    """Return the type of a column of numbers whose categories an encoder has kept."""
-    if dtype.kind != "f":
-        return "bool" if dtype.kind == "b" else "int64"
-    # pandas passes its nullable Float32 on as 64 bits, in which 0.1 looks like 0.10000000149011612.
-    if dtype == np.float64 and any(float(str(np.float32(value))) != value for value in values):
-        singles = np.array(values, dtype=np.float32)
-        if (singles == np.array(values)).all():
-            return "float32"
-    return str(dtype)
-
-
-def _kind_of_values(values: Iterable[Any]) -> Kind:
-    """Return the first kind that includes all values but None; "number" if there are no others.
-
-    It is "integer" if all are whole numbers, none is missing, and so a data frame holds them as int64.
-    """
-    types = set(map(type, values))
-    if types == {int}:
-        return "integer"
-    types -= {type(None)}
-    kinds: tuple[Kind, ...] = ("number", "text", "boolean", "any")
-    return next((kind for kind in kinds if types <= (ACCEPTED[kind] if kind != "boolean" else {bool})), "any")
-
-
-def inspect(model: Any, width: int) -> list[_ColumnFacts]:
-    """Return what the fitted parts of a model show about its raw columns."""
-    found = [_ColumnFacts() for _ in range(width)]
-    for raw in raw_parts(model, list(range(width))):
-        part, columns = raw.part, [found[at] for at in raw.columns]
-        if getattr(part, "categorical_features", None) == "from_dtype" and part.is_categorical_ is not None:
-            for facts, flag in zip(columns, part.is_categorical_, strict=False):
-                facts.is_category = bool(flag)
-        if isinstance(part, str):  # "drop"
-            for facts in columns:
-                facts.dropped = True
-        elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
-            continue  # only its parts matter
-        elif (boosted := foreign("columns", part)) is not None:
-            for facts, column in zip(columns, boosted, strict=False):
-                facts.kind = facts.kind or column.kind
-                facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
-        elif (learned := foreign("categories", part)) is not None:
-            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
-                if name in learned:
-                    facts.learn(learned[name])
-        elif (kinds := foreign("kinds", part)) is not None:
-            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
-                facts.kind = facts.kind or kinds.get(name)
-        elif hasattr(part, "categories_"):
-            for facts, values in zip(columns, part.categories_, strict=False):
-                facts.learn(values)
-        elif hasattr(part, "statistics_"):
-            for facts in columns:
-                if getattr(part, "missing_values", 0) is None:
-                    facts.missing = None
-                if getattr(part, "strategy", "") in ("mean", "median"):
-                    facts.kind = facts.kind or "number"
-        elif hasattr(part, "build_analyzer") or _is_fitted_leaf(part):
-            for facts in columns:
-                facts.kind = facts.kind or ("text" if hasattr(part, "build_analyzer") else "number")
-    return found
-
-
-def _is_fitted_leaf(part: Any) -> bool:
-    """Return whether a part is a fitted estimator of scikit-learn, which takes numbers, with no other inside it."""
-    of_sklearn = type(part).__module__.startswith("sklearn.") and not hasattr(part, "inverse_func")
-    return of_sklearn and hasattr(part, "n_features_in_") and not any(True for _ in _inner_estimators(part))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .columns import rows_as_lists
 from .formats.sklearn import estimators_in
 from .signature import Signature
 
@@ -102,7 +103,7 @@ def _changed(value: Any) -> Any:
 def _varied(signature: Signature, rows: list[Any]) -> Iterator[Any]:
     """Yield some rows, and the first one with other numbers, and with nulls."""
     columns = signature.columns or ()
-    rows = [list(map(row.get, [c.name for c in columns])) if isinstance(row, dict) else row for row in rows[:8]]
+    rows = rows_as_lists(rows[:8], columns)
     yield from rows
     if not columns:
         yield _changed(rows[0])

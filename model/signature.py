@@ -217,7 +217,7 @@ class Signature:
         errors: list[dict[str, Any]] = []
         for at in self._converted:
             column, converted = self.columns[at], []  # type: ignore[index]  # there are columns then
-            place = at if column.name is None else column.name
+            place = column.place(at)
             for row, value in enumerate(by_column[at]):
                 try:
                     converted.append(None if value is None else column.convert(value))  # type: ignore[misc]  # is not None
@@ -283,8 +283,9 @@ class Signature:
             if column.kind == "boolean":
                 wrong = np.flatnonzero(~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])))
                 if len(wrong):
-                    place = at if column.name is None else column.name
-                    raise bad_rows({"row": int(row), "column": place, "detail": NOT_BOOLEAN} for row in wrong)
+                    raise bad_rows(
+                        {"row": int(row), "column": column.place(at), "detail": NOT_BOOLEAN} for row in wrong
+                    )
         return numbers
 
     def _check_finite(self, numbers: Any) -> None:
@@ -299,8 +300,7 @@ class Signature:
             what = "NaN, a missing value" if np.isnan(numbers[(row, *indices)]) else "an infinity"
             errors.append({"row": row, "detail": f"{what}; expected a finite number"})
             if len(indices) == 1:
-                name = self.columns[indices[0]].name if self.columns else None
-                errors[-1]["column"] = indices[0] if name is None else name
+                errors[-1]["column"] = self.columns[indices[0]].place(indices[0]) if self.columns else indices[0]
         if errors:
             raise bad_rows(errors)
 
@@ -333,4 +333,4 @@ def _wrong_values(rows: list[Any], columns: Sequence[Column]) -> Iterable[dict[s
             detail = f"{json_name(value)}; expected {column.expected}"
             if value is None:
                 detail = "null; this model does not take a missing value here"
-            yield {"row": at, "column": index if column.name is None else column.name, "detail": detail}
+            yield {"row": at, "column": column.place(index), "detail": detail}

@@ -1,0 +1,197 @@
+"""What the fitted parts of a model show about its raw columns: their kinds, and the values that encoders learned."""
+
+import datetime
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .columns import Column, Kind
+from .formats import ModelLoadError, foreign
+
+
+class RawPart(NamedTuple):
+    """A fitted part of a model that raw columns reach."""
+
+    part: Any
+    columns: Sequence[int]
+    imputers: tuple[Any, ...] = ()  # on the way to it
+    entered: Sequence[int] = ()  # the columns that the first of them gets; it leaves out those without any value
+
+
+def raw_parts(
+    part: Any, columns: Sequence[int], imputers: tuple[Any, ...] = (), entered: Sequence[int] = ()
+) -> Iterator[RawPart]:
+    """Yield each fitted part that raw columns reach, unchanged or through an imputer, or "drop"."""
+    entered = entered if imputers else columns
+    yield RawPart(part, columns, imputers, entered)
+    if hasattr(part, "steps"):
+        for _, step in part.steps:
+            if step in (None, "passthrough") or _is_identity(step):
+                continue
+            yield from raw_parts(step, columns, imputers, entered)
+            if not hasattr(step, "statistics_"):  # an imputer passes its columns on; other steps make new ones
+                return
+            columns = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
+            imputers = (*imputers, step)
+    elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
+        for name, inner, _ in part.transformers_:
+            if inner != "passthrough":
+                yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
+    else:
+        for inner in _inner_estimators(part):
+            yield from raw_parts(inner, columns, imputers, entered)
+
+
+def _is_identity(step: Any) -> bool:
+    """Return whether a step is a FunctionTransformer that changes nothing."""
+    return hasattr(step, "inverse_func") and step.func is None
+
+
+def _is_kept(imputer: Any, statistic: Any) -> bool:
+    """Return whether an imputer passes on a column, for which it found this statistic."""
+    return imputer.keep_empty_features or statistic is None or statistic == statistic
+
+
+def _inner_estimators(part: Any) -> Iterable[Any]:
+    """Yield the fitted estimators to which a meta-estimator passes its own input."""
+    for name in ("best_estimator_", "estimator_", "regressor_", "_preprocessor"):
+        inner = getattr(part, name, None)
+        if inner is not None:
+            yield inner
+    for name in ("calibrated_classifiers_", "estimators_"):
+        fitted = getattr(part, name, ())
+        # A few are enough of a forest, and are all of a vote between models of different columns.
+        for inner in itertools.islice(fitted.flat if isinstance(fitted, np.ndarray) else fitted, 10):
+            yield getattr(inner, "estimator", inner) if name == "calibrated_classifiers_" else inner
+    for _, inner in getattr(part, "transformer_list", ()):
+        yield inner
+
+
+@dataclass
+class ColumnFacts:
+    """What the model's parts show about one raw column."""
+
+    kind: Kind | None = None
+    dtype: str = ""
+    missing: Any = math.nan
+    learned: tuple[Any, ...] = ()
+    dropped: bool = False  # by some part; a column that no part keeps never reaches the model
+    is_category: bool = False  # of pandas, as the model takes it
+
+    def learn(self, categories: Any) -> None:
+        """Note the categories that an encoder was fitted on: they show what the column holds."""
+        array = np.asarray(categories)
+        is_object = array.dtype.kind == "O"
+        if is_object and any(value is None for value in array):
+            self.missing = None
+        known = array[is_present(array)]
+        present = tuple(known.tolist() if is_object else known)
+        present = tuple(str(v) if isinstance(v, np.str_) else v for v in present)
+        if present and not self.learned:
+            self.learned = present
+            self.kind, self.dtype = _kind_and_dtype(array.dtype, present)
+
+    def column(self, name: str | None) -> Column:
+        if self.is_category and self.learned:
+            return Column(name, "category", dtype="category", learned=self.learned)
+        kind: Kind = self.kind or ("any" if self.dropped else "number")
+        optional = self.dropped and self.kind is None
+        dtype = "object" if self.missing is None and self.dtype in ("", "str") else self.dtype
+        return Column(name, kind, missing=self.missing, dtype=dtype, optional=optional, learned=self.learned)
+
+
+def _kind_and_dtype(dtype: Any, values: tuple[Any, ...]) -> tuple[Kind, str]:
+    """Return the kind of a column, and the type that the model gets, from the categories that an encoder learned."""
+    if dtype.kind == "M":
+        return "date", str(dtype)
+    if dtype.kind in "biuf":
+        kind: Kind = "boolean" if dtype.kind == "b" or set(values) == {0, 1} else "number"
+        return kind, _dtype_of_numbers(dtype, values)
+    types = set(map(type, values))
+    if types == {str}:
+        return "text", ""
+    if types == {bool}:
+        return "boolean", "object"
+    if all(issubclass(each, datetime.datetime) for each in types):
+        import pandas as pd
+
+        dates = pd.Series(list(values))
+        return "date", "object" if dates.dtype == object else str(dates.dtype)
+    if types == {datetime.date}:
+        return "date", "object"
+    numbers = all(issubclass(each, (int, float, np.number, Decimal)) for each in types)
+    if numbers and not types & {bool, np.timedelta64}:
+        return "number", "object"
+    if types <= {str, bool, int, float}:
+        return "any", "object"
+    raise ModelLoadError(
+        f"an encoder was fitted on values of the type {', '.join(sorted(each.__name__ for each in types))}, which have "
+        "no form in JSON; train the model on strings or numbers made of them"
+    )
+
+
+def _dtype_of_numbers(dtype: Any, values: tuple[Any, ...]) -> str:
+    """Return the type of a column of numbers whose categories an encoder has kept."""
+    if dtype.kind != "f":
+        return "bool" if dtype.kind == "b" else "int64"
+    # pandas passes its nullable Float32 on as 64 bits, in which 0.1 looks like 0.10000000149011612.
+    if dtype == np.float64 and any(float(str(np.float32(value))) != value for value in values):
+        singles = np.array(values, dtype=np.float32)
+        if (singles == np.array(values)).all():
+            return "float32"
+    return str(dtype)
+
+
+def inspect(model: Any, width: int) -> list[ColumnFacts]:
+    """Return what the fitted parts of a model show about its raw columns."""
+    found = [ColumnFacts() for _ in range(width)]
+    for raw in raw_parts(model, list(range(width))):
+        part, columns = raw.part, [found[at] for at in raw.columns]
+        if getattr(part, "categorical_features", None) == "from_dtype" and part.is_categorical_ is not None:
+            for facts, flag in zip(columns, part.is_categorical_, strict=False):
+                facts.is_category = bool(flag)
+        if isinstance(part, str):  # "drop"
+            for facts in columns:
+                facts.dropped = True
+        elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
+            continue  # only its parts matter
+        elif (boosted := foreign("columns", part)) is not None:
+            for facts, column in zip(columns, boosted, strict=False):
+                facts.kind = facts.kind or column.kind
+                facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
+        elif (learned := foreign("categories", part)) is not None:
+            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
+                if name in learned:
+                    facts.learn(learned[name])
+        elif (kinds := foreign("kinds", part)) is not None:
+            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
+                facts.kind = facts.kind or kinds.get(name)
+        elif hasattr(part, "categories_"):
+            for facts, values in zip(columns, part.categories_, strict=False):
+                facts.learn(values)
+        elif hasattr(part, "statistics_"):
+            for facts in columns:
+                if getattr(part, "missing_values", 0) is None:
+                    facts.missing = None
+                if getattr(part, "strategy", "") in ("mean", "median"):
+                    facts.kind = facts.kind or "number"
+        elif hasattr(part, "build_analyzer") or _is_fitted_leaf(part):
+            for facts in columns:
+                facts.kind = facts.kind or ("text" if hasattr(part, "build_analyzer") else "number")
+    return found
+
+
+def _is_fitted_leaf(part: Any) -> bool:
+    """Return whether a part is a fitted estimator of scikit-learn, which takes numbers, with no other inside it."""
+    of_sklearn = type(part).__module__.startswith("sklearn.") and not hasattr(part, "inverse_func")
+    return of_sklearn and hasattr(part, "n_features_in_") and not any(True for _ in _inner_estimators(part))
+
+
+def is_present(array: Any) -> Any:
+    """Return which values of an array are neither None, NaN nor NaT, as an array of booleans."""
+    return np.array([value is not None and value == value for value in array], dtype=bool)
