@@ -112,6 +112,7 @@ class Service:
         self.request_log = RequestLog(self.journal)
         self.recorded = {"predict"}  # endpoints whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
+        self.on_answer: list[Callable[[Any, Answer, dict[str, Any]], None]] = []  # rows, answer, record
         self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.every_second: list[Callable[[], None]] = [
@@ -188,7 +189,9 @@ class Service:
         rows = model.signature.validate(self.before_predict(rows, record))
         record["rows"] = len(rows)
         prediction = model.predict(rows, method)
-        return self.after_predict(Answer(prediction, model.classes_for(method), model), record)
+        answer = self.after_predict(Answer(prediction, model.classes_for(method), model), record)
+        run_hooks(self.on_answer, rows, answer, record)
+        return answer
 
     def explain(self, error: Exception) -> HTTPException:
         """Return the HTTP error for an exception, and note it in the record with whose fault it is.

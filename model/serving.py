@@ -128,6 +128,7 @@ class Serving:
         # Hooks of extensions.
         self.on_batch: list[Callable[[int, float], None]] = []  # each call of a model: rows, seconds the first waited
         self.on_load_failure: list[Callable[[], None]] = []
+        self.on_describe: list[Callable[[dict[str, Any]], None]] = []  # may add to what `describe` returns
         self.on_update: list[Callable[[dict[str, Any]], None]] = []  # each update: what `describe` returns
 
     # --- requests
@@ -150,7 +151,9 @@ class Serving:
         """Return what is served, as JSON values."""
         routes = self.routes
         served = routes.describe() if routes else dict.fromkeys(("stable", "canary", "routing"))
-        return {"ready": routes is not None, "error": "; ".join(self.errors) or None} | served
+        found = {"ready": routes is not None, "error": "; ".join(self.errors) or None} | served
+        run_hooks(self.on_describe, found)
+        return found
 
     def end_if_hung(self, timeout: float) -> None:
         """End this process if a call of a model has been running for more than `timeout` seconds.
