@@ -30,7 +30,7 @@ LOSSES = FULL, UNWRITABLE = "the journal was full", "the journal could not be wr
 SEGMENT_BYTES = 8 * 2**20  # small enough to count a dropped one's records in some 20 ms
 SUMMARY_SECONDS = 60.0  # between two records that sum up the requests without a valid password
 # The record of a request of which nothing is known yet; `user` is None until a password was verified.
-BLANK: dict[str, Any] = {"rows": 0, "user": None} | dict.fromkeys(
+BLANK: dict[str, Any] = {"rows": 0, "user": None, "protocol": "predict"} | dict.fromkeys(
     ("error", "error_type", "path", "method", "model_version", "variant", "request_id"), ""
 )
 
@@ -43,8 +43,8 @@ def log_monitor(response_time: float, success: bool, error: str, *, journal: "Jo
         success: whether it was answered with a status below 400.
         error: what went wrong, in our own words (never a library's message: it may hold the caller's data); else "".
         journal: the journal that the record is appended to.
-        fields: `error_type`, `status`, `path`, `method`, `rows`, `model_version`, `variant`, `user`, `request_id`; as
-            JSON values.
+        fields: `error_type`, `status`, `path`, `protocol`, `method`, `rows`, `model_version`, `variant`, `user`,
+            `request_id`; as JSON values.
     """
     journal.append({"response_time": int(response_time * 1e6) / 1e6, "success": success, "error": error, **fields})
 

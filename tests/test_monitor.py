@@ -69,6 +69,7 @@ def test_record_holds_what_the_design_lists(serve: Any, iris_file: Path) -> None
         "error_type": "",
         "status": 200,
         "path": "/predict",
+        "protocol": "predict",
         "method": "predict_proba",
         "rows": 2,
         "model_version": answer.headers["X-Model-Version"],
