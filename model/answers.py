@@ -21,16 +21,15 @@ class ModelFailed(Exception):
     """The model raised something that is not the caller's fault, or did not return one prediction per row."""
 
 
-def to_json(result: Any, n_rows: int) -> Any:
+def to_json(result: Any, n_rows: int, by_output: bool = False) -> Any:
     """Turn a model's result into what orjson encodes: one entry per row; for several outputs a tuple of those.
 
     The result is an array `(n_rows, …)`, sparse, masked or not, a data frame or a series, a list of values, or
-    (multi-output `predict_proba`) a list of arrays. Raises: ModelFailed, it does not have one entry per row; TypeError,
-    a value has no form in JSON.
+    (multi-output `predict_proba`) a list of arrays, which are those of the outputs if `by_output`, or if there is not
+    one for each row. Raises: ModelFailed, it does not have one entry per row; TypeError, a value has no form in JSON.
     """
     if isinstance(result, list):
-        arrays = bool(result) and all(isinstance(each, np.ndarray) for each in result)
-        if arrays and (len(result) != n_rows or result[0].ndim == 2):
+        if by_output or (are_arrays(result) and len(result) != n_rows):
             return tuple(to_json(each, n_rows) for each in result)
         _check_length(len(result), n_rows)
         return _values(result)
@@ -49,6 +48,11 @@ def to_json(result: Any, n_rows: int) -> Any:
         native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
         return np.ascontiguousarray(array, dtype=native)
     return _values(list(array) if array.dtype.kind in "mM" else array.tolist())
+
+
+def are_arrays(result: Any) -> bool:
+    """Return whether a result is a list of arrays, which may be those of its outputs or of its rows."""
+    return isinstance(result, list) and bool(result) and all(isinstance(each, np.ndarray) for each in result)
 
 
 def _values(values: list[Any]) -> list[Any]:

@@ -101,11 +101,14 @@ class Column:
     # that of the kind.
     dtype: str = ""
     optional: bool = False  # the model drops it; a row that is an object may leave it out
-    zoned: bool | None = None  # of "date": whether the sample's have an offset; None if there is no sample
+    zoned: bool | None = None  # of dates: whether those of the encoder, or of the sample, have an offset
+    doubt: str = ""  # a warning that it may not be what it seems to be; {} stands for its name
     learned: tuple[Any, ...] = ()  # values that the model saw when it was fitted, if it keeps them
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or _DTYPES.get(self.kind, "object"))
+        if self.dtype.startswith("datetime64"):
+            object.__setattr__(self, "zoned", "," in self.dtype)
 
     @cached_property
     def accepted(self) -> set[type]:
@@ -130,15 +133,14 @@ class Column:
         if self.kind == "category" and self.learned:
             return "a category: " + ", ".join(_as_json(json_form(value)) for value in self.learned[:5])
         if self.kind == "date":
-            if self.dtype.startswith("datetime64") or self.zoned is not None:
-                zone = "with" if self.zoned or "," in self.dtype else "without"
-                return f"a date as ISO 8601 {zone} an offset, {self.json_example()}"
+            if self.zoned is not None:
+                return f"a date as ISO 8601 {'with' if self.zoned else 'without'} an offset, {self.json_example()}"
             return "a date as ISO 8601, such as 2026-01-31 or 2026-01-31T08:30:00+01:00"
         return EXPECTED[self.kind]
 
     def json_example(self) -> str:
         """Show a value as JSON."""
-        if self.kind == "date" and (self.zoned or "," in self.dtype):
+        if self.kind == "date" and self.zoned:
             return '"2026-01-31T08:30:00+01:00"'
         if self.kind in ("category", "boolean", "any") and isinstance(self.example, (str, bool, int, float)):
             return _as_json(self.example)
@@ -200,11 +202,9 @@ class Column:
             date = pd.Timestamp(text)
         except ValueError:
             raise BadRows(f"not a valid date; expected {self.expected}") from None
-        if self.dtype == "date" and self.zoned in (None, date.tzinfo is not None):
-            return date
-        if self.dtype == "date" or (date.tzinfo is not None) != ("," in self.dtype):
+        if self.zoned not in (None, date.tzinfo is not None):
             raise BadRows(f"a date {'with' if date.tzinfo else 'without'} an offset; expected {self.expected}")
-        if self.dtype == "object":
+        if self.dtype in ("date", "object"):
             return self._by_date.get(date, date)
         try:
             return date.as_unit(self.dtype[11:].split("]")[0].split(",")[0], round_ok=False)

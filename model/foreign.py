@@ -103,6 +103,11 @@ def _catboost(part: Any) -> list[Column] | None:
     names = part.feature_names_
     if not names:
         return None
+    if part.get_embedding_feature_indices():
+        raise ModelLoadError(
+            "CatBoost's embedding features are lists within a column, which a request cannot hold; train it on a "
+            "column for each of their numbers"
+        )
     kinds: dict[int, Kind] = dict.fromkeys(part.get_cat_feature_indices(), "category")
     kinds |= dict.fromkeys(part.get_text_feature_indices(), "text")
     plain = names == [str(at) for at in range(len(names))]

@@ -6,11 +6,15 @@ the model, the second is tried out, one missing value at a time.
 """
 
 import itertools
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from .column_checks import check_categories, check_units
 from .columns import ACCEPTED, ISO_DATE, Kind, rows_as_lists
@@ -20,9 +24,25 @@ from .parts import ColumnFacts, inspect, raw_parts
 from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
+TRIAL_SECONDS = 10.0  # of each search; only models that are slow or have very many columns need more
+SAMPLE_DECIDES = "a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
+NUMBERS_OR_STRINGS = (
+    "the model takes numbers as well as strings in {}, and does not show which it was fitted on, so both are accepted, "
+    f"as they are written: {SAMPLE_DECIDES}"
+)
+WHOLE_OR_NOT = (
+    "a step of your own reads {} before strings are encoded, and the model does not show whether it was fitted on 3 or "
+    f"on 3.0, which are different strings: {SAMPLE_DECIDES}"
+)
+WHOLE_BESIDE_NULL = (
+    "the sample has null beside whole numbers in {}, which are passed on as whole numbers; if the model was fitted on "
+    "floats, write 3.0 for 3 in the sample"
+)
 
 
-def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signature, list[Any]]:
+def infer_signature(
+    model: Any, sample: list[Any] | None = None, nullable: Sequence[bool] | None = None
+) -> tuple[Signature, list[Any]]:
     """Infer what a fitted model takes, and validate it with rows that the model answers.
 
     >>> from sklearn.linear_model import LinearRegression
@@ -34,6 +54,7 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
         model: a fitted estimator of scikit-learn, or a model that declares what it takes: it has a method
             `signatures(sample)`, which returns the signatures it may have, the likeliest first.
         sample: rows that the model is known to answer; without them a synthetic row is made.
+        nullable: which columns may be missing, if that is known; otherwise it is tried.
 
     Returns:
         The signature, and the rows that it was validated with.
@@ -41,27 +62,28 @@ def infer_signature(model: Any, sample: list[Any] | None = None) -> tuple[Signat
     Raises: ModelLoadError, the model does not answer the sample or, without one, any synthetic row.
     """
     failure: Exception | None = None
+    end = time.monotonic() + 3 * TRIAL_SECONDS
     declared = hasattr(model, "signatures")  # nothing is tried out then: a tensor model would just compute with NaN
     for signature in _candidates(model, sample):
+        if failure is not None and time.monotonic() > end:
+            break
         tried = signature if declared else _all_nullable(signature)
         # Two synthetic rows for a declared signature: such a model may be fixed to one row at a time.
         example = getattr(model, "example", None) if declared else None
         made = _synthetic_rows(signature, n_rows=2 if declared else 1) if example is None else [[example] * 2]
         for rows in [sample] if sample else made:
-            error = _failure(model, tried, rows)
-            if error is not None:
+            if (error := _failure(model, tried, rows)) is not None:
                 failure = failure or error
                 continue
             if declared:
                 return signature, rows
             check_categories(model, tried, rows_as_lists(rows, signature.columns or ())[0])
             if sample:
-                signature = _with_zones(signature, sample)
+                signature = _with_sample(signature, sample)
             else:
-                signature, rows = _without_needless_strings(model, signature, rows)
-                signature = _with_ambiguous(model, signature, rows)
+                signature, rows = _with_guesses(model, signature, rows)
             check_units(model, signature, rows)
-            return _with_nullable(model, signature, rows), rows
+            return _with_nullable(model, signature, rows, nullable), rows
     raise ModelLoadError(f"{_explain(model, failure, sample)} ({type(failure).__name__}: {failure})") from failure
 
 
@@ -73,10 +95,21 @@ def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) ->
         return (
             "the model begins with a DictVectorizer, which takes no rows; fit it on a data frame, with a OneHotEncoder"
         )
+    reached = {id(raw.part) for raw in raw_parts(model, range(sys.maxsize))}
+    behind = [foreign("columns", part) or () for part in estimators_in(model) if id(part) not in reached]
+    if any(column.dtype == "category" for columns in behind for column in columns):
+        return (
+            "a step of your own stands before a booster with pandas categories, and does not show which columns it "
+            "passes on; make the categories in that step, or put an OrdinalEncoder in their place"
+        )
     if isinstance(failure, ImportError):
         return "the model needs a library that is not installed here"
     if sample:
-        return "the model refuses its recorded sample"
+        named = isinstance(sample[0], dict) or hasattr(model, "feature_names_in_")
+        objects = (
+            "" if named else "; if it takes a data frame, write the rows as objects, with the names of its columns"
+        )
+        return f"the model refuses its recorded sample{objects}"
     return "the model answers none of the synthetic rows that were tried; a recorded sample would show what it takes"
 
 
@@ -116,7 +149,7 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[S
     elif names:
         _forget_names(model)
     # The model does not show what a step of the user's own takes.
-    unknown = _unknown(found) if layout == "frame" else []
+    unknown = _unknown(found) if layout == "frame" or (sample and _encodes_strings_later(model, len(found))) else []
     shown = _kinds_in(sample, columns)  # numbers may be written as booleans, if the sample has them so
     known = {at for at, c in enumerate(columns) if c.kind == "number" and shown.get(at) == "boolean"} - set(unknown)
     columns = [replace(c, kind="boolean") if at in known else c for at, c in enumerate(columns)]
@@ -169,18 +202,17 @@ def _kinds_in(sample: Any, columns: Sequence[Column]) -> dict[int, Kind]:
 def _kind_of_values(values: Iterable[Any]) -> Kind:
     """Return the first kind that includes all values but None; "number" if there are no others.
 
-    It is "integer" if all are whole numbers, none is missing, and so a data frame holds them as int64.
+    It is "integer" if all are whole numbers.
     """
-    types = set(map(type, values))
+    types = set(map(type, values)) - {type(None)}
     if types == {int}:
         return "integer"
-    types -= {type(None)}
     kinds: tuple[Kind, ...] = ("number", "text", "boolean", "any")
     return next((kind for kind in kinds if types <= (ACCEPTED[kind] if kind != "boolean" else {bool})), "any")
 
 
-def _with_zones(signature: Signature, sample: Any) -> Signature:
-    """Note whether a sample's dates have an offset, where the model does not show it."""
+def _with_sample(signature: Signature, sample: Any) -> Signature:
+    """Note of a sample what the model does not show: whether dates have an offset, whole numbers that may be floats."""
     columns = signature.columns or ()
     rows = rows_as_lists(sample, columns)
     found = list(columns)
@@ -188,6 +220,8 @@ def _with_zones(signature: Signature, sample: Any) -> Signature:
         date = next((row[at] for row in rows if row[at] is not None), None) if column.dtype == "date" else None
         if date is not None:
             found[at] = replace(column, zoned=column.convert(date).tzinfo is not None)  # type: ignore[misc]
+        if column.dtype == "int64" and not column.learned and any(row[at] is None for row in rows):
+            found[at] = replace(column, doubt=WHOLE_BESIDE_NULL)
     return replace(signature, columns=tuple(found)) if columns else signature
 
 
@@ -202,6 +236,8 @@ def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable
     if sample:
         shown = {at: kind for at, kind in _kinds_in(sample, columns).items() if at in unknown}
         yield shown
+        number: Kind = "number"
+        yield shown | {at: number for at, kind in shown.items() if kind == "integer"}
         if dates := [at for at in shown if _are_dates(sample, columns, at)]:
             date: Kind = "date"
             yield shown | dict.fromkeys(dates, date)
@@ -237,8 +273,8 @@ def _synthetic_rows(signature: Signature, n_rows: int) -> Iterable[list[Any]]:
         yield [row] * n_rows
 
 
-def _without_needless_strings(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
-    """Make numbers of the columns that were only guessed to be strings, if the model answers them as numbers."""
+def _with_guesses(model: Any, signature: Signature, rows: list[Any]) -> tuple[Signature, list[Any]]:
+    """Make numbers of the columns that were only guessed to be strings, if the model takes them."""
     columns = signature.columns or ()
     guessed = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "text"]
     numbers: dict[int, Kind] = {}
@@ -248,17 +284,20 @@ def _without_needless_strings(model: Any, signature: Signature, rows: list[Any])
         row = [0.0 if at in kinds else value for at, value in enumerate(rows[0])]
         return replace(signature, columns=_with_kinds(columns, kinds)), [row]
 
-    for at in _accepted(guessed, lambda indices: _failure(model, *with_numbers(indices)) is None):
+    for at in _accepted(guessed, lambda indices: _failure(model, *with_numbers(indices)) is None, math.inf):
         numbers[at] = "number"
-    return with_numbers([]) if numbers else (signature, rows)
+    signature, rows = with_numbers([]) if numbers else (signature, rows)
+    return _with_ambiguous(model, signature, rows), rows
 
 
 def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signature:
     """Let columns of which the model takes numbers as well as strings hold either: it does not show which is right."""
     columns = signature.columns or ()
-    if signature.layout != "frame":
-        return signature
     unknown = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "number"]
+    numbers = unknown if _encodes_strings_later(model, len(columns)) else []
+    if signature.layout != "frame":  # numbers of an array become floats
+        doubted = (replace(c, doubt=WHOLE_OR_NOT) if at in numbers else c for at, c in enumerate(columns))
+        return replace(signature, columns=signature.columns and tuple(doubted))
 
     def takes_text(indices: list[int]) -> bool:
         tried = replace(signature, columns=_with_kinds(columns, dict.fromkeys(indices, "text")))
@@ -267,8 +306,22 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
         return any(_failure(model, tried, [row]) is None for row in rows_of_text)
 
     found = set(_accepted(unknown, takes_text))
-    either = tuple(replace(c, kind="any", dtype="infer") if at in found else c for at, c in enumerate(columns))
-    return replace(signature, columns=either)
+    made = list(columns)
+    for at in {*numbers, *found}:
+        kind: Kind = "any" if at in found else "number"
+        doubt = NUMBERS_OR_STRINGS if at in found else WHOLE_OR_NOT
+        made[at] = replace(columns[at], kind=kind, dtype="infer", doubt=doubt)
+    return replace(signature, columns=tuple(made))
+
+
+def _encodes_strings_later(model: Any, width: int) -> bool:
+    """Return whether some part has learned strings that are not those of raw columns."""
+    reached = {id(raw.part) for raw in raw_parts(model, range(width))}
+    return any(
+        hasattr(part, "vocabulary_") or any(np.asarray(array).dtype.kind in "OU" for array in part.categories_)
+        for part in estimators_in(model)
+        if id(part) not in reached and (hasattr(part, "vocabulary_") or hasattr(part, "categories_"))
+    )
 
 
 def _unknown(found: Sequence[ColumnFacts]) -> list[int]:
@@ -276,10 +329,13 @@ def _unknown(found: Sequence[ColumnFacts]) -> list[int]:
     return [at for at, facts in enumerate(found) if facts.kind is None and not facts.dropped]
 
 
-def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signature:
+def _with_nullable(model: Any, signature: Signature, rows: list[Any], known: Sequence[bool] | None) -> Signature:
     """Find which columns may be missing by leaving each out once. An imputer's tags cannot be trusted on this."""
     if not signature.columns:
         return signature
+    if known is not None and len(known) == len(signature.columns):
+        columns = (replace(c, nullable=null) for c, null in zip(signature.columns, known, strict=True))
+        return replace(signature, columns=tuple(columns))
     # A value of each column from the rows that the model answered, not a missing one if some row has another.
     by_column = zip(*rows_as_lists(rows, signature.columns), strict=True)
     values = [next((value for value in column if value is not None), None) for column in by_column]
@@ -292,8 +348,8 @@ def _with_nullable(model: Any, signature: Signature, rows: list[Any]) -> Signatu
         return _failure(model, tried, [row]) is None
 
     nullable = set(_accepted(list(range(len(values))), answers))
-    columns = tuple(replace(c, nullable=at in nullable) for at, c in enumerate(signature.columns))
-    return replace(signature, columns=columns)
+    columns = (replace(c, nullable=at in nullable) for at, c in enumerate(signature.columns))
+    return replace(signature, columns=tuple(columns))
 
 
 def _failure(model: Any, signature: Signature, rows: list[Any]) -> Exception | None:
@@ -309,14 +365,15 @@ def _all_nullable(signature: Signature) -> Signature:
     return replace(signature, columns=signature.columns and tuple(replace(c, nullable=True) for c in signature.columns))
 
 
-def _accepted(indices: list[int], accepts: Callable[[list[int]], bool]) -> Iterator[int]:
+def _accepted(indices: list[int], accepts: Callable[[list[int]], bool], seconds: float | None = None) -> Iterator[int]:
     """Yield the indices that are accepted, trying many at once and halving what is refused.
 
-    Of very many columns not all can be tried in a few seconds; the rest count as refused.
+    Of very many columns, or by a slow model, not all can be tried in a few seconds; the rest count as refused.
     """
+    end = time.monotonic() + (TRIAL_SECONDS if seconds is None else seconds)
     left = [indices] if indices else []
     for _ in range(max(200, 2_000_000 // max(1, len(indices)))):
-        if not left:
+        if not left or time.monotonic() > end:
             return
         group = left.pop()
         if accepts(group):

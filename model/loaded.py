@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 
 from . import formats, merging
-from .answers import ModelFailed, join, split, to_json
+from .answers import ModelFailed, are_arrays, join, split, to_json
 from .batching import MAX_BATCH_ROWS, Batcher
 from .formats import ModelLoadError
 from .formats.sklearn import estimators_in
@@ -74,11 +74,23 @@ class LoadedModel:
         except (Exception, SystemExit) as error:  # a SystemExit would end the worker, or the whole server
             raise ModelFailed(f"{type(error).__name__} in {method}") from error
         try:
-            return to_json(result, len(inputs))
+            by_output = type(result) is list and self._is_by_output(result, inputs, method)
+            return to_json(result, len(inputs), by_output)
         except TypeError as error:
             raise ModelFailed(f"{method} returned what JSON cannot hold: {error}") from error
         except Exception as error:
             raise ModelFailed(f"{method} did not return one prediction per row: {error}") from error
+
+    def _is_by_output(self, result: Any, inputs: Any, method: str) -> bool:
+        """Return whether a result has an array for each output, though it might be one for each row as well.
+
+        One more row decides: it does not change the number of outputs.
+        """
+        if not are_arrays(result) or len(result) != len(inputs):
+            return False
+        indices = [*range(len(inputs)), 0]
+        more = inputs.iloc[indices] if hasattr(inputs, "iloc") else np.asarray(inputs)[indices]
+        return len(getattr(self.estimator, method)(more)) == len(result)
 
     def classes_for(self, method: str) -> Any:
         """Return the classes in the order of the columns of the method's result, or None if it has no such columns."""
@@ -101,6 +113,7 @@ def load_model(
     version: str = "",
     sha256: str = "",
     sample: list[Any] | None = None,
+    nullable: Sequence[bool] | None = None,
     allow_version_mismatch: bool = False,
     merge_requests: str = "auto",
     extra_columns: str = "refuse",
@@ -113,6 +126,7 @@ def load_model(
         version: its name; by default the beginning of its hash.
         sha256: its hash, if it was checked already. The file of a version is immutable, so it may be mapped.
         sample: rows that it is known to answer, as in the "data" of a request; by default a synthetic one is made.
+        nullable: which columns may be missing, if that is known already.
         allow_version_mismatch, merge_requests, extra_columns: as in the settings.
         batcher: merges its calls.
 
@@ -120,7 +134,7 @@ def load_model(
     """
     sha256 = sha256 or hash_file(path)
     estimator = formats.load(path, allow_version_mismatch=allow_version_mismatch, immutable=bool(version))
-    signature, rows = infer_signature(estimator, sample)
+    signature, rows = infer_signature(estimator, sample, nullable)
     signature = replace(signature, ignores_extra=extra_columns == "ignore")
     why_not = f"MERGE_REQUESTS={merge_requests}" if merge_requests == "never" else ""
     if merge_requests == "auto":
@@ -133,7 +147,7 @@ def load_model(
     model = LoadedModel(
         version, estimator, signature, methods, classes, by_class, batcher or Batcher(), about, path, not why_not
     )
-    _answer_sample(model, rows)
+    model = _answer_sample(model, rows)
     for warning in about["warnings"]:
         log.warning("%s: %s", path.name, warning)
     return model
@@ -160,25 +174,30 @@ def _methods_by_class(estimator: Any) -> list[str]:
 
 def _warnings(signature: Signature) -> list[str]:
     """Return what an operator should know of a signature: columns that may hold something else than they seem to."""
-    ambiguous = [str(column.name) for column in signature.columns or () if column.dtype == "infer"]
-    if not ambiguous:
-        return []
-    return [
-        f"the model takes numbers as well as strings in {', '.join(ambiguous)}, and does not show which it was fitted "
-        "on, so both are accepted: a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
-    ]
+    names: dict[str, list[str]] = {}
+    for at, column in enumerate(signature.columns or ()):
+        if column.doubt:
+            names.setdefault(column.doubt, []).append(str(column.place(at)))
+    return [doubt.format(", ".join(columns)) for doubt, columns in names.items()]
 
 
-def _answer_sample(model: LoadedModel, rows: list[Any]) -> None:
-    """Call a model twice: the first call pays for what is made only once. Raises: ModelLoadError."""
-    try:
-        inputs = model.signature.parse(rows)
-        orjson.dumps(model.call(inputs), option=orjson.OPT_SERIALIZE_NUMPY)
-        began = time.perf_counter()
-        model.call(inputs)
-        model.batcher.timings.note("predict", len(rows), time.perf_counter() - began)
-    except (BadRows, ModelFailed, RowsRefused, TypeError) as error:
-        raise ModelLoadError(f"version {model.version} does not answer row by row: {error}") from error
+def _answer_sample(model: LoadedModel, rows: list[Any]) -> LoadedModel:
+    """Return the model with the methods that answer, and a warning of others. Raises: ModelLoadError, not predict."""
+    answering: list[str] = []
+    for method in model.methods:
+        try:
+            inputs, began = model.signature.parse(rows), time.perf_counter()
+            answer = model.call(inputs, method)
+            model.batcher.timings.note(method, len(rows), time.perf_counter() - began)
+            orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        except (BadRows, ModelFailed, RowsRefused, TypeError) as error:
+            if method == "predict":
+                raise ModelLoadError(f"version {model.version} does not answer row by row: {error}") from error
+            model.about["warnings"].append(f"{method} is not served: {error}")
+        else:
+            answering.append(method)
+    model.about["methods"] = tuple(answering)
+    return replace(model, methods=tuple(answering))
 
 
 def read_sample(path: Path) -> list[Any]:

@@ -4,6 +4,7 @@ A step that looks at all rows of its call, such as `X.fillna(X.mean())`, would a
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -16,6 +17,7 @@ from .signature import Signature
 
 # Libraries whose models and transformers treat each row by itself.
 ROW_BY_ROW = ("sklearn", "lightgbm", "xgboost", "catboost", "imblearn")
+TRIAL_SECONDS = 3.0
 WHOLE_BATCH = {"NMF", "MiniBatchNMF"}  # but these begin at the mean of all values, and stop by the error of all rows
 
 
@@ -67,7 +69,10 @@ def _library(thing: Any) -> str:
 def _differs(model: Any, signature: Signature, rows: list[Any]) -> bool:
     """Return whether a model answers rows differently in one call than one by one."""
     tried, alone = [], []
+    end = time.monotonic() + TRIAL_SECONDS
     for row in _varied(signature, rows):
+        if row in tried or time.monotonic() > end:
+            continue
         with suppress(Exception):  # a row that the model does not take
             alone.append(np.asarray(model.predict(signature.parse([row])))[0])
             tried.append(row)

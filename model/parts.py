@@ -1,6 +1,7 @@
 """What the fitted parts of a model show about its raw columns: their kinds, and the values that encoders learned."""
 
 import datetime
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,42 +15,72 @@ from .columns import Column, Kind
 from .formats import ModelLoadError, foreign
 
 
+class Selection(NamedTuple):
+    """The columns that a part hands to one of those within it."""
+
+    indices: Sequence[int]
+
+    def transform(self, inputs: Any) -> Any:
+        """Select them of a data frame or an array."""
+        return inputs.iloc[:, list(self.indices)] if hasattr(inputs, "iloc") else inputs[:, list(self.indices)]
+
+
 class RawPart(NamedTuple):
     """A fitted part of a model that raw columns reach."""
 
     part: Any
-    columns: Sequence[int]
-    imputers: tuple[Any, ...] = ()  # on the way to it
-    entered: Sequence[int] = ()  # the columns that the first of them gets; it leaves out those without any value
+    columns: Sequence[int | None]  # the raw column that each of its own is; None if a step has made it
+    before: tuple[Any, ...] = ()  # the steps on the way to it, which have `transform`
 
 
-def raw_parts(
-    part: Any, columns: Sequence[int], imputers: tuple[Any, ...] = (), entered: Sequence[int] = ()
-) -> Iterator[RawPart]:
+def raw_parts(part: Any, columns: Sequence[int | None], before: tuple[Any, ...] = ()) -> Iterator[RawPart]:
     """Yield each fitted part that raw columns reach, unchanged or through an imputer, or "drop"."""
-    entered = entered if imputers else columns
-    yield RawPart(part, columns, imputers, entered)
+    yield RawPart(part, columns, before)
     if hasattr(part, "steps"):
         for _, step in part.steps:
-            if step in (None, "passthrough") or _is_identity(step):
+            if _is_identity(step):
                 continue
-            yield from raw_parts(step, columns, imputers, entered)
-            if not hasattr(step, "statistics_"):  # an imputer passes its columns on; other steps make new ones
+            yield from raw_parts(step, columns, before)
+            columns = _passed_on(step, columns)
+            if not columns:
                 return
-            columns = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
-            imputers = (*imputers, step)
+            before = (*before, step)
     elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
         for name, inner, _ in part.transformers_:
-            if inner != "passthrough":
-                yield from raw_parts(inner, [columns[at] for at in part._transformer_to_input_indices[name]])
+            if not _is_identity(inner):
+                indices = part._transformer_to_input_indices[name]
+                yield from raw_parts(inner, [columns[at] for at in indices], (*before, Selection(indices)))
+    elif hasattr(part, "estimators_features_"):  # Bagging: each gets some of the columns
+        for inner, indices in itertools.islice(zip(part.estimators_, part.estimators_features_, strict=True), 10):
+            yield from raw_parts(inner, [columns[at] for at in indices], (*before, Selection(indices)))
     else:
         for inner in _inner_estimators(part):
-            yield from raw_parts(inner, columns, imputers, entered)
+            yield from raw_parts(inner, columns, before)
+
+
+def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]:
+    """Return the raw columns that a step passes on, with None for each that it makes; nothing if it makes all."""
+    if _is_identity(step):
+        return columns
+    if hasattr(step, "statistics_"):  # an imputer leaves out columns without any value
+        kept = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
+        return kept + [None] * len(getattr(step.indicator_, "features_", ()))
+    if hasattr(step, "steps"):
+        return functools.reduce(lambda passed, inner: _passed_on(inner[1], passed), step.steps, columns)
+    found: list[int | None] = []
+    if hasattr(step, "_transformer_to_input_indices"):
+        found = [None] * max(made.stop for made in step.output_indices_.values())
+        for name, inner, _ in step.transformers_:
+            made = step.output_indices_[name]
+            passed = _passed_on(inner, [columns[at] for at in step._transformer_to_input_indices[name]])
+            if len(passed) == made.stop - made.start:
+                found[made] = passed
+    return found if any(at is not None for at in found) else []
 
 
 def _is_identity(step: Any) -> bool:
-    """Return whether a step is a FunctionTransformer that changes nothing."""
-    return hasattr(step, "inverse_func") and step.func is None
+    """Return whether a step changes nothing, as a FunctionTransformer without a function does."""
+    return step in (None, "passthrough") or (hasattr(step, "inverse_func") and step.func is None)
 
 
 def _is_kept(imputer: Any, statistic: Any) -> bool:
@@ -101,8 +132,11 @@ class ColumnFacts:
             return Column(name, "category", dtype="category", learned=self.learned)
         kind: Kind = self.kind or ("any" if self.dropped else "number")
         optional = self.dropped and self.kind is None
+        zoned = kind == "date" and getattr(self.learned[0], "tzinfo", None) is not None if self.learned else None
         dtype = "object" if self.missing is None and self.dtype in ("", "str") else self.dtype
-        return Column(name, kind, missing=self.missing, dtype=dtype, optional=optional, learned=self.learned)
+        return Column(
+            name, kind, missing=self.missing, dtype=dtype, optional=optional, zoned=zoned, learned=self.learned
+        )
 
 
 def _kind_and_dtype(dtype: Any, values: tuple[Any, ...]) -> tuple[Kind, str]:
@@ -151,7 +185,7 @@ def inspect(model: Any, width: int) -> list[ColumnFacts]:
     """Return what the fitted parts of a model show about its raw columns."""
     found = [ColumnFacts() for _ in range(width)]
     for raw in raw_parts(model, list(range(width))):
-        part, columns = raw.part, [found[at] for at in raw.columns]
+        part, columns = raw.part, [ColumnFacts() if at is None else found[at] for at in raw.columns]
         if getattr(part, "categorical_features", None) == "from_dtype" and part.is_categorical_ is not None:
             for facts, flag in zip(columns, part.is_categorical_, strict=False):
                 facts.is_category = bool(flag)

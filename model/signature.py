@@ -264,7 +264,7 @@ class Signature:
         return data
 
     def _validate_array(self, array: Any) -> Any:
-        if not self._is_one_array:
+        if self.layout == "texts" or not all(c.accepted & {int, float} for c in self.columns or ()):
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
         shape = self._row_shape
         if not matches((None, *shape), array.shape):
@@ -272,6 +272,9 @@ class Signature:
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")
         if array.dtype.kind not in "iuf":
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
+        if not self._is_one_array:
+            self._check_finite(array)
+            return self._validate_rows(np.where(np.isnan(array), np.array(None), array).tolist())
         if np.dtype(self.precision).kind in "iu":
             bounds = np.iinfo(self.precision)
             if array.min() < bounds.min or array.max() > bounds.max:

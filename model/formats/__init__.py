@@ -97,6 +97,8 @@ def _explain_parts(path: Path, bundle: Any) -> str:
     transformers = [name for name, part in parts.items() if callable(getattr(part, "transform", None))]
     transformers = [name for name in transformers if name not in models]
     kind = f"{path.name} holds a {type(bundle).__name__} without predict()"
+    if not models and hasattr(bundle, "get_params"):
+        return f"{kind}, so it answers nothing; serve a model that has one, or a pipeline that ends in one"
     if not models:
         return f"{kind}; save the fitted model itself"
     load = f'    bundle = joblib.load("{path.name}")\n'

@@ -11,8 +11,9 @@ from ..loaded import LoadedModel, RowsRefused, hash_file, load_model
 from ..signature import BadRows
 from .store import Manifest
 
-# Counts the forms that descriptions of signatures have had: 2 knows categories, dates, and more booleans.
-SIGNATURE_FORM = 2
+# Counts the forms that descriptions of signatures have had: 2 knows categories, dates, and more booleans, 3
+# categories that are passed on to a booster.
+SIGNATURE_FORM = 3
 
 
 def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
@@ -24,7 +25,12 @@ def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
     sample, recorded = about.get("sample"), about.get("predictions")
     shown = None if about.get("sample_from") == "synthetic" else sample  # a made-up row shows no kinds of columns
     model = load_model(
-        manifest.artifact, version=manifest.version, sha256=check_bytes(manifest), sample=shown, **options
+        manifest.artifact,
+        version=manifest.version,
+        sha256=check_bytes(manifest),
+        sample=shown,
+        nullable=_nullable(about),
+        **options,
     )
     if recorded is not None and not same_predictions(_answer(model, sample), recorded):
         raise ModelLoadError(
@@ -64,6 +70,13 @@ def _is_same(name: str, found: Any, about: dict[str, Any]) -> bool:
     if name == "signature":
         return bool(_column_names(about[name]) == _column_names(found))
     return name == "signature_form" or bool(about[name] == found)
+
+
+def _nullable(about: dict[str, Any]) -> list[bool] | None:
+    """Return which columns may be missing: what was found at publishing, since a slow model is not tried to the end."""
+    signature = about.get("signature") if about.get("signature_form") == SIGNATURE_FORM else None
+    columns = signature.get("columns") if isinstance(signature, dict) else None
+    return [column.get("nullable") is True for column in columns] if columns else None
 
 
 def _column_names(signature: Any) -> Any:

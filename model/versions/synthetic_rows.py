@@ -110,7 +110,8 @@ def _numbers_kept(model: Any, width: int) -> list[list[float]]:
     kept: list[list[float]] = [[] for _ in range(width)]
     for part, columns, *_ in raw_parts(model, range(width)):
         for at, values in _numbers_of(part, len(columns)):
-            kept[columns[at]] += values[np.isfinite(values)].tolist()
+            if (raw := columns[at]) is not None:
+                kept[raw] += values[np.isfinite(values)].tolist()
     return kept
 
 

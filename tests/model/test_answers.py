@@ -5,8 +5,10 @@ import datetime
 import enum
 import json
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import orjson
 import pandas as pd
@@ -14,6 +16,7 @@ import pytest
 import scipy.sparse
 
 from model.answers import ModelFailed, join, split, to_json
+from model.loaded import load_model
 
 
 def encoded_as_is(answer: Any) -> Any:
@@ -172,6 +175,28 @@ NO_RESULTS = {
 def test_result_without_one_entry_a_row_is_the_models_fault(name: str) -> None:
     with pytest.raises(ModelFailed):
         to_json(NO_RESULTS[name], 2)
+
+
+class Outputs:
+    """A model whose predict returns a list of arrays, one for each of two outputs or one for each row."""
+
+    def __init__(self, by_output: bool) -> None:
+        self.by_output = by_output
+
+    def predict(self, x: Any) -> Any:
+        table = np.asarray(x)[:, :2] * [1, 10]
+        return list(table.T) if self.by_output else list(table)
+
+
+@pytest.mark.parametrize("by_output", [True, False])
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+def test_as_many_arrays_as_rows_are_told_apart_from_outputs(tmp_path: Path, by_output: bool, n_rows: int) -> None:
+    joblib.dump(Outputs(by_output), tmp_path / "model.joblib")
+    model = load_model(tmp_path / "model.joblib", sample=[[1.0, 2.0], [3.0, 4.0]])
+    rows = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]][:n_rows]
+    found = model.predict(model.signature.validate(rows))
+    assert isinstance(found, tuple) == by_output
+    assert np.array_equal(np.asarray(found), Outputs(by_output).predict(rows))
 
 
 @pytest.mark.parametrize("value", [1j, object(), lambda: 0, range(2), slice(1)], ids=lambda value: type(value).__name__)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 
+from model import infer_signature
 from model.answers import ModelFailed
 from model.formats import ModelLoadError
 from model.loaded import RowsRefused, load_model
@@ -103,6 +105,46 @@ def test_bare_file_is_named_by_its_hash_and_says_that_its_row_is_made_up(artifac
 def test_methods_are_those_that_the_model_has(tmp_path: Path, model: Any, methods: str) -> None:
     joblib.dump(model.fit(IRIS.data, IRIS.target), tmp_path / "model.joblib")
     assert load_model(tmp_path / "model.joblib").methods == tuple(methods.split())
+
+
+class Partial(Ridge):
+    """A model with methods that do not answer row by row, or not what JSON holds."""
+
+    def predict_proba(self, x: Any) -> Any:
+        return np.zeros(3 * len(x))
+
+    def score_samples(self, x: Any) -> Any:
+        return [2**70] * len(x)
+
+    def decision_function(self, x: Any) -> Any:
+        return np.asarray(x)[:, 0]
+
+
+def test_methods_that_do_not_answer_are_not_served_and_warned_of(tmp_path: Path) -> None:
+    joblib.dump(Partial().fit(IRIS.data, IRIS.target), tmp_path / "model.joblib")
+    model = load_model(tmp_path / "model.joblib")
+    assert model.methods == model.about["methods"] == ("predict", "decision_function")
+    first, second = model.about["warnings"]
+    why = "predict_proba did not return one prediction per row: the model returned 3 for 1 rows"
+    assert first == f"predict_proba is not served: {why}"
+    assert second.startswith("score_samples is not served: ")
+
+
+class Slow(Ridge):
+    """A model that takes a while for each call, and no missing values."""
+
+    def predict(self, x: Any) -> Any:
+        time.sleep(0.05)
+        return super().predict(x)
+
+
+def test_slow_model_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infer_signature, "TRIAL_SECONDS", 0.3)
+    joblib.dump(Slow().fit(np.eye(60), range(60)), tmp_path / "model.joblib")
+    began = time.monotonic()
+    model = load_model(tmp_path / "model.joblib")
+    assert time.monotonic() - began < 3  # it would be tried 120 times
+    assert not any(column.nullable for column in model.signature.columns or ())
 
 
 # --- a sample beside the file

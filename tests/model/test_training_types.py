@@ -1,17 +1,25 @@
 """A model gets its columns in the types it was fitted on, and answers as it does in-process."""
 
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.compose import make_column_transformer
 from sklearn.decomposition import NMF
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import BaggingClassifier, HistGradientBoostingClassifier
 from sklearn.feature_selection import SelectKBest, f_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler, scale
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    StandardScaler,
+    TargetEncoder,
+    scale,
+)
 
 from model.formats import ModelLoadError
 from model.infer_signature import infer_signature
@@ -211,3 +219,151 @@ def test_skrub_parses_the_strings_of_a_sample() -> None:
     model.fit(frame, frame["code"] == "3")
     rows = frame.iloc[:3].to_dict("records")
     assert probabilities(model, rows, rows) == pytest.approx(model.predict_proba(frame.iloc[:3]))
+
+
+def boosters() -> dict[str, Any]:
+    """Make a booster of each library that takes pandas' categories."""
+    lightgbm, xgboost = pytest.importorskip("lightgbm"), pytest.importorskip("xgboost")
+    return {
+        "scikit-learn": HistGradientBoostingClassifier(max_iter=5, categorical_features="from_dtype"),
+        "lightgbm": lightgbm.LGBMClassifier(n_estimators=5, verbose=-1, min_child_samples=2),
+        "xgboost": xgboost.XGBClassifier(n_estimators=5, enable_categorical=True),
+    }
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", ["scikit-learn", "lightgbm", "xgboost"])
+def test_categories_reach_a_booster_through_a_column_transformer(name: str, nested: bool) -> None:
+    frame = pd.DataFrame({"x": RNG.normal(size=N_ROWS), "city": RNG.choice(["Oslo", "Bern", "Rome"], N_ROWS)})
+    frame = frame.astype({"city": "category"})
+    scaled: Any = make_column_transformer((StandardScaler(), ["x"]), remainder="passthrough")
+    if nested:
+        scaled = make_column_transformer((make_pipeline("passthrough"), ["city"]), (scaled, ["x"]))
+    model = make_pipeline(scaled.set_output(transform="pandas"), boosters()[name])
+    model.fit(frame, (frame["city"] == "Oslo") ^ (frame["x"] > 0))
+    rows = frame.iloc[:20]
+    assert probabilities(model, rows.to_numpy().tolist()) == pytest.approx(model.predict_proba(rows))
+
+
+def test_encoder_gets_columns_that_a_column_transformer_passes_on() -> None:
+    frame = pd.DataFrame({"x": RNG.normal(size=N_ROWS), "size": RNG.choice([0.1, 0.2], N_ROWS).astype("float32")})
+    passed = make_column_transformer((StandardScaler(), ["x"]), remainder="passthrough")
+    model = make_pipeline(passed, OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    model.fit(frame, frame["size"] > 0.15)
+    rows = frame.iloc[:9]
+    sent = [[float(x), float(str(size))] for x, size in rows.to_numpy(dtype=object)]
+    assert probabilities(model, sent) == pytest.approx(model.predict_proba(rows))
+
+
+def own_step_before(model: Any, frame: pd.DataFrame) -> Any:
+    return make_pipeline(FunctionTransformer(lambda frame: frame.assign(x=frame["x"] * 2)), model).fit(
+        frame, frame["city"] == "Oslo"
+    )
+
+
+def test_categories_behind_a_step_of_ones_own_are_explained_without_promising_a_sample(cities: Any) -> None:
+    model = own_step_before(boosters()["lightgbm"], cities.assign(x=RNG.normal(size=N_ROWS)))
+    for sample in (None, [{"code": 3, "city": "Oslo", "x": 0.5}]):
+        with pytest.raises(ModelLoadError, match="stands before a booster with pandas categories") as error:
+            infer_signature(model, sample)
+        assert "sample" not in str(error.value).partition("(")[0]
+
+
+def test_a_wrong_sample_for_a_booster_alone_is_not_explained_by_a_step_before_it(cities: Any) -> None:
+    with pytest.raises(ModelLoadError, match="the model refuses its recorded sample"):
+        infer_signature(lightgbm_on(cities), [["three", 1]])
+
+
+def test_catboosts_embeddings_are_refused_with_a_way_out() -> None:
+    catboost = pytest.importorskip("catboost")
+    frame = pd.DataFrame({"x": RNG.normal(size=N_ROWS), "parts": list(RNG.normal(size=(N_ROWS, 3)))})
+    model = catboost.CatBoostClassifier(iterations=3, verbose=0, allow_writing_files=False)
+    model.fit(frame, frame["x"] > 0, embedding_features=["parts"])
+    with pytest.raises(ModelLoadError, match="train it on a column for each of their numbers"):
+        infer_signature(model)
+
+
+def next_code(frame: Any) -> Any:
+    """Make strings of numbers, but take no strings."""
+    return (frame + 1).astype(str)
+
+
+@pytest.mark.parametrize("held", [pd.DataFrame, np.asarray])
+def test_numbers_of_which_a_step_makes_strings_are_warned_of(held: Any) -> None:
+    codes = held(pd.DataFrame({"code": RNG.choice([3, 5, 8], N_ROWS)}))
+    model = make_pipeline(FunctionTransformer(next_code), OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    model.fit(codes, np.ravel(codes) == 5)
+    assert "whether it was fitted on 3 or on 3.0" in infer_signature(model)[0].columns[0].doubt
+    for sent in ([[5], [8]], [[5.0], [8.0]]):
+        assert infer_signature(model, [[3]])[0].columns[0].doubt == ""
+        assert probabilities(model, sent, [[3]]) == pytest.approx(
+            model.predict_proba(held(pd.DataFrame({"code": [5, 8]})))
+        )
+
+
+@pytest.mark.parametrize("dtype", ["int64", "object", "Int64"])
+def test_null_in_a_sample_leaves_other_numbers_whole_and_is_warned_of(of_strings: Any, dtype: str) -> None:
+    model, frame = of_strings
+    five = frame["code"] == 5
+    frame = frame[["code"]].astype(dtype)
+    if dtype != "int64":
+        frame.iloc[::7] = None
+    model.fit(frame, five)
+    rows = frame.iloc[1:4]
+    found = probabilities(model, rows.astype(float).to_numpy().tolist(), [{"code": None}, {"code": 3}])
+    assert found == pytest.approx(model.predict_proba(rows))
+    signature, _ = infer_signature(model, [{"code": None}, {"code": 3}])
+    assert "null beside whole numbers" in signature.columns[0].doubt
+    assert infer_signature(model, [{"code": None}, {"code": 3.0}])[0].columns[0].doubt == ""
+
+
+@pytest.mark.parametrize("encoder", [OneHotEncoder(handle_unknown="ignore"), TargetEncoder(cv=2)])
+def test_dates_of_mixed_offsets_are_the_instants_that_the_encoder_learned(encoder: Any) -> None:
+    dates = [pd.Timestamp("2026-01-31T08:30+01:00"), pd.Timestamp("2026-07-31T08:30+02:00")]
+    frame = pd.DataFrame({"when": RNG.choice(np.array(dates, dtype=object), N_ROWS)}, dtype=object)
+    model = make_pipeline(encoder, LogisticRegression()).fit(frame, frame["when"] == dates[0])
+    expected = model.predict_proba(pd.DataFrame({"when": dates}, dtype=object))
+    assert probabilities(model, [["2026-01-31T07:30Z"], ["2026-07-31T08:30+02:00"]]) == pytest.approx(expected)
+    with pytest.raises(BadRows, match="without an offset; expected a date as ISO 8601 with an offset"):
+        probabilities(model, [["2026-01-31"]])
+
+
+def test_units_of_times_that_change_only_the_last_bits_are_served() -> None:
+    frame = pd.DataFrame(
+        {"when": pd.Timestamp("2026-01-01") + pd.to_timedelta(RNG.integers(0, 30_000_000, N_ROWS), "s")}
+    )
+    days = FunctionTransformer(lambda frame: (frame - pd.Timestamp("2026-01-01")) / pd.Timedelta(days=1) / 3)
+    model = make_pipeline(days, LogisticRegression()).fit(frame, frame["when"].dt.month > 6)
+    rows = frame.iloc[:5]
+    sent = [[when.isoformat()] for when in rows["when"]]
+    assert probabilities(model, sent, sent) == pytest.approx(model.predict_proba(rows))
+
+
+def test_categories_beside_a_column_without_values_are_checked() -> None:
+    alike = [Decimal("0.1"), Decimal("0.1000000000000000000001")] * (N_ROWS // 2)  # one number in JSON
+    frame = pd.DataFrame({"empty": pd.Series([None] * N_ROWS, dtype=object), "x": alike})
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(frame, [0, 1] * 60)
+    with pytest.raises(ModelLoadError, match="the encoder of the columns x was fitted on values that JSON does not"):
+        infer_signature(model)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float32"])
+def test_encoders_within_a_bagging_get_its_columns(dtype: str) -> None:
+    codes = (RNG.choice([1, 2, 3], (N_ROWS, 4)) * [1, 10, 100, 0.1 if dtype == "float32" else 7]).astype(dtype)
+    encoded = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    model = BaggingClassifier(encoded, 5, max_features=0.5, random_state=0).fit(codes, codes[:, 0] > 1)
+    assert probabilities(model, codes[:9].tolist()) == pytest.approx(model.predict_proba(codes[:9]))
+
+
+def test_arrays_are_taken_by_an_encoder_of_whole_numbers() -> None:
+    codes = RNG.choice([3, 5, 8], (N_ROWS, 2))
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(codes, codes[:, 0] == 5)
+    signature, _ = infer_signature(model)
+    for held in ("int8", "int64", "float32", "float64"):
+        found = model.predict_proba(signature.parse(codes[:9].astype(held)))
+        assert found == pytest.approx(model.predict_proba(codes[:9]))
+    assert model.predict(signature.parse(np.array([[3, np.nan]]))).shape == (1,)
+    with pytest.raises(BadRows, match="an infinity; expected a finite number"):
+        signature.parse(np.array([[3, np.inf]]))
+    with pytest.raises(BadRows, match="does not take an array of numbers"):
+        Signature("frame", (Column("a"), Column("b", "text"))).parse(codes)

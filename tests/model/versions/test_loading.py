@@ -20,7 +20,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
 from model.formats import ModelLoadError
 from model.serving import ModelNotReady, Serving
-from model.versions.loading import SIGNATURE_FORM, load_version, same_predictions
+from model.versions.loading import SIGNATURE_FORM, load_version, model_facts, same_predictions
 from model.versions.store import Manifest, Routing, Store, read_manifest
 from model.versions.watcher import StoreWatcher
 
@@ -225,6 +225,14 @@ def test_signature_of_the_same_form_that_differs_is_refused(tmp_path: Path) -> N
     store = published_before(tmp_path)
     edit(store, signature_form=SIGNATURE_FORM)
     assert "another signature than its manifest records" in refusal(store)
+
+
+def test_what_may_be_missing_is_kept_in_the_manifest_and_not_tried_again(store: Path) -> None:
+    signature = model_facts(load_version(stable(store)))["signature"]
+    first, *others = signature["columns"]
+    edit(store, signature=signature | {"columns": [first | {"nullable": True}, *others]}, signature_form=SIGNATURE_FORM)
+    found = load_version(stable(store)).signature.columns or ()
+    assert [column.nullable for column in found] == [True, False, False, False]
 
 
 def test_changed_file_or_other_columns_of_an_older_version_are_refused(tmp_path: Path) -> None:
