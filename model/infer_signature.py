@@ -105,7 +105,7 @@ def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) ->
     if isinstance(failure, ImportError):
         return "the model needs a library that is not installed here"
     if sample:
-        named = isinstance(sample[0], dict) or hasattr(model, "feature_names_in_")
+        named = not isinstance(sample, list) or isinstance(sample[0], dict) or hasattr(model, "feature_names_in_")
         objects = (
             "" if named else "; if it takes a data frame, write the rows as objects, with the names of its columns"
         )
