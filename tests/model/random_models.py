@@ -6,6 +6,7 @@ as an array. `requests` then writes some of its rows as JSON, each form of them 
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,19 +16,30 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor, RandomForestClassifier
-from sklearn.impute import SimpleImputer
+from sklearn.ensemble import (
+    ExtraTreesRegressor,
+    GradientBoostingClassifier,
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    RandomForestClassifier,
+)
+from sklearn.impute import KNNImputer, SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
+    FunctionTransformer,
     KBinsDiscretizer,
+    MaxAbsScaler,
     MinMaxScaler,
     OneHotEncoder,
     OrdinalEncoder,
     PolynomialFeatures,
+    QuantileTransformer,
+    RobustScaler,
     StandardScaler,
     TargetEncoder,
 )
+from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 N_ROWS = 120
@@ -44,6 +56,7 @@ class Case:
     kinds: dict[str, str]  # name → "kind:dtype"
     encoded: set[str]  # the columns whose values an encoder learned
     array: str = ""  # the dtype of the array that it was fitted on; "": it was fitted on the frame
+    exported: bool = False  # it is served as ONNX, whose answers may differ by what `python -m model export` allows
 
     def inputs(self, frame: pd.DataFrame) -> Any:
         """Return what the model takes for some rows of the table."""
@@ -56,6 +69,8 @@ class Case:
     def predict(self, frame: pd.DataFrame) -> Any:
         """Return the model's own predictions, or the exception that it raises."""
         try:
+            if type(self.model).__module__ == "xgboost.core":  # a raw Booster
+                return self.model.predict(sys.modules["xgboost"].DMatrix(frame, enable_categorical=True))
             return self.model.predict(self.inputs(frame))
         except Exception as error:
             return error
@@ -87,8 +102,8 @@ def _column(rng: random.Random, kind: str) -> pd.Series:
     if name in ("number", "integer"):
         return pd.Series(_numbers(rng, dtype))
     if name == "nullable":
-        base = {"Int64": "int64", "Float64": "float64", "Float32": "float32"}.get(dtype)
-        values = pd.Series(_numbers(rng, base) if base else [rng.random() < 0.5 for _ in range(N_ROWS)])
+        is_boolean = dtype == "boolean"
+        values = pd.Series([rng.random() < 0.5 for _ in range(N_ROWS)] if is_boolean else _numbers(rng, dtype.lower()))
         return values.astype(dtype)
     if name == "boolean":
         return pd.Series([rng.random() < 0.5 for _ in range(N_ROWS)], dtype=dtype)
@@ -103,13 +118,15 @@ def _column(rng: random.Random, kind: str) -> pd.Series:
 
 KINDS = (
     *("number:float64", "number:float64", "number:float32", "number:float16"),
-    *("integer:int64", "integer:int64", "integer:int32", "integer:uint8"),
+    *("integer:int64", "integer:int64", "integer:int32", "integer:int16", "integer:int8"),
+    *("integer:uint8", "integer:uint16", "integer:uint32", "integer:uint64"),
     *("text:str", "text:str", "text:object", "text:string"),
     *("category:str", "category:int", "category:bool"),
-    *("date:datetime64[ns]", "date:datetime64[us]", "date:datetime64[s]"),
+    *("date:datetime64[ns]", "date:datetime64[us]", "date:datetime64[ms]", "date:datetime64[s]"),
     *("date:datetime64[ns, UTC]", "date:datetime64[us, Europe/Zurich]"),
     *("boolean:bool", "boolean:bool", "boolean:object"),
-    *("nullable:Int64", "nullable:Float64", "nullable:Float32", "nullable:boolean"),
+    *("nullable:Int64", "nullable:Int32", "nullable:UInt8", "nullable:Float64", "nullable:Float32"),
+    *("nullable:boolean", "nullable:boolean"),
 )
 
 
@@ -136,7 +153,10 @@ def _encoder(rng: random.Random) -> Any:
             lambda: OneHotEncoder(handle_unknown="ignore", min_frequency=20),
             lambda: OneHotEncoder(handle_unknown="infrequent_if_exist", max_categories=3),
             lambda: OneHotEncoder(),
+            lambda: OneHotEncoder(drop="first"),
             lambda: OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1),
+            lambda: OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=-2),
+            lambda: OrdinalEncoder(),
             lambda: TargetEncoder(cv=2, random_state=0),
         ]
     )()
@@ -147,6 +167,10 @@ def _scaler(rng: random.Random) -> Any:
         [
             lambda: StandardScaler(),
             lambda: MinMaxScaler(),
+            lambda: RobustScaler(),
+            lambda: MaxAbsScaler(),
+            lambda: QuantileTransformer(n_quantiles=10),
+            lambda: FunctionTransformer(np.abs),
             lambda: KBinsDiscretizer(3, quantile_method="averaged_inverted_cdf"),
             lambda: PolynomialFeatures(2),
             lambda: "passthrough",
@@ -154,19 +178,22 @@ def _scaler(rng: random.Random) -> Any:
     )()
 
 
+def _imputer(rng: random.Random) -> Any:
+    if rng.random() < 0.1:
+        return KNNImputer(n_neighbors=2)
+    strategy = rng.choice(["mean", "median", "most_frequent", "constant"])
+    fill = 0 if strategy == "constant" else None
+    return SimpleImputer(strategy=strategy, fill_value=fill, add_indicator=rng.random() < 0.2)
+
+
 def _transformer(rng: random.Random, kind: str, missing: bool) -> Any:
     name = kind.partition(":")[0]
-    numeric = name in ("number", "integer", "boolean") or kind in (
-        "nullable:Int64",
-        "nullable:Float64",
-        "nullable:Float32",
-    )
+    numeric = name in ("number", "integer", "boolean") or (name == "nullable" and kind != "nullable:boolean")
     steps: list[Any] = []
     imputed = missing or rng.random() < 0.2
     if numeric and rng.random() < 0.6:
         if imputed and kind != "boolean:object":
-            strategy = rng.choice(["mean", "median", "most_frequent", "constant"])
-            steps.append(SimpleImputer(strategy=strategy, fill_value=0 if strategy == "constant" else None))
+            steps.append(_imputer(rng))
         steps.append(_scaler(rng))
     elif rng.random() < 0.05:
         return "drop"
@@ -215,14 +242,21 @@ def _boosters(foreign: bool) -> list[Booster]:
             lambda: HistGradientBoostingClassifier(max_iter=5, categorical_features="from_dtype"),
             _PLAIN,
         ),
+        (
+            "HistGradientBoostingRegressor from_dtype",
+            lambda: HistGradientBoostingRegressor(max_iter=5, categorical_features="from_dtype"),
+            _PLAIN,
+        ),
     ]
     if not foreign:
         return found
-    from catboost import CatBoostClassifier
+    from catboost import CatBoostClassifier, CatBoostRegressor
     from lightgbm import LGBMClassifier, LGBMRegressor
     from xgboost import XGBClassifier, XGBRegressor
 
     nullable = (*_PLAIN, "nullable:Int64", "nullable:Float64")
+    strings = ("number", "integer", "boolean:bool", "text", "category:str")
+    cat = {"iterations": 5, "verbose": 0, "allow_writing_files": False}
     light, extreme = {"n_estimators": 5, "verbose": -1, "min_child_samples": 2}, {"n_estimators": 5}
     return [
         *found,
@@ -230,11 +264,10 @@ def _boosters(foreign: bool) -> list[Booster]:
         ("LGBMRegressor", lambda: LGBMRegressor(**light), nullable),
         ("XGBClassifier", lambda: XGBClassifier(enable_categorical=True, **extreme), nullable),
         ("XGBRegressor", lambda: XGBRegressor(enable_categorical=True, **extreme), nullable),
-        (
-            "CatBoostClassifier",
-            lambda: CatBoostClassifier(iterations=5, verbose=0, allow_writing_files=False),
-            ("number", "integer", "boolean:bool", "text", "category:str"),
-        ),
+        ("LGBMRegressor, raw", lambda: LGBMRegressor(**light), nullable),
+        ("XGBRegressor, raw", lambda: XGBRegressor(enable_categorical=True, **extreme), nullable),
+        ("CatBoostClassifier", lambda: CatBoostClassifier(**cat), strings),
+        ("CatBoostRegressor", lambda: CatBoostRegressor(**cat), strings),
     ]
 
 
@@ -246,6 +279,9 @@ def _estimator(rng: random.Random) -> tuple[str, Any]:
             lambda: DecisionTreeClassifier(random_state=0, max_depth=5),
             lambda: DecisionTreeRegressor(random_state=0, max_depth=5),
             lambda: RandomForestClassifier(5, random_state=0),
+            lambda: ExtraTreesRegressor(5, random_state=0),
+            lambda: GradientBoostingClassifier(n_estimators=5, random_state=0),
+            lambda: LinearSVC(),
             lambda: HistGradientBoostingClassifier(max_iter=5),
             lambda: HistGradientBoostingRegressor(max_iter=5),
         ]
@@ -300,8 +336,14 @@ def random_case(seed: int, foreign: bool) -> Case | None:
         target = codes + noise
     else:
         target = (codes + 2 * noise > np.median(codes)).astype(int)
+        if rng.random() < 0.3 and not case.name.startswith("XGB"):  # XGBoost takes numbers only
+            target = np.array(rng.choice([["no", "そう"], [False, True], [-1, 7]]))[target]
     try:
         case.model.fit(case.inputs(case.frame), target)
+        if case.name == "LGBMRegressor, raw":
+            case.model = case.model.booster_
+        elif case.name == "XGBRegressor, raw":
+            case.model = case.model.get_booster()
     except Exception:  # any: an encoder of dates beside strings, one class only, …
         return None
     if isinstance(case.predict(case.frame), Exception):
@@ -317,14 +359,15 @@ def to_json(value: Any, rng: random.Random, spell: bool, encoded: bool = True) -
     """Write a value of a frame as JSON.
 
     Args:
-        spell: in one of the other spellings that denote the same value: 3.0 for 3, another offset, a blank for the T.
+        spell: in one of the other spellings that denote the same value: 3.0 for 3, 1 for true, another offset, a blank
+            for the T, no seconds.
         encoded: an encoder learned it. A number of less than 64 bits is then written as briefly as it can be, 0.1, as
             people write it; to any other part of a model 0.1 is another number than its float32.
     """
     if value is None or value is pd.NA or value is pd.NaT or value != value:
         return None
     if isinstance(value, (bool, np.bool_)):
-        return bool(value)
+        return rng.choice([bool, int, float])(value) if spell else bool(value)
     if isinstance(value, (int, np.integer)):
         return float(value) if spell and rng.random() < 0.5 else int(value)
     if isinstance(value, (float, np.floating)):
@@ -341,7 +384,10 @@ def _spelled(date: pd.Timestamp, rng: random.Random, spell: bool) -> str:
         return str(date.tz_convert("UTC").isoformat()).replace("+00:00", "Z")
     if not date.tzinfo and date == date.normalize() and rng.random() < 0.5:
         return str(date.date())
-    return str(date.isoformat(sep=" " if spell and rng.random() < 0.5 else "T"))
+    precision = rng.choice(["auto", "milliseconds", "minutes" if date.second == 0 else "seconds"]) if spell else "auto"
+    if spell and date.tzinfo is not None and rng.random() < 0.5:
+        date = date.tz_convert("Asia/Kolkata")
+    return str(date.isoformat(sep=" " if spell and rng.random() < 0.5 else "T", timespec=precision))
 
 
 def row_as_json(case: Case, row: pd.Series, rng: random.Random, spell: bool = False) -> list[Any]:
