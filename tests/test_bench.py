@@ -73,6 +73,7 @@ def test_rates_and_ratios_are_medians_and_the_chart_is_xml(tmp_path: Path, capsy
     assert offered(found, "ours", "iris.joblib", 1) == {1: {"own": 700.0, "best": 315.0}}
 
 
+@pytest.mark.long
 def test_profile_times_every_stage_of_a_request(tmp_path: Path, iris_file: Path) -> None:
     script = """
 import json, sys

@@ -121,7 +121,8 @@ def examples() -> list[Any]:
     """Return each program of docs/models.md that saves a model, and the command below it that asks it."""
     section = MODELS.partition("## By library and kind of column")[2].partition("\n## ")[0]
     pairs = re.findall(r"^```python\n([^`]*)^```\n\n^```sh\n(curl .*)\n```$", section, re.MULTILINE)
-    return [pytest.param(program, curl, id=program.partition("\n")[0]) for program, curl in pairs]
+    first, *others = [pytest.param(*pair, id=pair[0].partition("\n")[0]) for pair in pairs]
+    return [first, *(pytest.param(*other.values, id=other.id, marks=pytest.mark.long) for other in others)]
 
 
 @pytest.mark.parametrize(("program", "curl"), examples())

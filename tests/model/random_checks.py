@@ -153,8 +153,8 @@ def check_at_once(case: Case, seed: int, ask: Ask, tally: Tally) -> None:
 Check = Callable[[Case, int, Path, Tally], None]  # a case, its seed, an empty directory
 
 
-def check_all(check: Check, seeds: Iterable[int], place: Path, foreign: bool = False) -> Tally:
-    """Check the models of some seeds."""
+def check_all(check: Check, seeds: Iterable[int], place: Path, foreign: bool = False, show: bool = False) -> Tally:
+    """Check the models of some seeds; with `show`, print what is not right as soon as it is found."""
     tally = Tally()
     for seed in seeds:
         # Warnings: of one class only, of few rows, of unknown categories. Threads would mostly wait for each other.
@@ -165,7 +165,10 @@ def check_all(check: Check, seeds: Iterable[int], place: Path, foreign: bool = F
         ):
             case = random_case(seed, foreign)
             if case is not None:
+                before = len(tally.refused), len(tally.faults)
                 check(case, seed, Path(own), tally)
+                if show and before != (len(tally.refused), len(tally.faults)):
+                    print(*tally.refused[before[0] :], *tally.faults[before[1] :], sep="\n", flush=True)
     return tally
 
 
@@ -175,17 +178,11 @@ def need_boosters() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements/families.txt")
 
 
-def main(*checks: Check) -> None:
+def main(check: Check) -> None:
     """Check the models of the seeds between two numbers, the command line's arguments, and print what is not right."""
     logging.disable(logging.CRITICAL)
     foreign = all(find_spec(name) for name in BOOSTERS)
-    seeds = range(int(sys.argv[1]), int(sys.argv[2]))
-    faults = 0
-    for check in checks:
-        with tempfile.TemporaryDirectory() as place:
-            tally = check_all(check, seeds, Path(place), foreign)
-        print(*tally.refused, *tally.faults, sep="\n")
-        refused = f"{tally.share_refused:.1%} refused, {len(tally.faults)} faults"
-        print(f"{check.__name__}: {dict(tally.counts)}, {refused}", flush=True)
-        faults += len(tally.faults)
-    sys.exit(bool(faults))
+    with tempfile.TemporaryDirectory() as place:
+        tally = check_all(check, range(int(sys.argv[1]), int(sys.argv[2])), Path(place), foreign, show=True)
+    print(dict(tally.counts), f"{tally.share_refused:.1%} refused, {len(tally.faults)} faults")
+    sys.exit(bool(tally.faults))

@@ -278,6 +278,7 @@ def test_caller_that_is_killed_hurts_nobody() -> None:
             assert (batcher._waiting, batcher._leader, list(batcher._queue)) == (0, None, [])
 
 
+@pytest.mark.long
 def test_all_of_it_under_gevent() -> None:
     if "UNDER_GEVENT" in os.environ:
         return

@@ -689,7 +689,7 @@ def test_column_of_strings_is_found_among_very_many_in_reasonable_time(in_time: 
         (LogisticRegression(), False, 0),
         (RandomForestClassifier(5), True, 1000),
         (make_pipeline(SimpleImputer(), KNeighborsClassifier()), True, 1000),
-        (on((StandardScaler(), slice(0, None))), True, 0),
+        pytest.param(on((StandardScaler(), slice(0, None))), True, 0, marks=pytest.mark.long),
         (on((SimpleImputer(), slice(0, 496)), ("passthrough", slice(496, None))), False, 496),
     ],
     ids=["regression", "forest", "imputer", "scaler by name", "half imputed"],

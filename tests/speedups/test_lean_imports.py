@@ -60,6 +60,7 @@ print(module in sys.modules)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LATE)
 def test_modules_that_few_models_use_are_imported_only_for_them(tmp_path: Path, name: str) -> None:
     module, late, rows = LATE[name]

@@ -48,6 +48,7 @@ def validated_here(monkeypatch: Any) -> None:
     monkeypatch.setattr("model.versions.publishing.validate", validate)
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_demo_is_published_and_promoted(tmp_path: Path, capsys: Any) -> None:
     assert demo.main([str(tmp_path / "models")]) == 0
     assert "published it as" in capsys.readouterr().out

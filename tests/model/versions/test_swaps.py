@@ -353,7 +353,7 @@ def assert_fast(lives: list[list[float]]) -> None:
 
 def test_versions_come_and_go_under_load_and_every_answer_is_of_the_version_it_names(world: World) -> None:
     with Load(world.server, callers=2, pause=0) as load:
-        took = [live(world.server, world.store, load, 10 + n, n == 0, "--force") for n in range(3)]
+        took = [live(world.server, world.store, load, 10 + n, n == 0, "--force") for n in range(2)]
     assert_fast(took)
     assert load.errors == []
     assert_true(load.answers)
@@ -660,6 +660,7 @@ def test_versions_whose_directories_go_while_they_are_served_go_on_from_memory(w
     assert_true(load.answers)
 
 
+@pytest.mark.long
 def test_worker_that_comes_back_to_a_broken_stable_version_serves_the_one_before(store: Store) -> None:
     store.promote("2")
     promoted = store.promote("3")
