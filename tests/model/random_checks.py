@@ -153,8 +153,11 @@ def check_at_once(case: Case, seed: int, ask: Ask, tally: Tally) -> None:
 Check = Callable[[Case, int, Path, Tally], None]  # a case, its seed, an empty directory
 
 
-def check_all(check: Check, seeds: Iterable[int], place: Path, foreign: bool = False, show: bool = False) -> Tally:
-    """Check the models of some seeds; with `show`, print what is not right as soon as it is found."""
+def check_all(check: Check, seeds: Iterable[int], place: Path, show: bool = False, **options: Any) -> Tally:
+    """Check the models of some seeds; `options` are those of `random_case`.
+
+    With `show`, what is not right is printed as soon as it is found.
+    """
     tally = Tally()
     for seed in seeds:
         # Warnings: of one class only, of few rows, of unknown categories. Threads would mostly wait for each other.
@@ -163,7 +166,7 @@ def check_all(check: Check, seeds: Iterable[int], place: Path, foreign: bool = F
             threadpool_limits(1),
             tempfile.TemporaryDirectory(dir=place) as own,
         ):
-            case = random_case(seed, foreign)
+            case = random_case(seed, **options)
             if case is not None:
                 before = len(tally.refused), len(tally.faults)
                 check(case, seed, Path(own), tally)
@@ -178,11 +181,11 @@ def need_boosters() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements/families.txt")
 
 
-def main(check: Check) -> None:
+def main(check: Check, **options: Any) -> None:
     """Check the models of the seeds between two numbers, the command line's arguments, and print what is not right."""
     logging.disable(logging.CRITICAL)
-    foreign = all(find_spec(name) for name in BOOSTERS)
+    options.setdefault("foreign", all(map(find_spec, BOOSTERS)))
     with tempfile.TemporaryDirectory() as place:
-        tally = check_all(check, range(int(sys.argv[1]), int(sys.argv[2])), Path(place), foreign, show=True)
+        tally = check_all(check, range(int(sys.argv[1]), int(sys.argv[2])), Path(place), show=True, **options)
     print(dict(tally.counts), f"{tally.share_refused:.1%} refused, {len(tally.faults)} faults")
     sys.exit(bool(tally.faults))

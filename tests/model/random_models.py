@@ -130,6 +130,18 @@ KINDS = (
 )
 
 
+# What ONNX has: no dates, no categories of pandas, no nullable types.
+ONNX_KINDS = (
+    "number:float64",
+    "number:float32",
+    "integer:int64",
+    "integer:int32",
+    "text:str",
+    "text:object",
+    "boolean:bool",
+)
+
+
 def _with_missing(rng: random.Random, column: pd.Series, kind: str) -> pd.Series:
     if kind.startswith(("integer", "boolean:bool")) or rng.random() > 0.3:
         return column
@@ -302,33 +314,34 @@ def _boosted(rng: random.Random, booster: Booster) -> Case:
     return Case(name, model, frame, kinds, set())
 
 
-def _piped(rng: random.Random) -> Case:
-    """Make a pipeline that is not fitted yet, and a frame or an array for it."""
+def _piped(rng: random.Random, kinds: tuple[str, ...]) -> Case:
+    """Make a pipeline that is not fitted yet, and a frame of such columns, or an array, for it."""
     array = rng.choice(["float64", "float32", "int64", "object"]) if rng.random() < 0.3 else ""
-    held = {"int64": ("integer:int64",), "object": ("number:float64", "text:object"), "": KINDS}
-    frame, kinds = random_frame(rng, held.get(array, (f"number:{array}",)))
+    held = {"int64": ("integer:int64",), "object": ("number:float64", "text:object"), "": kinds}
+    frame, found = random_frame(rng, held.get(array, (f"number:{array}",)))
     name, estimator = _estimator(rng)
     encoded: set[str] = set()
     if array:  # of which a ColumnTransformer selects columns by their numbers
-        frame.columns = kinds_at = [str(at) for at in range(len(kinds))]
-        kinds = dict(zip(kinds_at, kinds.values(), strict=True))
-    model = _transformed(rng, frame, kinds, estimator, encoded, by_name=not array)
-    for column, kind in kinds.items():
+        frame.columns = numbered = [str(at) for at in range(len(found))]
+        found = dict(zip(numbered, found.values(), strict=True))
+    model = _transformed(rng, frame, found, estimator, encoded, by_name=not array)
+    for column, kind in found.items():
         # scikit-learn computes in half precision, and a fitted model keeps no trace of it unless an encoder learned it.
         if kind == "number:float16" and column not in encoded:
-            frame[column], kinds[column] = frame[column].astype("float32"), "number:float32"
-    return Case(name, model, frame, kinds, encoded, array)
+            frame[column], found[column] = frame[column].astype("float32"), "number:float32"
+    return Case(name, model, frame, found, encoded, array)
 
 
-def random_case(seed: int, foreign: bool) -> Case | None:
+def random_case(seed: int, foreign: bool = False, kinds: tuple[str, ...] = KINDS) -> Case | None:
     """Make a fitted model; None if it cannot be fitted on the table that was drawn.
 
     Args:
         foreign: also models of LightGBM, XGBoost and CatBoost, which must be installed then.
+        kinds: of the columns; of all kinds some boosters are drawn as well, which take no encoder.
     """
     rng = random.Random(seed)
-    direct = rng.random() < (0.35 if foreign else 0.1)
-    case = _boosted(rng, rng.choice(_boosters(foreign))) if direct else _piped(rng)
+    direct = kinds == KINDS and rng.random() < (0.35 if foreign else 0.1)
+    case = _boosted(rng, rng.choice(_boosters(foreign))) if direct else _piped(rng, kinds)
     # A target that depends on each column, so that a value that is read wrongly shows.
     codes = sum(pd.factorize(case.frame[column])[0] for column in case.frame)
     noise = np.array([rng.random() for _ in range(N_ROWS)])
