@@ -45,6 +45,7 @@ HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$
 
 MAX_WAITING = 32  # passwords that wait to be checked; callers with others are asked to come back
 MAX_CACHED = 10_000  # Authorization headers whose password was verified; about 2 MB
+PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
 FAILURES_ALLOWED = 10  # wrong passwords in a row from one address …
 SECONDS_PER_RETRY = 6.0  # … and the time until one more is allowed
 MAX_ADDRESSES = 10_000  # whose failures are counted; about 1 MB
@@ -206,10 +207,14 @@ class Users:
 
 
 def _network(address: str) -> str:
-    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6."""
+    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6.
+
+    Some proxies write a port after the address, such as Azure's gateway: it is another for each connection.
+    """
+    without_port = PORT_AFTER_ADDRESS.sub(r"\1\2", address)
     with suppress(ValueError):  # IPv4, a unix socket's "", or what a proxy made up
-        return str(ipaddress.IPv6Network((address, 64), strict=False))
-    return address
+        return str(ipaddress.IPv6Network((without_port, 64), strict=False))
+    return without_port
 
 
 @cache

@@ -530,6 +530,17 @@ def test_many_callers_with_the_same_wrong_password_share_a_hash_check(counted: C
     assert counted.checks() < 16  # those who come after a check has ended begin another
 
 
+@pytest.mark.parametrize("form", ["203.0.113.9:{}", "[2001:db8::9]:{}"])
+def test_port_that_a_proxy_writes_after_the_address_does_not_count(
+    form: str, counted: CountedUsers, clock: SimpleNamespace
+) -> None:
+    for n in range(FAILURES_ALLOWED):
+        assert not counted.verify(password=f"wrong {n}", address=form.format(50_000 + n))
+    with pytest.raises(TooManyRequests):
+        counted.verify(address=form.format(60_000))
+    assert counted.verify(address="203.0.113.10:50000")
+
+
 def test_addresses_of_one_ipv6_network_count_as_one(counted: CountedUsers, clock: SimpleNamespace) -> None:
     for n in range(FAILURES_ALLOWED):
         assert not counted.verify(password=f"wrong {n}", address=f"2001:db8::{n:x}")
