@@ -1,7 +1,8 @@
 """Sets the console of SLS up: index, dashboard, saved searches, alerts and their recipients.
 
 The files in `deploy/sls/` hold what SLS takes, with `$name` in place of a value (`$$` is a `$`), and under `every` what
-several resources have in common. Change the files, not the console: the next setup overwrites it.
+several resources have in common; `expressions.json` holds the SQL that several queries share. Change the files, not the
+console: the next setup overwrites it.
 """
 
 import json
@@ -109,6 +110,7 @@ def desired(
     """Yield the resources that SLS is to have, each after those that it needs. Raises: SettingsError."""
     project, logstore = settings.sls_project, settings.sls_logstore
     values = {"project": project, "logstore": logstore, "region": region(settings)} | vars(recipients)
+    values |= _read("expressions")
     # Unique in the account, and of at most 60 characters.
     values["policy"] = f"alerts-{project}"[:60] if recipients else "sls.builtin"
     if make_project:
@@ -119,7 +121,7 @@ def desired(
     file = _read("dashboard")
     dashboard = fill(file["dashboard"], values)
     for given in file["charts"]:
-        chart = fill(file["every"], values | given)
+        chart = fill(file["every"], values | file["usual"] | fill(given, values))
         chart["display"] |= fill(file["kinds"][given["type"]], given)
         dashboard["charts"].append(chart)
     yield Resource("dashboard", dashboard["dashboardName"], dashboard)
@@ -134,9 +136,17 @@ def desired(
             if value.get("secret") == "":
                 del value["secret"]  # SLS takes one or none
             yield Resource(record["resource"], values["policy"], {"tag": record["tag"], "value": value})
+    yield from _alerts(values)
+
+
+def _alerts(values: Mapping[str, Any]) -> Iterator[Resource]:
     file = _read("alerts")
     for given in file["alerts"]:
         alert = fill(file["every"], values | fill(given, values))
+        if joined := given.get("joined"):  # another query, of another time: a query of an alert spans a day at most
+            configuration = alert["configuration"]
+            configuration["queryList"].append(configuration["queryList"][0] | fill(joined, values))
+            configuration["joinConfigurations"] = [{"type": "cross_join", "condition": ""}]
         yield Resource("alert", alert["name"], alert)
 
 

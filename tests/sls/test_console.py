@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import re
 import sqlite3
 import threading
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT
 from loopback_sls import LoopbackSLS
 
+from endpoints.error_rate import mean_interval, wilson
 from settings import Settings, SettingsError
 from sls import console
 from sls.check import check, fire_test_alert
@@ -80,7 +82,7 @@ def test_setup_creates_everything(sls: LoopbackSLS, operator: Operator) -> None:
             assert there["ttl"] == KEEP_DAYS
         elif "." in kind:
             assert (there["id"], json.loads(there["value"])) == (name, body["value"])
-    assert len(sls.console) == len(resources) == len(operator.lines) == 19
+    assert len(sls.console) == len(resources) == len(operator.lines) == 22
     assert all(line.endswith((": created", ": written")) for line in operator.lines)
 
 
@@ -94,7 +96,7 @@ def test_second_setup_updates(sls: LoopbackSLS, operator: Operator) -> None:
     after = {" ".join(name): body for name, body in sls.console.items()}
     assert after.keys() == before.keys()
     assert "theirs" in after["index ls"]["keys"]
-    assert len(after["dashboard ls-overview"]["charts"]) == 13
+    assert len(after["dashboard ls-overview"]["charts"]) == 15
     for name, body in after.items():
         if name.startswith("job "):
             assert body == {key: value for key, value in before[name].items() if key != "state"}
@@ -191,7 +193,7 @@ def test_setup_that_failed_half_way_continues_when_run_again(
     assert "run it again" in operator.lines[-1]
     sls.heal()
     assert operator.setup(make_project=True) == 0
-    assert len(sls.console) == 19
+    assert len(sls.console) == 22
 
 
 def test_setup_waits_for_a_new_logstore_to_be_known(sls: LoopbackSLS, operator: Operator) -> None:
@@ -327,15 +329,21 @@ SEARCHES = {t.name: t.body["searchQuery"] for t in RESOURCES if t.kind == "saved
 
 
 def query_of(body: dict[str, Any]) -> str:
-    """Return the query of an alert or a chart."""
+    """Return the query of an alert, its first one, or of a chart."""
     configuration = body.get("configuration")
     query: str = configuration["queryList"][0]["query"] if configuration else body["search"]["chartQueries"][0]["query"]
     return query
 
 
 QUERIES = {name: query_of(body) for name, body in (ALERTS | CHARTS).items()} | SEARCHES
-SQL_WORDS = {*"select as from log group by order desc limit and or not is null in distinct time".split()}  # noqa: SIM905
-FUNCTIONS = {*"count count_if sum avg max round coalesce if approx_percentile date_format from_unixtime".split()}  # noqa: SIM905
+QUERIES["no-feedback, the day before"] = ALERTS["no-feedback"]["configuration"]["queryList"][1]["query"]
+SQL_WORDS = {
+    *"select as from log group by having order desc limit and or not is null in distinct time cast double".split()  # noqa: SIM905
+}
+FUNCTIONS = {
+    *"count count_if sum avg min max round sqrt greatest coalesce nullif if approx_percentile".split(),  # noqa: SIM905
+    *("date_format", "from_unixtime"),
+}
 
 
 def aliases(query: str) -> set[str]:
@@ -352,6 +360,7 @@ def test_every_field_of_a_query_is_indexed_with_its_type(name: str) -> None:
     used = set(re.findall(r"[a-z_]\w*", sql)) - SQL_WORDS - FUNCTIONS - aliases(sql) - {"__time__"}
     # An alias may have the name of a field; what is within a function is the field.
     within = set(re.findall(r"(?:sum|approx_percentile)\((?:if\(.*?, )?\"?(\w+)", sql)) - {"if"}
+    within -= aliases(sql) - KEYS.keys() | {"coalesce"}
     for key in used | within:
         assert KEYS[key]["doc_value"], key
     for key in within - {"variant"}:
@@ -365,7 +374,7 @@ def test_every_placeholder_is_filled() -> None:
             assert "$" not in re.sub(r"\$\{[a-z0-9]+\}", "", string), string
     for alert in ALERTS.values():
         for annotation in alert["configuration"]["annotations"]:
-            assert set(re.findall(r"\$\{(\w+)\}", annotation["value"])) <= aliases(query_of(alert))
+            assert set(re.findall(r"\$\{(\w+)\}", annotation["value"])) <= columns(alert)
 
 
 def strings(node: Any) -> Iterator[str]:
@@ -385,7 +394,7 @@ def test_names_and_conditions_are_as_sls_takes_them() -> None:
         condition = severity["evalCondition"]["condition"]
         assert len(condition) <= 128
         # Variables have letters and digits only, and are columns of the query.
-        assert set(re.findall(r"[A-Za-z_]\w*", condition)) <= {a for a in aliases(query_of(alert)) if a.isalnum()}
+        assert set(re.findall(r"[A-Za-z_]\w*", condition)) <= {name for name in columns(alert) if name.isalnum()}
         assert severity["severity"] in (2, 4, 6, 8, 10)
         assert re.fullmatch("[1-9][0-9]*[mh]", alert["schedule"]["interval"])
     assert all(3 <= len(name) <= 63 for name in SEARCHES)
@@ -405,7 +414,7 @@ def test_charts_stand_beside_each_other_and_show_columns_of_their_queries() -> N
                 taken.add((x, y))
         shown = display.get("queryOptionMap", {}).get("A", {})
         assert set(shown.get("showField", [])) | set(shown.get("yAxisKeys", [])) <= aliases(query_of(chart))
-    assert len(CHARTS) == 13
+    assert len(CHARTS) == 15
 
 
 def test_every_alert_has_its_section_in_the_operations_guide() -> None:
@@ -441,6 +450,27 @@ TEST = {"test_alert": "1", "record_id": "t"}
 OTHERS = [UNAUTHENTICATED, DROPPED, CHECK, TEST]
 
 
+def truth(number: int = 0, **fields: Any) -> dict[str, Any]:
+    """Return the record of an accepted entry of POST /feedback, for a model that classifies."""
+    receipt_id = f"{fields.get('model_version', '1')}-{number:x}"
+    known = {"event": "feedback", "receipt_id": receipt_id, "model_version": "1", "variant": "stable", "rows": 1}
+    known |= {"wrong": 0, "unknown_labels": 0, "abs_error": None, "sq_error": None, "signed_error": None, "age": 3600.0}
+    return known | {"user": "alice", "record_id": "a-3", "pid": 1} | fields
+
+
+def truths(rows: int, wrong: int, **fields: Any) -> list[dict[str, Any]]:
+    """Return the records of so many rows, each with a receipt of its own, so many of which were predicted wrongly."""
+    bound = {"error_bound": 0.1}
+    return [truth(n, wrong=int(n < wrong), **bound | fields) for n in range(rows)]
+
+
+def errors(*values: float, **fields: Any) -> list[dict[str, Any]]:
+    """Return the records of rows of a regression that were off by these."""
+    none = {"wrong": None, "unknown_labels": None}
+    sums = [{"abs_error": abs(value), "sq_error": value * value, "signed_error": value} for value in values]
+    return [truth(n, **none | each | {"error_bound": 0.1} | fields) for n, each in enumerate(sums)]
+
+
 class Percentile:
     """The aggregate approx_percentile, exactly."""
 
@@ -461,7 +491,7 @@ def run(query: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     search, _, sql = query.partition(" | ")
     # A term of a key that a record lacks is false.
     condition = re.sub(r'(\w+)\s*:\s*("[^"]*"|\w+)', lambda m: f"(get({m[1]!r}) == {m[2].strip(chr(34))!r})", search)
-    condition = re.sub(r"(\w+)\s*(>=|>)\s*(\d+)", r"((get('\1') or 0) \2 \3)", condition)
+    condition = re.sub(r"(\w+)\s*(>=|>)\s*(\d+)", r"(get('\1') is not None and get('\1') \2 \3)", condition)
     found = [record for record in records if eval(condition, {"get": record.get})]
     if not sql:
         return found
@@ -470,27 +500,52 @@ def run(query: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     database.create_function("if", -1, lambda *given: given[1] if given[0] else given[2] if len(given) > 2 else None)
     database.create_function("from_unixtime", 1, lambda seconds: seconds)
     database.create_function("date_format", 2, lambda seconds, _: str(seconds))
+    database.create_function("sqrt", 1, lambda value: None if value is None else math.sqrt(value))
+    database.create_function("greatest", 2, lambda *given: None if None in given else max(given))
     database.create_aggregate("approx_percentile", 2, Percentile)
-    columns = [*KEYS, "__time__"]
-    database.execute(f"create table log ({', '.join(columns)})")
+    fields = [*KEYS, "__time__"]
+    database.execute(f"create table log ({', '.join(fields)})")
     for n, record in enumerate(found):
         database.execute(
-            f"insert into log values ({', '.join('?' * len(columns))})",
-            [{"__time__": 1000 + n, **record}.get(column) for column in columns],
+            f"insert into log values ({', '.join('?' * len(fields))})",
+            [{"__time__": 1000 + n, **record}.get(field) for field in fields],
         )
-    # Of no rows, SQLite's `total` is 0, and an aggregate of ours would be null.
-    select, *clauses = re.split(r" (?=group by|order by|limit)", sql.replace("count_if(", "total("), maxsplit=1)
-    rows = database.execute(" ".join([select, "from log", *clauses])).fetchall()
+    sql = sql.replace(
+        "count_if(", "total("
+    )  # of no rows, SQLite's `total` is 0, and an aggregate of ours would be null
+    if " from " not in sql:
+        select, *clauses = re.split(r" (?=group by|order by|limit)", sql, maxsplit=1)
+        sql = " ".join([select, "from log", *clauses])
+    rows = database.execute(sql).fetchall()
     database.close()
     return [dict(row) for row in rows]
 
 
-def fires(name: str, records: list[dict[str, Any]]) -> bool:
-    """Return whether an alert's condition holds over records of its window."""
+def fires(name: str, records: list[dict[str, Any]], hours: float = 0.0) -> bool:
+    """Return whether an alert's condition holds over records, `hours` after the first of them."""
     configuration = ALERTS[name]["configuration"]
     condition = configuration["severityConfigurations"][0]["evalCondition"]["condition"]
     condition = condition.replace("&&", "and").replace("||", "or")
-    return any(eval(condition, dict(row)) for row in run(configuration["queryList"][0]["query"], records))
+    found: list[dict[str, Any]] = [{}]
+    first = min((record.get("__time__", 1000) for record in records), default=0)
+    for query in configuration["queryList"]:
+        start, end = (first + 3600 * (hours + since(query[name])) for name in ("start", "end"))
+        within = [record for record in records if start <= record.get("__time__", 1000) <= end]
+        found = [row | other for row in found for other in run(query["query"], within)]
+    if configuration["queryList"][1:]:
+        assert [each["type"] for each in configuration["joinConfigurations"]] == ["cross_join"]
+    return any(eval(condition, dict(row)) for row in found)
+
+
+def since(time: str) -> float:
+    """Return the hours of a relative time of SLS."""
+    return 0.0 if time == "now" else int(time[:-1]) / {"h": 1, "m": 60}[time[-1]]
+
+
+def columns(alert: dict[str, Any]) -> set[str]:
+    """Return the columns of an alert's queries."""
+    found = [run(query["query"], [truth(error_bound=0.1)]) for query in alert["configuration"]["queryList"]]
+    return {name for rows in found for row in rows for name in row}
 
 
 CANARY = [request(variant="canary", model_version="2") for _ in range(100)]
@@ -532,6 +587,27 @@ STABLE = [request() for _ in range(100)]
         ("canary", [*STABLE, *CANARY, *[request(variant="canary", response_time=0.1)] * 5], True),
         ("canary", [*STABLE, *CANARY, *[request(variant="canary", response_time=0.012)] * 5], False),
         ("canary", OTHERS * 100, False),
+        # The Wilson interval of 30 of 200 begins at 0.1071, of 28 of 200 at 0.0987, of 30 of 199 at 0.1077.
+        ("prediction-error-rate", truths(200, 30), True),
+        ("prediction-error-rate", truths(200, 28), False),
+        ("prediction-error-rate", truths(199, 30), False),
+        ("prediction-error-rate", truths(200, 30) * 2, True),  # stored twice
+        ("prediction-error-rate", truths(199, 30) * 2, False),
+        ("prediction-error-rate", truths(200, 30, error_bound=0.11), False),
+        ("prediction-error-rate", truths(200, 30, error_bound=None), False),
+        ("prediction-error-rate", truths(200, 1, error_bound=0.0), True),
+        ("prediction-error-rate", truths(100, 15) + truths(100, 15, variant="canary"), False),  # the same receipts
+        ("prediction-error-rate", [*truths(200, 0, model_version="2"), *truths(199, 199)], False),
+        ("prediction-error-rate", [truth(n, rows=0, error_bound=0.1) for n in range(300)], False),
+        ("prediction-error-rate", [*OTHERS * 100, *STABLE, *CANARY], False),
+        # Off by 0 or 0.3, half of them each: the mean is 0.15 ± 0.0208.
+        ("prediction-error-rate", errors(*[0.0, 0.3] * 100), True),
+        ("prediction-error-rate", errors(*[0.0, -0.3] * 100), True),
+        ("prediction-error-rate", errors(*[0.0, 0.3] * 100, error_bound=0.13), False),
+        ("prediction-error-rate", errors(*[0.3] * 199), False),
+        ("no-feedback", [], False),
+        ("no-feedback", [truth()], False),
+        ("no-feedback", [*STABLE, *OTHERS], False),
         ("test", [*STABLE, TEST], True),
         ("test", [*STABLE, UNAUTHENTICATED, DROPPED, CHECK], False),
     ],
@@ -540,11 +616,46 @@ def test_alert_fires_when_it_should_and_not_otherwise(name: str, records: list[d
     assert fires(name, records) is expected
 
 
+@pytest.mark.parametrize(("hours", "expected"), [(23, False), (25, True), (47, True), (49, False)])
+def test_missing_feedback_is_reported_for_a_day(hours: int, expected: bool) -> None:
+    records = [*OTHERS, *STABLE, truth(), request(__time__=1000 + 3600 * hours)]
+    assert fires("no-feedback", records, hours) is expected
+    assert not fires("no-feedback", [*records, truth(2, __time__=1000 + 3600 * (hours - 1))], hours)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prediction_errors_and_their_intervals_are_those_of_error_rate(seed: int) -> None:
+    chance = random.Random(seed)
+    n, error = chance.randint(2, 500), chance.random() * chance.random()
+    wrong = [chance.random() < error for _ in range(n)]
+    off = [chance.gauss(0, 1) for _ in range(n)]
+    records = [*truths(n, sum(wrong)), *errors(*off, model_version="2", variant="canary", age=9 * 86400.0)]
+    for number, record in enumerate(records[n:]):
+        record["__time__"] = 1000 + number
+    chance.shuffle(records)
+    absolute = [abs(value) for value in off]
+    for name in ("prediction-errors-versions", "ls-feedback"):
+        found = {row["version"]: row for row in run(QUERIES[name], [*records, *records[: n // 2]])}
+        assert found.keys() == {"1", "2"}
+        assert {row["served"] for row in found.values()} == {"stable", "canary"}
+        assert found["1"]["errors"] == pytest.approx(sum(wrong) / n)
+        assert [found["1"][side] for side in ("low", "high")] == pytest.approx(wilson(sum(wrong), n), abs=1e-12)
+        assert found["2"]["errors"] == pytest.approx(sum(absolute) / n)
+        expected = mean_interval(sum(absolute), sum(value * value for value in off), n)
+        assert [found["2"][side] for side in ("low", "high")] == pytest.approx(expected)
+    found = {row["version"]: row for row in run(QUERIES["prediction-errors-versions"], records)}
+    assert {row["labelled_rows"] for row in found.values()} == {n}
+    assert (found["1"]["age_days"], found["2"]["age_days"]) == (0.0, 9.0)
+    (hour,) = run(QUERIES["prediction-errors"], records)
+    assert hour["stable"] == pytest.approx(100 * sum(wrong) / n)
+    assert hour["canary"] == pytest.approx(sum(absolute) / n)
+
+
 def test_records_that_are_not_requests_change_no_figure() -> None:
     requests = [*STABLE, *CANARY, *[failed("model")] * 3, *[failed("client")] * 5]
     for name, query in QUERIES.items():
-        if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers"):
-            with_others = run(query, [*requests, *OTHERS * 10])
+        if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers") and "feedback" not in query:
+            with_others = run(query, [*requests, *OTHERS * 10, *truths(50, 10)])
             assert with_others == run(query, requests), name
             assert with_others or name in ("ls-request", "ls-slow"), name
 
