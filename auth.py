@@ -4,7 +4,8 @@
 
 The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
 see a change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of
-errors, and may ask for a version; `metrics` may read /metrics; `monitor` is for pages that extensions add.
+errors, and may ask for a version; `metrics` may read /metrics; `feedback` may send truths to /feedback; `monitor` is
+for pages that extensions add.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ from processes import FileLock, LogLimit, replace_file
 log = logging.getLogger(__name__)
 View = Callable[..., Any]
 
-ROLES = ("predict", "admin", "monitor", "metrics")
+ROLES = ("predict", "admin", "monitor", "metrics", "feedback")
 
 # The hashes that werkzeug makes: method and parameters, salt, digest.
 HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$]+\$[0-9a-f]+")

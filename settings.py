@@ -18,7 +18,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups")  # by default, in this order
+EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback")  # by default, in this order
 
 
 class SettingsError(Exception):
@@ -117,6 +117,11 @@ class Settings:
     # What it records
     journal_dir: Path = _setting(_path, Path("var/journal"))
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
+
+    # Whether answers carry a receipt, with which the truth can be sent later (endpoints/feedback.py)
+    feedback: bool = _setting(_switch, True)
+    feedback_key_file: Path = _setting(_path, Path("var/feedback.key"))  # made at the first start; hosts share it
+    feedback_max_age: int = _setting(_number(1, 366 * 86_400, "seconds"), 30 * 86_400)  # of a receipt
 
     # Where the records go (sls/); shipping is on when the first three are set
     sls_endpoint: str = _setting(str, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https

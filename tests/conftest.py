@@ -14,6 +14,7 @@ from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,9 +66,8 @@ def basic(user: str, password: str = PASSWORD) -> str:
 
 def write_users(path: Path, password_hash: str = CHEAP) -> Path:
     """Write a users file with one user for each role, named after it, and `nobody` without any."""
-    entries = {
-        role: {"password": password_hash, "roles": [role]} for role in ("predict", "admin", "monitor", "metrics")
-    }
+    roles = ("predict", "admin", "monitor", "metrics", "feedback")
+    entries = {role: {"password": password_hash, "roles": [role]} for role in roles}
     path.write_text(json.dumps(entries | {"nobody": {"password": password_hash, "roles": []}}))
     path.chmod(0o600)
     return path
@@ -83,6 +83,8 @@ class Client:
     """A Flask test client with a user, whose service has loaded its model."""
 
     def __init__(self, settings: Settings, user: str = "predict") -> None:
+        if not settings.feedback_key_file.is_absolute():  # not in this repository's var/
+            settings = replace(settings, feedback_key_file=settings.journal_dir.with_name("feedback.key"))
         self.app = create_app(settings)
         self.service = self.app.extensions["service"]
         self.service.start()
@@ -323,6 +325,7 @@ def gunicorn(
         "WORKER_CLASS": WORKER_CLASS,
         "USERS_FILE": str(place / "users.json"),
         "JOURNAL_DIR": str(place / "journal"),
+        "FEEDBACK_KEY_FILE": str(place / "feedback.key"),
     } | {name.upper(): str(value) for name, value in settings.items()}
     if not Path(environ["USERS_FILE"]).exists():
         write_users(Path(environ["USERS_FILE"]))

@@ -13,6 +13,7 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMedi
 
 from web.body import BodyReader
 
+NPY = "application/x-npy"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 MAX_DIMENSIONS = 32  # of an array, as in numpy before 2.0
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
@@ -26,21 +27,34 @@ def read_rows(
     Returns:
         The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
     """
-    environ = request.environ
-    content_type = environ.get("CONTENT_TYPE", "")
-    is_npy = content_type == "application/x-npy"
-    if not is_npy and content_type != "application/json" and not request.is_json:
-        raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
-    if "HTTP_CONTENT_ENCODING" in environ:
-        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
-    body = bodies.read(environ)
-    if is_npy:
+    body = read_body(request, bodies, NPY)
+    if request.environ["CONTENT_TYPE"] == NPY:
         rows, method = decode_npy(body), request.args.get("method", "predict")
     else:
         rows, method = run_in_thread(decode_json, body) if len(body) > LARGE_BODY else decode_json(body)
     if isinstance(rows, (list, np.ndarray)) and len(rows) > max_rows:
         raise UnprocessableEntity(f"data has {len(rows)} rows; this server takes {max_rows} in one request")
     return rows, method
+
+
+def read_body(request: Request, bodies: BodyReader, *others: str) -> bytes:
+    """Read a body that is JSON by its content type, or one of some others. Raises: HTTPException, what is wrong."""
+    environ = request.environ
+    if environ.get("CONTENT_TYPE", "") not in ("application/json", *others) and not request.is_json:
+        raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
+    if "HTTP_CONTENT_ENCODING" in environ:
+        raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
+    return bodies.read(environ)
+
+
+def parse_json(body: bytes, form: str) -> Any:
+    """Decode a body as strict JSON; `form` shows callers what to send. Raises: BadRequest."""
+    if not body:
+        raise BadRequest(f"the body is empty; {form}")
+    try:
+        return orjson.loads(body.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(_explain_json(body, error)) from None
 
 
 def decode_json(body: bytes) -> tuple[Any, str]:
@@ -51,12 +65,7 @@ def decode_json(body: bytes) -> tuple[Any, str]:
     Raises: BadRequest, not JSON; UnprocessableEntity, JSON of another form.
     """
     form = 'send {"data": [[…], …]}'
-    if not body:
-        raise BadRequest(f"the body is empty; {form}")
-    try:
-        call = orjson.loads(body.removeprefix(BYTE_ORDER_MARK))
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(_explain_json(body, error)) from None
+    call = parse_json(body, form)
     if type(call) is list:
         call = {"data": call}
     if type(call) is not dict:

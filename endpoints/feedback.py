@@ -1,0 +1,240 @@
+"""POST /feedback: the truth comes later. An extension of the server (see EXTENSIONS in settings.py).
+
+    X-Feedback: AQACdjcABj…                                                     in the answer to POST /predict
+    POST /feedback                                                              role feedback
+    {"feedback": [{"receipt": "AQACdjcABj…", "truth": [0]}]} → {"accepted": 1, "duplicates": 0, "rejected": []}
+
+Receipts are made and verified (receipts.py), compared with the truth (truths.py), and counted once (ledger.py). GET
+/model shows the figures.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from flask import Response, g, request
+from werkzeug.exceptions import RequestEntityTooLarge, ServiceUnavailable, UnprocessableEntity
+
+from auth import require
+from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures
+from endpoints.ledger import ACCEPTED, DUPLICATE, TOO_OLD, Entry, Ledger
+from endpoints.receipts import BadReceipt, Issuer, KeyFile, verify
+from endpoints.row_counts import RowCounts
+from endpoints.truths import BadTruth, Known, compare, kind_of, labels_of
+from model.batching import call_directly
+from processes import LogLimit, replace_file
+from web.decoding import LARGE_BODY, parse_json, read_body
+from web.errors import json_response
+from worker_slot import WorkerSlot, slot_of
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Answer, Service
+
+log = logging.getLogger(__name__)
+
+MAX_ENTRIES = 1000  # in one request
+FORM = 'send {"feedback": [{"receipt": "…", "truth": […]}]}'
+LARGE_ANSWER = 10_000  # rows; from here on their digest takes milliseconds and goes to a native thread
+MAX_CLASSES_FILES = 200  # versions whose labels are kept
+
+
+def init_app(app: "Flask", service: "Service") -> None:
+    """Give each answer a receipt, take the truth, and show the figures, unless FEEDBACK=0."""
+    if not service.settings.feedback:
+        return
+    feedback = Feedback(service, slot_of(app, service))
+    service.on_start.append(feedback.start)
+    service.every_second.append(feedback.tick)
+    service.on_answer.append(feedback.make_receipt)
+    service.serving.on_describe.append(feedback.describe)
+    app.after_request(feedback.add_receipt)
+    app.add_url_rule("/feedback", view_func=require("feedback")(feedback.feedback), methods=["POST"])
+
+
+class Feedback:
+    """What a worker needs to make receipts and to take feedback."""
+
+    def __init__(self, service: "Service", slot: WorkerSlot) -> None:
+        """Remember where everything is. Nothing is read or written before `start`."""
+        settings = service.settings
+        self._service, self._slot, self._max_age = service, slot, settings.feedback_max_age
+        self._keys = KeyFile(settings.feedback_key_file)
+        self.ledger = Ledger(settings.journal_dir, service.journal.append)
+        self._classes = ClassesFiles(self.ledger.directory)
+        self._counts: RowCounts | None = None  # without it there are no receipts, whose share could not be known
+        self._issuers: dict[tuple[str, str], tuple[Issuer, Callable[[int, float], None]]] = {}
+        self._log_limit = LogLimit(log, math.inf)
+
+    # --- beside the requests
+
+    def start(self) -> None:
+        """Read the keys, and find this worker's place to count."""
+        self._keys.open()
+        self._join()
+
+    def tick(self) -> None:
+        """Follow changes of the keys and of the directory, and put in order what a dead worker left. Once a second."""
+        self._keys.refresh()
+        self._join()
+        if self._counts is not None:
+            self.ledger.tidy(self._max_age)
+
+    def _join(self) -> None:
+        path = self.ledger.directory / f"rows-{self._slot.number}"
+        if self._counts is not None and self._counts.path == path and self._counts.exists():
+            return
+        self._counts, self._issuers = None, {}
+        try:
+            if self._slot.number < 0:
+                raise OSError("this worker has no slot")
+            self._counts = RowCounts(path)
+        except OSError as error:
+            message = "answers carry no receipt until %s can be written: %s"
+            self._log_limit.error("", message, self.ledger.directory, error)
+
+    # --- receipts
+
+    def make_receipt(self, rows: Any, answer: "Answer", record: dict[str, Any]) -> None:
+        """Make the receipt of an answer to `predict`; see add_receipt."""
+        keys, prediction = self._keys.keys, answer.prediction
+        if record["method"] != "predict" or not keys or type(prediction) is tuple or self._counts is None:
+            return  # a tuple: a model with several results has no rows
+        key = record["model_version"], record["variant"]
+        issuer, count = self._issuers.get(key) or self._add_issuer(*key, answer)
+        if len(rows) < LARGE_ANSWER:
+            text = issuer.issue(keys[0], prediction)
+        else:
+            text = self._service.run_in_thread(issuer.issue, keys[0], prediction)
+        g._get_current_object().feedback = text, len(rows), count  # not by the proxy: it costs 0.8 µs
+
+    def _add_issuer(self, version: str, variant: str, answer: "Answer") -> tuple[Issuer, Any]:
+        kind, counts = kind_of(answer.prediction, answer.model.classes), self._counts
+        assert counts is not None
+        self._classes.keep(version, answer.model.classes)
+        added = Issuer(version, variant, kind), counts.counter(version, variant, kind)
+        self._issuers[version, variant] = added
+        return added
+
+    def add_receipt(self, response: Response) -> Response:
+        """Add the receipt to an answer that succeeded, and count its rows."""
+        made = g._get_current_object().get("feedback")
+        if made is not None and response.status_code < 400:
+            text, rows, count = made
+            count(rows, time.time())
+            response.headers.add("X-Feedback", text)
+        return response
+
+    # --- truths
+
+    def feedback(self) -> Response:
+        """POST /feedback: count how the predictions of earlier answers turned out."""
+        service, keys = self._service, self._keys.keys
+        current = request._get_current_object()  # type: ignore[attr-defined]
+        body = read_body(current, service.bodies)
+        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        content = run(parse_json, body, FORM)
+        given = content.get("feedback") if isinstance(content, dict) else None
+        if not isinstance(given, list):
+            raise UnprocessableEntity(f"the body is not an object with a list, feedback; {FORM}")
+        if len(given) > MAX_ENTRIES:
+            raise RequestEntityTooLarge(f"feedback has {len(given)} entries; send at most {MAX_ENTRIES} in one request")
+        if not keys or self._counts is None:
+            raise ServiceUnavailable("feedback cannot be taken now; the server's log says why", retry_after=60)
+        judged: list[Entry | str] = run(self._judge_all, given, keys, g.record["user"])
+        entries = [each for each in judged if isinstance(each, Entry)]
+        try:
+            results = iter(self.ledger.accept(entries))
+        except OSError as error:
+            self._log_limit.error("write", "feedback cannot be written to %s: %s", self.ledger.directory, error)
+            detail = "the feedback could not be written; send it again, what was counted already counts once"
+            raise ServiceUnavailable(detail, retry_after=5) from None
+        outcomes = [next(results) if isinstance(each, Entry) else each for each in judged]
+        rejected = [
+            {"index": index, "detail": outcome}
+            for index, outcome in enumerate(outcomes)
+            if outcome not in (ACCEPTED, DUPLICATE)
+        ]
+        counts = {"accepted": outcomes.count(ACCEPTED), "duplicates": outcomes.count(DUPLICATE)}
+        return json_response(counts | {"rejected": rejected})
+
+    def _judge_all(self, given: list[Any], keys: Any, user: str) -> list[Entry | str]:
+        """Return an entry for each that can be counted, and what is wrong with each other."""
+        judged: list[Entry | str] = []
+        labels: dict[str, Known] = {}
+        for each in given:
+            try:
+                judged.append(self._judge(each, keys, user, labels))
+            except (BadReceipt, BadTruth) as error:
+                judged.append(str(error))
+        return judged
+
+    def _judge(self, given: Any, keys: Any, user: str, labels: dict[str, Known]) -> Entry:
+        if not isinstance(given, dict):
+            raise BadReceipt('this entry is not an object; send {"receipt": "…", "truth": […]}')
+        if unknown := given.keys() - {"receipt", "truth", "prediction"}:
+            raise BadReceipt(
+                f"unknown key {min(unknown)[:80]!r}; an entry has receipt and truth, and may have prediction"
+            )
+        if missing := [name for name in ("receipt", "truth") if name not in given]:
+            raise BadReceipt(f'{missing[0]} is missing; send {{"receipt": "…", "truth": […]}}')
+        receipt = verify(given["receipt"], keys)
+        age = max(0.0, time.time() - receipt.made)
+        if age > self._max_age:
+            raise BadReceipt(TOO_OLD)
+        if receipt.version not in labels:
+            labels[receipt.version] = self._classes.read(receipt.version)
+        prediction = receipt.resolve(given.get("prediction"))
+        return Entry(receipt, compare(prediction, given["truth"], receipt.kind, labels[receipt.version]), age, user)
+
+    # --- figures
+
+    def describe(self, found: dict[str, Any]) -> None:
+        """Add the figures to what GET /model shows."""
+        figures = self.ledger.figures()
+        for variant in ("stable", "canary"):
+            if served := found[variant]:
+                kind = REGRESSION if served["classes"] is None else CLASSIFICATION
+                served["feedback"] = figures.get((served["version"], variant), Figures(kind)).describe()
+
+
+class ClassesFiles:
+    """The classes of the versions that were served here, for truths that come after a version is gone.
+
+    Format: `classes-<version>.json`, the model's classes as predictions show them; null if it has none.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Remember the directory."""
+        self._directory = directory
+        self._log_limit = LogLimit(log, math.inf)
+
+    def _path(self, version: str) -> Path:
+        return self._directory / f"classes-{version}.json"
+
+    def keep(self, version: str, classes: Any) -> None:
+        """Write the classes of a version."""
+        try:
+            content = orjson.dumps(classes, option=orjson.OPT_SERIALIZE_NUMPY)
+        except TypeError:  # dates or the like; such labels are not told from unknown ones
+            content = b"null"
+        try:
+            if not self._path(version).exists():
+                replace_file(self._path(version), content, durable=False)
+                files = sorted(self._directory.glob("classes-*.json"), key=lambda path: path.stat().st_mtime)
+                for path in files[:-MAX_CLASSES_FILES]:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            self._log_limit.error("", "the labels of %s are not kept: %s", version, error)
+
+    def read(self, version: str) -> Known:
+        """Return the labels of a version, None if they are not known."""
+        try:
+            return labels_of(orjson.loads(self._path(version).read_bytes()))
+        except (OSError, ValueError):
+            return None
