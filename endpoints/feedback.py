@@ -68,7 +68,7 @@ class Feedback:
         self.ledger = Ledger(settings.journal_dir, service.journal.append)
         self._classes = ClassesFiles(self.ledger.directory)
         self._counts: RowCounts | None = None  # without it there are no receipts, whose share could not be known
-        self._issuers: dict[tuple[str, str], tuple[Issuer, Callable[[int, float], None]]] = {}
+        self._issuers: dict[tuple[str, str], tuple[Issuer, Callable[[int], None]]] = {}
         self._log_limit = LogLimit(log, math.inf)
 
     # --- beside the requests
@@ -126,7 +126,7 @@ class Feedback:
         made = g._get_current_object().get("feedback")
         if made is not None and response.status_code < 400:
             text, rows, count = made
-            count(rows, time.time())
+            count(rows)
             response.headers.add("X-Feedback", text)
         return response
 

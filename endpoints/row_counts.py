@@ -9,6 +9,7 @@ read_rows([directory / "rows-0"])[("v7", "stable")].rows
 import _thread  # a native lock under gevent, too: it is held for half a microsecond, and nothing yields meanwhile
 import mmap
 import struct
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from pathlib import Path
 from endpoints.error_rate import CLASSIFICATION, REGRESSION
 from processes import replace_file
 
-PLACE = struct.Struct("<Qd80s")  # rows, when last counted (seconds since 1970), kind, version and variant
-NUMBERS = struct.Struct("<Qd")
+PLACE = struct.Struct("@Qd80s")  # rows, when last counted (seconds since 1970), name
 PLACES = 200
+KEPT = 100  # when a worker starts; so there are as many free places
 KINDS = {"c": CLASSIFICATION, "r": REGRESSION}
 
 
@@ -35,8 +36,8 @@ class Count:
 class RowCounts:
     """The file in which a worker counts on from where a dead worker with the same number stopped.
 
-    Format: `PLACES` places of `PLACE`; the name in one is `<c or r> <variant> <version>`, padded with zero bytes; a
-    place without a name is free. A version beyond them takes the place of the one that was counted longest ago.
+    Format: `PLACES` places of `PLACE`, in the machine's byte order; the name in one is `<c or r> <variant> <version>`,
+    padded with zero bytes; a place without a name is free. At a start the `KEPT` that were counted last are kept.
 
     Concurrency: only the worker that holds the number (worker_slot.WorkerSlot) writes, and anyone may read. A kill
     loses nothing: what was written to a memory map is the kernel's.
@@ -45,43 +46,39 @@ class RowCounts:
     def __init__(self, path: Path) -> None:
         """Open the file, or make it. Raises: OSError."""
         self.path = path
-        size = PLACES * PLACE.size
-        if not path.exists() or path.stat().st_size != size:
+        content = path.read_bytes() if path.exists() else b""
+        places = sorted(_places(content), key=lambda place: place[1], reverse=True)
+        if len(content) != PLACES * PLACE.size or len(places) > KEPT:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, bytes(size), durable=False)  # no hole: on a full disk writing to one kills the process
+            content = b"".join(PLACE.pack(*place) for place in places[:KEPT]).ljust(PLACES * PLACE.size, b"\0")
+            replace_file(path, content, durable=False)  # zeros, no hole: a write to one can kill on a full disk
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), size)
+            self._map = mmap.mmap(file.fileno(), len(content))
         self._lock = _thread.allocate_lock()
-        self._names = [name for name, _ in _places(self._map[:])]
+        self._names = [name for _, _, name in _places(content)]
 
     def exists(self) -> bool:
         """Return whether nobody removed the file."""
         return self.path.exists()
 
-    def counter(self, version: str, variant: str, kind: str) -> Callable[[int, float], None]:
-        """Return a function that counts rows, with the time of their answer."""
-        name, view = f"{kind[0]} {variant} {version}".encode(), self._map
-        with self._lock:
-            at = self._place(name) * PLACE.size
-        lock, unpack, pack = self._lock, NUMBERS.unpack_from, NUMBERS.pack_into
+    def counter(self, version: str, variant: str, kind: str) -> Callable[[int], None]:
+        """Return a function that counts rows. Raises: OSError, there is no place left."""
+        name, lock = f"{kind[0]} {variant} {version}".encode(), self._lock
+        with lock:
+            if name not in self._names:
+                if len(self._names) == PLACES or len(name) > 80:
+                    raise OSError("too many versions were served since this worker started")
+                PLACE.pack_into(self._map, len(self._names) * PLACE.size, 0, 0.0, name)
+                self._names.append(name)
+            at = self._names.index(name) * PLACE.size // 8
+        rows, times, now = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d"), time.time
 
-        def count(rows: int, now: float) -> None:
+        def count(number: int) -> None:
             with lock:
-                pack(view, at, unpack(view, at)[0] + rows, now)
+                rows[at] += number
+            times[at + 1] = now()
 
         return count
-
-    def _place(self, name: bytes) -> int:
-        for wanted in name, b"":
-            if wanted in self._names:
-                place = self._names.index(wanted)
-                break
-        else:
-            place = min(range(PLACES), key=lambda each: NUMBERS.unpack_from(self._map, each * PLACE.size)[1])
-        if self._names[place] != name:
-            self._names[place] = name
-            PLACE.pack_into(self._map, place * PLACE.size, 0, 0.0, name)
-        return place
 
 
 def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
@@ -91,7 +88,7 @@ def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
         content = b""
         with suppress(OSError):  # removed just now
             content = path.read_bytes()
-        for name, (rows, last) in _places(content):
+        for rows, last, name in _places(content):
             kind, _, rest = name.decode(errors="replace").partition(" ")
             variant, _, version = rest.partition(" ")
             if kind in KINDS:
@@ -102,7 +99,8 @@ def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
     return found
 
 
-def _places(content: bytes) -> Iterable[tuple[bytes, tuple[int, float]]]:
-    for at in range(0, len(content) - PLACE.size + 1, PLACE.size):
-        rows, last, name = PLACE.unpack_from(content, at)
-        yield name.rstrip(b"\0"), (rows, last)
+def _places(content: bytes) -> list[tuple[int, float, bytes]]:
+    """Return the rows, the time and the name of each place that is taken."""
+    whole = content[: len(content) // PLACE.size * PLACE.size]
+    places = ((rows, last, name.rstrip(b"\0")) for rows, last, name in PLACE.iter_unpack(whole))
+    return [place for place in places if place[2]]
