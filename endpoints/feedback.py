@@ -54,6 +54,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.on_answer.append(feedback.make_receipt)
     service.serving.on_describe.append(feedback.describe)
     app.after_request(feedback.add_receipt)
+    app.extensions.setdefault("on_metrics", []).append(feedback.expose)  # without telemetry, nobody calls it
     app.add_url_rule("/feedback", view_func=require("feedback")(feedback.feedback), methods=["POST"])
 
 
@@ -147,7 +148,9 @@ class Feedback:
         if not keys or self._counts is None:
             raise ServiceUnavailable("feedback cannot be taken now; the server's log says why", retry_after=60)
         judged: list[Entry | str] = run(self._judge_all, given, keys, g.record["user"])
-        entries = [each for each in judged if isinstance(each, Entry)]
+        entries, bounds = [each for each in judged if isinstance(each, Entry)], self._error_bounds()
+        for entry in entries:
+            entry.error_bound = bounds.get(entry.receipt.version)
         try:
             results = iter(self.ledger.accept(entries))
         except OSError as error:
@@ -192,6 +195,12 @@ class Feedback:
         prediction = receipt.resolve(given.get("prediction"))
         return Entry(receipt, compare(prediction, given["truth"], receipt.kind, labels[receipt.version]), age, user)
 
+    def _error_bounds(self) -> dict[str, float | None]:
+        """Return the bounds of the versions that are served. SLS, which sees nothing but records, alerts on them."""
+        served = self._service.serving.describe()
+        models = [served[variant] for variant in ("stable", "canary") if served[variant]]
+        return {model["version"]: model.get("error_bound") for model in models}
+
     # --- figures
 
     def describe(self, found: dict[str, Any]) -> None:
@@ -201,6 +210,13 @@ class Feedback:
             if served := found[variant]:
                 kind = REGRESSION if served["classes"] is None else CLASSIFICATION
                 served["feedback"] = figures.get((served["version"], variant), Figures(kind)).describe()
+
+    def expose(self, add: Callable[[Any], None]) -> None:
+        """Add the figures to what GET /metrics shows."""
+        from telemetry.feedback_metrics import families
+
+        for family in families(self.ledger.figures()):
+            add(family)
 
 
 class ClassesFiles:

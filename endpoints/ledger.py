@@ -46,6 +46,7 @@ class Entry:
     outcome: Outcome
     age: float  # seconds from the prediction to the truth
     user: str
+    error_bound: float | None = None  # of the version, if it is served still and has one
 
     @property
     def hour(self) -> int:
@@ -56,7 +57,8 @@ class Entry:
         """Return the record for the journal: neither the truth nor the prediction."""
         receipt = self.receipt
         known = {"event": "feedback", "receipt_id": f"{receipt.id:016x}", "age": round(self.age, 3), "user": self.user}
-        return known | {"model_version": receipt.version, "variant": receipt.variant} | asdict(self.outcome)
+        known |= {"model_version": receipt.version, "variant": receipt.variant, "error_bound": self.error_bound}
+        return known | asdict(self.outcome)
 
 
 class Ledger:

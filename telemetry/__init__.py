@@ -35,6 +35,8 @@ def init_app(app: "Flask", service: "Service") -> None:
 
     settings = service.settings
     metrics, slot = Metrics(settings.journal_dir, settings.ships), slot_of(app, service)
+    # Whatever comes first, this or an extension that has metrics of its own, makes the list.
+    metrics.on_expose = app.extensions.setdefault("on_metrics", metrics.on_expose)
     service.observers.append(metrics.count_request)
     service.serving.on_batch.append(metrics.count_batch)
     service.serving.on_load_failure.append(metrics.count_load_failure)

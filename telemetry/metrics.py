@@ -23,7 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 
 from monitor import LOSSES, segments
-from processes import LogLimit
+from processes import LogLimit, run_hooks
 from telemetry import shipping_progress
 from telemetry.shared_counters import SharedCounters, collect
 from worker_slot import WorkerSlot
@@ -46,6 +46,8 @@ class Metrics:
             ships: whether to expose how far shipping to SLS has come.
         """
         self._journal_dir, self._ships = journal_dir, ships
+        # Hooks of extensions, called with a function that takes their families of metrics, each time they are exposed.
+        self.on_expose: list[Callable[[Callable[[Metric], None]], None]] = []
         self._is_alone = True
         self._shared: SharedCounters | None = None
         self._trouble = LogLimit(logging.getLogger(__name__), 3600.0)
@@ -176,6 +178,7 @@ class Metrics:
         directory = self._journal_dir / "metrics"
         counted = self._registry.collect() if self._is_alone else collect(directory, workers.keys())
         found = [*counted, *_models(served, list(workers.values())), *self._journal()]
+        run_hooks(self.on_expose, found.append)
         encode, content_type = choose_encoder(accept)
         return encode(SimpleNamespace(collect=lambda: found)), content_type
 
@@ -205,13 +208,20 @@ def _models(served: dict[str, Any], workers: list[dict[str, Any]]) -> Iterator[M
     yield GaugeMetricFamily("prediction_ready", ready, float(served["ready"]))
     load = GaugeMetricFamily("prediction_model_load_seconds", "How long it took to load a version", labels=labels)
     count = GaugeMetricFamily("prediction_model_workers", "Workers that serve a version", labels=labels)
+    text = "The error rate, or mean absolute error, from which on a version alerts"
+    bound, bounds = GaugeMetricFamily("prediction_error_bound", text, labels=labels[:1]), {}
     for variant in ("stable", "canary"):
         if model := served[variant]:
             load.add_metric((model["version"], variant), model["load_seconds"])
+            bounds[model["version"]] = model.get("error_bound")
         versions = Tally(each[variant] for each in workers if each.get(variant))
         for version, number in sorted(versions.items()):
             count.add_metric((version, variant), number)
+    for version, value in bounds.items():
+        if value is not None:
+            bound.add_metric((version,), value)
     yield load
     yield count
+    yield bound
     failing = "Workers that do not serve all that they should; GET /model says why"
     yield GaugeMetricFamily("prediction_workers_with_error", failing, sum(bool(each.get("error")) for each in workers))
