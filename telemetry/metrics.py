@@ -11,7 +11,7 @@ never anything that a caller sent.
 
 import logging
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
@@ -47,7 +47,7 @@ class Metrics:
         """
         self._journal_dir, self._ships = journal_dir, ships
         # Hooks of extensions, called with a function that takes their families of metrics, each time they are exposed.
-        self.on_expose: list[Callable[[Callable[[Metric], None]], None]] = []
+        self.on_expose: list[Callable[[Callable[[Iterable[Metric]], None]], None]] = []
         self._is_alone = True
         self._shared: SharedCounters | None = None
         self._trouble = LogLimit(logging.getLogger(__name__), 3600.0)
@@ -178,7 +178,7 @@ class Metrics:
         directory = self._journal_dir / "metrics"
         counted = self._registry.collect() if self._is_alone else collect(directory, workers.keys())
         found = [*counted, *_models(served, list(workers.values())), *self._journal()]
-        run_hooks(self.on_expose, found.append)
+        run_hooks(self.on_expose, found.extend)
         encode, content_type = choose_encoder(accept)
         return encode(SimpleNamespace(collect=lambda: found)), content_type
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from typing import Any
 import joblib
 import pytest
 import yaml
-from conftest import PASSWORD, ROOT, Server, free_port, gunicorn, write_users
+from conftest import PASSWORD, ROOT, Gunicorn, Server, basic, free_port, gunicorn, write_users
 from prometheus_client.parser import text_string_to_metric_families
+from sklearn.dummy import DummyClassifier
 
+from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures, wilson
 from monitor import LOSSES, Journal
+from telemetry.feedback_metrics import families
 from telemetry.metrics import OUTCOMES, Metrics
 from worker_slot import WorkerSlot
 
@@ -121,10 +125,13 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     slot = WorkerSlot(place / "workers")
     slot.publish({"stable": "1", "canary": None, "error": None})
     metrics = Metrics(place, ships=True)
+    figures = {("1", "stable"): Figures(CLASSIFICATION), ("2", "stable"): Figures(REGRESSION)}
+    metrics.on_expose.append(lambda add: add(families(figures)))
     metrics.count_request(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
-    text = metrics.expose("", {"ready": True, "stable": {"version": "1", "load_seconds": 1.0}, "canary": None})[0]
-    families = text_string_to_metric_families(text.decode())
-    return {sample.name for family in families for sample in family.samples}
+    stable = {"version": "1", "load_seconds": 1.0, "error_bound": 0.1}
+    text = metrics.expose("", {"ready": True, "stable": stable, "canary": None})[0]
+    found = text_string_to_metric_families(text.decode())
+    return {sample.name for family in found for sample in family.samples}
 
 
 @pytest.mark.parametrize("expression", IN_RULES + IN_DASHBOARD)
@@ -178,7 +185,7 @@ class Prometheus(Server):
 @contextmanager
 def prometheus(place: Path, target: int) -> Iterator[Prometheus]:
     """Run Prometheus with the files of deploy/prometheus; a minute of the rules takes a tenth of a second."""
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     configuration = json.loads(json.dumps(CONFIGURATION))
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
     (job,) = configuration["scrape_configs"]
@@ -246,6 +253,73 @@ def test_real_prometheus_sees_right_sums_and_alerts(tmp_path: Path, monkeypatch:
             assert [(rule["name"], rule.get("lastError")) for rule in group["rules"] if rule["health"] != "ok"] == []
         server.stop(signal.SIGQUIT)  # at once
         watching.wait_until(lambda: {"NoInstanceReady", "InstanceDown"} <= watching.firing())
+
+
+BOUND = """
+def init_app(app, service):
+    service.serving.on_describe.append(lambda found: (found["stable"] or {}).update(error_bound=0.2))
+"""
+
+
+@pytest.mark.long
+@needs_prometheus
+def test_real_prometheus_sees_feedback_and_alerts_on_prediction_errors(tmp_path: Path) -> None:
+    (tmp_path / "bound.py").write_text(BOUND)
+    joblib.dump(DummyClassifier(strategy="constant", constant=0).fit([[0.0], [1.0]], [0, 1]), tmp_path / "zero.joblib")
+    write_user(tmp_path / "users.json", CONFIGURATION["scrape_configs"][0]["basic_auth"]["username"])
+    with (
+        gunicorn(tmp_path, model_path=tmp_path / "zero.joblib", web_concurrency=2, extensions="+bound") as server,
+        prometheus(tmp_path / "prometheus", server.port) as watching,
+    ):
+        receipts = [receipt(server, rows=10)]  # one first: an increase needs a value before it
+        watching.wait_until(lambda: watching.value("prediction_feedback_rows_total") == 0)
+        receipts += [receipt(server, rows=10) for _ in range(29)]
+        send_truths(server, receipts[:12], [0] * 6 + [1] * 4)  # 120 rows, 40 % of them wrong
+        watching.wait_until(lambda: watching.value("prediction_feedback_wrong_rows_total") == 48)
+        watching.wait_until(lambda: (watching.value("job_model_version:prediction_error:low1d") or 0) > 0.2)
+        assert "PredictionErrorRate" not in watching.firing()  # since Prometheus sees less than 200 rows
+        send_truths(server, receipts[:25], [0] * 6 + [1] * 4)  # some for the second time
+        watching.wait_until(lambda: "PredictionErrorRate" in watching.firing())
+        assert watching.value("prediction_feedback_rows_total") == 250
+        assert watching.value("prediction_receipt_rows_total") == 300
+        assert watching.value("prediction_feedback_age_seconds_count") == 25
+        low = watching.value("job_model_version:prediction_error:low1d")
+        assert low == pytest.approx(wilson(100, 250)[0], rel=0.01)  # Prometheus extrapolates what it did not see
+        assert "NoFeedback" not in watching.firing()
+
+
+@pytest.mark.long
+@needs_prometheus
+def test_real_prometheus_alerts_on_missing_feedback(tmp_path: Path) -> None:
+    """With samples of the last 32 hours, since nobody waits for a day."""
+    lines = ["# TYPE prediction_feedback_age_seconds_count counter"]
+    now = int(time.time())
+    for job, last in (("prediction-server", 28 * 60), ("prediction-server-good", 60)):  # minutes
+        for ago in range(32 * 60, -1, -1):
+            value = 32 * 60 - max(ago, last)
+            lines.append(f'prediction_feedback_age_seconds_count{{job="{job}"}} {value} {now - 60 * ago}')
+    (tmp_path / "samples").write_text("\n".join([*lines, "# EOF\n"]))
+    (tmp_path / "prometheus").mkdir()
+    promtool("tsdb", "create-blocks-from", "openmetrics", tmp_path / "samples", tmp_path / "prometheus/data")
+    with prometheus(tmp_path / "prometheus", free_port()) as watching:
+        watching.wait_until(lambda: "NoFeedback" in watching.firing())
+        (alert,) = (each for each in watching.get("alerts")["alerts"] if each["labels"]["alertname"] == "NoFeedback")
+        assert alert["labels"]["job"] == "prediction-server"
+
+
+def receipt(server: Gunicorn, rows: int) -> str:
+    """Return the receipt of a prediction of so many rows."""
+    body = json.dumps({"data": [[0.0]] * rows}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": basic("predict")}
+    return str(server.ask("POST", "/predict", body, **headers)[1]["X-Feedback"])
+
+
+def send_truths(server: Gunicorn, receipts: list[str], truth: list[int]) -> None:
+    """Send the same truth for each receipt."""
+    body = json.dumps({"feedback": [{"receipt": each, "truth": truth} for each in receipts]}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": basic("feedback")}
+    status, _, answer = server.ask("POST", "/feedback", body, **headers)
+    assert (status, json.loads(answer)["rejected"]) == (200, []), answer
 
 
 def write_user(path: Path, name: str) -> None:

@@ -82,7 +82,7 @@ def test_feedback_is_taken_without_metrics_and_metrics_are_shown_without_feedbac
 
 def test_metrics_of_an_extension_that_fail_take_no_others_away(tmp_path: Any, caplog: Any) -> None:
     metrics = Metrics(tmp_path)
-    metrics.on_expose += [lambda add: 1 / 0, lambda add: add(GaugeMetricFamily("mine", "Mine", 7))]
+    metrics.on_expose += [lambda add: 1 / 0, lambda add: add([GaugeMetricFamily("mine", "Mine", 7)])]
     found = samples(metrics.expose("", SERVED)[0].decode())
     assert total(found, "mine") == 7
     assert total(found, "prediction_ready") == 1
