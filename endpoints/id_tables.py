@@ -23,8 +23,8 @@ class IdTables:
     """The tables of a directory: the ids of receipts, by the hour in which these were made.
 
     Format: `ids-<hours since 1970>-<number>`, each a count of its ids and then its slots, 8 bytes each. An id is in the
-    first free slot from `id % slots` on; 0 is a free slot. A table is filled up to three quarters, then the hour gets
-    another, twice as large, so no id ever moves, and looking one up takes as long in a full table as in a new one.
+    first slot from `id % slots` on that was free, which is 0, as no id is. A table is filled up to three quarters, then
+    the hour gets another, twice as large: no id ever moves, and looking one up always takes about as long.
 
     Concurrency: every use is under the ledger's lock. A kill loses nothing; an id is written before the count.
     """
@@ -112,7 +112,7 @@ class HourTable:
         for each in self._maps:
             (used,) = WORD.unpack_from(each)
             if used < _filled(_slots(each)):
-                WORD.pack_into(each, _find(each, receipt_id)[0], receipt_id or 1)
+                WORD.pack_into(each, _find(each, receipt_id)[0], receipt_id)
                 WORD.pack_into(each, 0, used + 1)
                 return
         raise OSError("the tables of receipts have no room")
@@ -128,8 +128,8 @@ def _filled(slots: int) -> int:
 
 def _find(table: mmap.mmap, receipt_id: int) -> tuple[int, bool]:
     """Return the offset of an id's slot, or of the free one where it belongs, and whether it is there."""
-    wanted, slots = receipt_id or 1, _slots(table)
-    slot = wanted % slots
-    while (found := WORD.unpack_from(table, WORD.size * (slot + 1))[0]) not in (0, wanted):
+    slots = _slots(table)
+    slot = receipt_id % slots
+    while (found := WORD.unpack_from(table, WORD.size * (slot + 1))[0]) not in (0, receipt_id):
         slot = (slot + 1) % slots
-    return WORD.size * (slot + 1), found == wanted
+    return WORD.size * (slot + 1), found == receipt_id

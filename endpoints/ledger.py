@@ -119,14 +119,14 @@ class Ledger:
         """
         results: list[str] = []
         for at in range(0, len(entries), BATCH):
-            with self._locked():
+            with self._locked(LOCK_SECONDS):
                 results += self._accept(entries[at : at + BATCH])
             time.sleep(0.0001)  # other requests, and other workers, get their turn
         self._read = (-2.0, {})
         return results
 
     @contextmanager
-    def _locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    def _locked(self, seconds: float) -> Iterator[None]:
         """Hold the lock, with no batch of a dead writer left. Raises: OSError.
 
         It is polled, since a `flock` that waits would stop all requests of a worker under gevent.
@@ -219,6 +219,7 @@ class Ledger:
         try:
             with self._locked(seconds=0.0):
                 self._forget(_load(self._state), before=before)
+                self._remove_temporary_files()
                 self._forgotten = before
         except TimeoutError:
             pass  # another worker is at it
@@ -240,11 +241,12 @@ class Ledger:
                 if path.stem.endswith(f"-{intent['pid']}") and path.stat().st_mtime >= intent["began"] - 1:
                     written |= {str(record.get("receipt_id")) for _, record in read_lines(path) if record}
         self._complete(intent, written)
-        self._remove_temporary_files()
 
     def _remove_temporary_files(self) -> None:
-        for path in self.directory.glob(".*.json-*"):  # of killed writers
-            path.unlink(missing_ok=True)
+        """Remove what killed writers left; not the files that are written without the lock, of which some may live."""
+        for pattern in (".intent*", ".figures*", ".ids*"):
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Any]:

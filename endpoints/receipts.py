@@ -62,7 +62,7 @@ class Receipt:
     microsecond.
     """
 
-    id: int  # 64 bits, whatever the spelling: a hash of all but the MAC
+    id: int  # 64 bits, not 0, whatever the spelling: a hash of all but the MAC
     version: str
     variant: str
     kind: str  # CLASSIFICATION or REGRESSION
@@ -139,7 +139,7 @@ def verify(text: Any, keys: tuple[Key, ...]) -> Receipt:
     _, flags, length = HEAD.unpack_from(signed)
     made, _ = WHEN.unpack_from(signed, HEAD.size + length)
     return Receipt(
-        id=int.from_bytes(hashlib.blake2b(signed, digest_size=8).digest()),
+        id=int.from_bytes(hashlib.blake2b(signed, digest_size=8).digest()) or 1,
         version=signed[HEAD.size : HEAD.size + length].decode(),
         variant="canary" if flags & IS_CANARY else "stable",
         kind=REGRESSION if flags & IS_REGRESSION else CLASSIFICATION,
