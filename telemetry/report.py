@@ -1,4 +1,5 @@
-"""The journal summed up for people: rate, success, response times and errors, and what waits to be shipped.
+"""The journal summed up for people: rate, success, response times, errors of requests and of predictions, and what
+waits to be shipped.
 
 python -m telemetry.report                    the last hour
 python -m telemetry.report --since 15m        s, m, h or d; `all` for the whole journal
@@ -14,13 +15,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli import run
 from monitor import read_lines, segments
 from telemetry import shipping_progress
+
+if TYPE_CHECKING:
+    from telemetry.feedback_report import PredictionErrors
 
 
 def read(directory: Path, since: float) -> Iterator[dict[str, Any] | None]:
@@ -37,6 +41,14 @@ def read(directory: Path, since: float) -> Iterator[dict[str, Any] | None]:
                     yield record
 
 
+def _prediction_errors() -> "PredictionErrors | None":
+    try:
+        from telemetry.feedback_report import PredictionErrors
+    except ModuleNotFoundError:  # endpoints/ was removed
+        return None
+    return PredictionErrors()
+
+
 @dataclass
 class Summary:
     """The sums of the records of some time."""
@@ -47,6 +59,7 @@ class Summary:
     versions: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)  # "<error_type>: <status> <error>" → requests
     others: Counter[str] = field(default_factory=Counter)  # what is not a request
+    prediction_errors: "PredictionErrors | None" = field(default_factory=_prediction_errors)
 
     def add(self, record: dict[str, Any] | None) -> None:
         """Count one record. None counts as a torn line, and so does a record that lacks something."""
@@ -55,13 +68,15 @@ class Summary:
                 self.others["torn lines"] += 1
             elif "dropped" in record:
                 self.others["records dropped"] += record["dropped"]
+            elif record.get("event") == "feedback" and self.prediction_errors:
+                self.prediction_errors.add(record)
             elif "event" in record:
                 self.others[f"{record['event']} of {record['model_version']}"] += 1
             elif "requests" in record:
                 self.others["without a valid password"] += record["requests"]
             else:
                 self._add_request(record)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             self.others["torn lines"] += 1
 
     def _add_request(self, record: dict[str, Any]) -> None:
@@ -146,7 +161,10 @@ def report(directory: Path, since: float) -> int:
     summary = Summary()
     for record in read(directory, time.time() - since):
         summary.add(record)
-    lines = summary.table(since) + shipping(directory)
+    lines = summary.table(since)
+    if summary.prediction_errors:
+        lines += summary.prediction_errors.table(directory)
+    lines += shipping(directory)
     width = max(len(name) for name, _ in lines)
     right = max(len(value) for _, value in lines)
     for name, value in lines:

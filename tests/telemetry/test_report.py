@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, basic
 
+from endpoints.error_rate import wilson
 from telemetry import report
 from telemetry.report import percentile
 
@@ -234,6 +235,81 @@ def test_report_of_a_servers_own_journal(serve: Any, iris_file: Path, capsys: py
     table = run(capsys, "--dir", client.journal_dir)
     assert (table["requests"], table["rows"], table["success"]) == ("2", "3", "50.00 %")
     assert table["client: 422 Unprocessable Entity"] == table["without a valid password"] == "1"
+
+
+def truth(rows: int = 1, **fields: Any) -> dict[str, Any]:
+    """Return the record of an accepted entry of POST /feedback."""
+    known = {"event": "feedback", "receipt_id": "00ff", "model_version": "1", "variant": "stable", "rows": rows}
+    sums = {"wrong": 0, "unknown_labels": 0, "abs_error": None, "sq_error": None, "signed_error": None}
+    return known | sums | {"age": 86_400.0, "user": "alice", "time": time.time() - 10} | fields
+
+
+def test_prediction_errors_are_shown_with_their_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = {"wrong": None, "unknown_labels": None, "model_version": "2", "variant": "canary", "age": 3 * 86_400}
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(
+        lines(
+            truth(100, wrong=12, unknown_labels=2),
+            truth(100, wrong=8, age=2 * 86_400),
+            truth(0),  # each of its truths was null
+            truth(1, model_version="3", age=100),
+            truth(1000, time=time.time() - 7200, wrong=1000),
+            *[truth(**none, abs_error=abs(off), sq_error=off * off, signed_error=off) for off in (1, 1, -3, 1, 0, 0)],
+        )
+    )
+    found = run(capsys, "--dir", tmp_path, "--since", "1h")
+    low, high = wilson(20, 200)
+    assert {name: value for name, value in found.items() if name.split()[0] not in ("requests", "requests/s")} == {
+        "rows": "0",
+        "labelled rows, 3 stable": "1",
+        "age of the labels, 3 stable": "100 s",
+        "prediction errors, 1 stable": f"10.00 % ({100 * low:.2f} to {100 * high:.2f} %)",
+        "labels unknown to the model, 1 stable": "2",
+        "labelled rows, 1 stable": "200",
+        "age of the labels, 1 stable": "32.0 h",
+        "mean absolute error, 2 canary": "1 (0.1235 to 1.877)",
+        "RMSE, 2 canary": "1.414",
+        "bias, 2 canary": "0 (-1.24 to 1.24)",
+        "labelled rows, 2 canary": "6",
+        "age of the labels, 2 canary": "3.0 days",
+    }
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"rows": None}, {"rows": -1}, {"wrong": 2}, {"wrong": "no"}, {"age": None}, {"age": []}, {"abs_error": "x"}],
+)
+def test_feedback_that_lacks_something_does_not_spoil_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any]
+) -> None:
+    bare = {"event": "feedback", "time": time.time()}
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(truth() | fields, bare, truth(3)))
+    found = run(capsys, "--dir", tmp_path)
+    assert (found["labelled rows, 1 stable"], found["torn lines"]) == ("3", "2")
+
+
+def test_report_knows_the_share_of_rows_whose_truth_came(
+    serve: Any, iris_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = serve(iris_file)
+    version = client.get("/model").json["stable"]["version"]
+    client.predict([[5.1, 3.5, 1.4, 0.2]] * 6)
+    answer = client.post({"data": [[5.1, 3.5, 1.4, 0.2]] * 2})
+    body = {"feedback": [{"receipt": answer.headers["X-Feedback"], "truth": answer.json["prediction"]}]}
+    assert client.post(body, "/feedback", Authorization=basic("feedback")).json["accepted"] == 1
+    found = run(capsys, "--dir", client.journal_dir)
+    assert found[f"labelled rows, {version} stable"] == "2"
+    assert found[f"coverage since first served, {version} stable"] == "25.00 %"
+    assert found[f"prediction errors, {version} stable"] == f"0.00 % (0.00 to {100 * wilson(0, 2)[1]:.2f} %)"
+    assert found[f"age of the labels, {version} stable"] in ("0 s", "1 s", "2 s")
+
+
+def test_feedback_is_counted_as_an_event_if_endpoints_were_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "endpoints.error_rate", None)
+    monkeypatch.delitem(sys.modules, "telemetry.feedback_report", raising=False)
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(truth(), truth()))
+    assert run(capsys, "--dir", tmp_path)["feedback of 1"] == "2"
 
 
 def test_command_reads_the_directory_that_the_environment_names(journal: Path) -> None:
