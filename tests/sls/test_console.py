@@ -15,8 +15,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, basic, records
 from loopback_sls import LoopbackSLS
+from sklearn.dummy import DummyClassifier, DummyRegressor
 
 from endpoints.error_rate import mean_interval, wilson
 from settings import Settings, SettingsError
@@ -492,7 +493,8 @@ def run(query: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # A term of a key that a record lacks is false.
     condition = re.sub(r'(\w+)\s*:\s*("[^"]*"|\w+)', lambda m: f"(get({m[1]!r}) == {m[2].strip(chr(34))!r})", search)
     condition = re.sub(r"(\w+)\s*(>=|>)\s*(\d+)", r"(get('\1') is not None and get('\1') \2 \3)", condition)
-    found = [record for record in records if eval(condition, {"get": record.get})]
+    typed = [{key: as_indexed(key, value) for key, value in record.items()} for record in records]
+    found = [record for record in typed if eval(condition, {"get": record.get})]
     if not sql:
         return found
     database = sqlite3.connect(":memory:")
@@ -519,6 +521,13 @@ def run(query: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = database.execute(sql).fetchall()
     database.close()
     return [dict(row) for row in rows]
+
+
+def as_indexed(key: str, value: Any) -> Any:
+    """Return a value as SQL sees it: SLS has strings, and those that are no number are null in a field of numbers."""
+    if not isinstance(value, str) or KEYS.get(key, {"type": "text"})["type"] == "text":
+        return value
+    return float(value) if value else None
 
 
 def fires(name: str, records: list[dict[str, Any]], hours: float = 0.0) -> bool:
@@ -649,6 +658,32 @@ def test_prediction_errors_and_their_intervals_are_those_of_error_rate(seed: int
     (hour,) = run(QUERIES["prediction-errors"], records)
     assert hour["stable"] == pytest.approx(100 * sum(wrong) / n)
     assert hour["canary"] == pytest.approx(sum(absolute) / n)
+
+
+def test_feedback_that_a_server_has_shipped_is_what_the_queries_take(
+    sls: LoopbackSLS, operator: Operator, serve: Any
+) -> None:
+    classifier = DummyClassifier(strategy="constant", constant=0).fit([[0.0], [1.0]], [0, 1])
+    regressor = DummyRegressor(strategy="constant", constant=0.0).fit([[0.0], [1.0]], [0.0, 1.0])
+    for model, bound in ((classifier, 0.1), (regressor, 0.15)):
+        client = serve(model)
+        client.service.serving.on_describe.append(lambda found, bound=bound: found["stable"].update(error_bound=bound))
+        answers = [client.post({"data": [[0.0]] * 100}) for _ in range(3)]
+        entries = [{"receipt": answer.headers["X-Feedback"], "truth": [0] * 80 + [1] * 20} for answer in answers]
+        answer = client.post({"feedback": entries}, "/feedback", Authorization=basic("feedback"))
+        assert answer.json["accepted"] == 3
+        operator.client.send(written := records(client.journal_dir))
+        operator.client.send(written)  # as a shipper that was killed before it saved its progress
+    rows = run(QUERIES["prediction-errors-versions"], sls.logs)
+    assert {(row["served"], row["labelled_rows"], row["errors"], row["unknown_labels"]) for row in rows} == {
+        ("stable", 300.0, 0.2, 0.0),
+        ("stable", 300.0, 0.2, None),
+    }
+    alerts = run(QUERIES["prediction-error-rate"], sls.logs)
+    low = wilson(60, 300)[0], mean_interval(60, 60, 300)[0]
+    assert [row["low"] - row["bound"] for row in alerts] == pytest.approx([low[0] - 0.1, low[1] - 0.15])
+    assert fires("prediction-error-rate", sls.logs)
+    assert [(row["served"], row["n"]) for row in run(QUERIES["ls-feedback"], sls.logs)] == [("stable", 300.0)] * 2
 
 
 def test_records_that_are_not_requests_change_no_figure() -> None:
