@@ -78,7 +78,7 @@ def test_settings_table_has_each_setting_with_its_default() -> None:
             assert shown == "usable cores"
         else:
             value = ",".join(each.default) if isinstance(each.default, tuple) else each.default
-            default = {None: "none", "": "none", False: "`0`"}.get(value, f"`{value}`")  # type: ignore[call-overload]
+            default = {None: "none", "": "none", False: "`0`", True: "`1`"}.get(value, f"`{value}`")  # type: ignore[call-overload]
             assert shown.replace(".0`", "`") == default.replace(".0`", "`")
 
 

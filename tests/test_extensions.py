@@ -155,6 +155,7 @@ def test_server_without_any_extra_predicts_and_records(tmp_path: Path, iris_file
     with gunicorn(tmp_path, model_path=iris_file, worker_class=worker_class, extensions=without) as server:
         assert server.predict([ROW]) == (200, {"prediction": [0]})
         assert server.ask("GET", "/metrics")[0] == 404
+        assert server.ask("POST", "/feedback", b"{}")[0] == 404
         assert server.ask("POST", "/predict", b"{}")[0] == 401
         (record,) = records(server.journal_dir)
         assert (record["status"], record["user"]) == (200, "predict")

@@ -9,6 +9,8 @@ from typing import Any
 
 from conftest import ROOT, Client
 
+from settings import EXTENSIONS
+
 # What may be removed: each room, and each format of a tensor library. The rest of the product is the core.
 EXTRAS = (
     *("telemetry/", "sls/", "speedups/", "endpoints/"),
@@ -95,9 +97,7 @@ def test_reader_can_hold_it() -> None:
 
 
 def test_way_of_a_request_is_short(serve: Any, iris_file: Path) -> None:
-    client: Client = serve(
-        iris_file, extensions=tuple(f"-{name}" for name in ("telemetry", "sls", "speedups", "model.versions"))
-    )
+    client: Client = serve(iris_file, extensions=tuple(f"-{name}" for name in EXTENSIONS))
     called: set[tuple[str, int]] = set()
 
     def note(frame: FrameType, event: str, argument: Any) -> None:

@@ -13,7 +13,6 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMedi
 
 from web.body import BodyReader
 
-NPY = "application/x-npy"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 MAX_DIMENSIONS = 32  # of an array, as in numpy before 2.0
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
@@ -27,8 +26,8 @@ def read_rows(
     Returns:
         The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
     """
-    body = read_body(request, bodies, NPY)
-    if request.environ["CONTENT_TYPE"] == NPY:
+    body = read_body(request, bodies, "application/x-npy")
+    if request.environ["CONTENT_TYPE"] == "application/x-npy":
         rows, method = decode_npy(body), request.args.get("method", "predict")
     else:
         rows, method = run_in_thread(decode_json, body) if len(body) > LARGE_BODY else decode_json(body)
@@ -39,12 +38,11 @@ def read_rows(
 
 def read_body(request: Request, bodies: BodyReader, *others: str) -> bytes:
     """Read a body that is JSON by its content type, or one of some others. Raises: HTTPException, what is wrong."""
-    environ = request.environ
-    if environ.get("CONTENT_TYPE", "") not in ("application/json", *others) and not request.is_json:
+    if request.environ.get("CONTENT_TYPE") not in ("application/json", *others) and not request.is_json:
         raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
-    if "HTTP_CONTENT_ENCODING" in environ:
+    if "HTTP_CONTENT_ENCODING" in request.environ:
         raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
-    return bodies.read(environ)
+    return bodies.read(request.environ)
 
 
 def parse_json(body: bytes, form: str) -> Any:
@@ -70,9 +68,8 @@ def decode_json(body: bytes) -> tuple[Any, str]:
         call = {"data": call}
     if type(call) is not dict:
         raise UnprocessableEntity(f"the body is not an object; {form}")
-    if unknown := call.keys() - (
-        {"data", "method"} if "columns" not in call else {"data", "method", "columns", "index"}
-    ):
+    known = {"data", "method", "columns", "index"} if "columns" in call else {"data", "method"}
+    if unknown := call.keys() - known:
         raise UnprocessableEntity(f"unknown key {min(unknown)[:80]!r}; the body has data and may have method")
     if "data" not in call:
         raise UnprocessableEntity(f"data is missing; {form}")
