@@ -97,14 +97,17 @@ def calls(server: list[Gunicorn], first: int, last: int) -> list[tuple[str, list
 
 @contextmanager
 def killing(servers: list[Gunicorn]) -> Iterator[list[int]]:
-    """Kill a worker of a host about each second."""
+    """Kill a worker of a host, and each second another, of a host whose workers all serve."""
     ended, killed = threading.Event(), list[int]()
+    expected = {server: server.log.read_text().count("serving version") for server in servers}
 
     def kill() -> None:
-        while not ended.wait(0.7):
-            workers = random.choice(servers).workers()
-            if len(workers) == 2:
-                killed.append(workers[len(killed) % 2])
+        while not ended.wait(1.0):
+            server = servers[len(killed) % 2]
+            workers = server.workers()
+            if len(workers) == 2 and server.log.read_text().count("serving version") >= expected[server]:
+                expected[server] += 1
+                killed.append(random.choice(workers))
                 os.kill(killed[-1], signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
