@@ -200,11 +200,13 @@ def test_receipt_that_several_workers_are_given_at_once_counts_once(tmp_path: Pa
     model = tmp_path / "model.joblib"
     joblib.dump(LogisticRegression().fit(ROWS[:200], TRUE[:200]), model)
     with gunicorn(tmp_path, model_path=model, web_concurrency=2, worker_class=worker_class) as server:
-        receipts = [predict(server, ROWS[at : at + 1])[0] for at in range(40)]
+        receipts = in_threads(lambda at: predict(server, ROWS[at : at + 1])[0], list(range(40)))
         entries = [{"receipt": receipt, "truth": [1]} for receipt in receipts]
-        found = in_threads(lambda _: ask(server, "/feedback", {"feedback": entries}, "feedback")[1], [0] * 24, 8)
+        jobs = [[entry] for entry in entries for _ in range(6)] + [entries] * 6  # each six times at once
+        found = in_threads(lambda job: ask(server, "/feedback", {"feedback": job}, "feedback")[1], jobs, 8)
         assert sum(each["accepted"] for each in found) == 40
-        assert sum(each["duplicates"] for each in found) == 23 * 40
+        assert sum(each["duplicates"] for each in found) == 11 * 40
+        assert len([each for each in records(server.journal_dir) if "event" in each]) == 40
         assert {record["pid"] for record in records(server.journal_dir)} == set(server.workers())
         time.sleep(2)
         assert [(shown(server)["rows"], shown(server)["coverage"]) for _ in range(9)] == [(40, 1.0)] * 9
