@@ -257,7 +257,7 @@ def test_record_names_who_sent_it_and_holds_no_row(client: Client) -> None:
     record = records(client.journal_dir)[-1]
     assert set(record) == {
         *("event", "receipt_id", "model_version", "variant", "rows", "wrong", "unknown_labels", "abs_error"),
-        *("sq_error", "signed_error", "age", "user", "time", "record_id", "pid"),
+        *("sq_error", "signed_error", "age", "user", "error_bound", "time", "record_id", "pid"),
     }
     assert (record["event"], record["user"], record["variant"], record["wrong"]) == (
         "feedback",

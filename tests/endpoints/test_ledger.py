@@ -62,7 +62,7 @@ def test_record_holds_neither_prediction_nor_truth(place: Path) -> None:
         del record[name]
     known = {"event": "feedback", "receipt_id": "00000000000000ff", "age": 60.5, "user": "alice"}
     known |= {"model_version": "v1", "variant": "stable", "rows": 1, "wrong": 1, "unknown_labels": 0}
-    assert record == known | {"abs_error": None, "sq_error": None, "signed_error": None}
+    assert record == known | dict.fromkeys(("abs_error", "sq_error", "signed_error", "error_bound"))
 
 
 def test_receipt_of_another_kind_than_the_figures_is_rejected(place: Path) -> None:
