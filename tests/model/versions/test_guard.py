@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -21,11 +22,15 @@ from model.__main__ import main
 from model.versions.guard import (
     FAULTS,
     MAX_CANARY_REQUESTS,
+    MIN_LABELLED_ROWS,
     MIN_REQUESTS,
+    WRONG_ROWS,
     Guard,
+    Labelled,
     Tail,
     Tally,
     judge,
+    judge_predictions,
 )
 from model.versions.store import Routing, Store, write_json
 from monitor import Journal, log_monitor, segments
@@ -318,6 +323,128 @@ def test_list_shows_no_rollback_for_a_routing_written_by_hand(
     monkeypatch.setenv("JOURNAL_DIR", str(tmp_path))
     assert main(["--dir", str(store.directory), "list"]) == 0
     assert "rolled back" not in capsys.readouterr().out
+
+
+# --- feedback
+
+
+def feedback(variant: str, entries: int, wrong: float, each: int = 1, /, **changes: Any) -> list[dict[str, Any]]:
+    """Return records of so many entries of feedback, with this share of wrong rows, as the journal has them."""
+    dice, version = random.Random(entries), {"stable": "1", "canary": "2"}[variant]
+    known = {"event": "feedback", "variant": variant, "model_version": version, "time": time.time() + 60, "age": 1.5}
+    known |= {"abs_error": None, "sq_error": None, "signed_error": None, "unknown_labels": 0, "user": "truth"}
+    counts = [sum(dice.random() < wrong for _ in range(each)) for _ in range(entries)]
+    return [
+        known | {"rows": each, "wrong": count, "receipt_id": f"{at:x}"} | changes for at, count in enumerate(counts)
+    ]
+
+
+def measured(variant: str, entries: int, scale: float) -> list[dict[str, Any]]:
+    """Return records of so many entries of feedback, with errors of a regression of this scale."""
+    dice = random.Random(entries)
+    errors = [scale * dice.lognormvariate(0, 1) for _ in range(entries)]
+    records = feedback(variant, entries, 0.0, wrong=None, unknown_labels=None)
+    return [
+        record | {"abs_error": error, "sq_error": error * error, "signed_error": -error}
+        for record, error in zip(records, errors, strict=True)
+    ]
+
+
+def test_canary_that_predicts_wrongly_is_rolled_back(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    assert guard.evaluate(routing, feedback("stable", 1000, 0.05)) == ""
+    reason = guard.evaluate(routing, feedback("canary", 100, 0.3, 4))
+    said = r"[23]\d\.\d % of its 400 labelled rows were predicted wrongly, of stable's 1000 \d\.\d %"
+    assert re.fullmatch(said, reason), reason
+    assert Routing.read(store.directory).why == f"guard, {reason}: canary 2"
+
+
+def test_canary_with_larger_errors_is_rolled_back(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    reason = guard.evaluate(routing, measured("stable", 1000, 1.0) + measured("canary", 400, 2.0))
+    said = r"the mean absolute error of its 400 labelled rows is 3\.\d+, of stable's 1000 1\.\d+"
+    assert re.fullmatch(said, reason), reason
+
+
+@pytest.mark.parametrize(("stable", "canary"), [(0.05, 0.05), (0.3, 0.05), (0.0, 0.008), (1.0, 1.0)])
+def test_canary_that_predicts_no_worse_stays(guard: Guard, store: Store, stable: float, canary: float) -> None:
+    routing = Routing.read(store.directory)
+    for turn in range(20):
+        records = feedback("stable", 500 + turn, stable) + feedback("canary", 100 + turn, canary)
+        assert guard.evaluate(routing, records + measured("stable", 100, 1.0) + measured("canary", 50, 1.0)) == ""
+
+
+def test_few_labelled_rows_say_nothing(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    few = MIN_LABELLED_ROWS - 1
+    assert guard.evaluate(routing, feedback("stable", 1000, 0.0) + feedback("canary", few, 1.0)) == ""
+    assert guard.evaluate(routing, feedback("canary", 1, 1.0)) != ""
+    routing = store.canary("2", 5, guard=True)
+    assert guard.evaluate(routing, feedback("stable", few, 0.0) + feedback("canary", 1000, 1.0)) == ""
+    assert guard.evaluate(routing, feedback("stable", 1, 0.0)) != ""
+
+
+def test_labelled_rows_outlast_the_window_of_requests(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    assert guard.evaluate(routing, feedback("stable", 1000, 0.05) + feedback("canary", 150, 0.3)) == ""
+    for _ in range(3):
+        assert guard.evaluate(routing, requests("stable", 3000) + requests("canary", MAX_CANARY_REQUESTS)) == ""
+    assert "of its 300 labelled rows" in guard.evaluate(routing, feedback("canary", 150, 0.3))
+
+
+def test_change_of_the_routing_forgets_labelled_rows(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    assert guard.evaluate(routing, feedback("stable", 1000, 0.05) + feedback("canary", 150, 0.3)) == ""
+    routing = store.canary("2", 10, guard=True)
+    assert guard.evaluate(routing, feedback("stable", 1000, 0.05) + feedback("canary", 150, 0.3)) == ""
+    assert guard.evaluate(routing, feedback("canary", 150, 0.3)) != ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({}, True),
+        ({"age": 0}, True),
+        ({"age": 7 * 86_400.0}, False),  # predicted before the canary
+        ({"model_version": "3"}, False),
+        ({"variant": "stable"}, False),
+        ({"rows": 0}, False),
+        ({"rows": "x"}, False),
+        ({"rows": None}, False),
+        ({"wrong": None}, False),
+        ({"wrong": -1}, False),
+        ({"wrong": "x"}, False),
+        ({"age": None}, False),
+        ({"age": math.nan}, False),
+        ({"time": None}, False),
+        ({"event": "other"}, False),
+    ],
+    ids=str,
+)
+def test_only_whole_feedback_on_predictions_since_the_change_counts(
+    guard: Guard, store: Store, changes: Any, counts: bool
+) -> None:
+    routing = Routing.read(store.directory)
+    reason = guard.evaluate(routing, feedback("stable", 1000, 0.05) + feedback("canary", 1000, 0.5, **changes))
+    assert bool(reason) is counts
+
+
+def test_feedback_is_no_request(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    assert guard.evaluate(routing, requests("stable", 1000) + feedback("canary", 1000, 1.0)) == ""
+
+
+def test_canaries_with_equal_errors_are_left_alone_time_after_time() -> None:
+    draw = np.random.default_rng(7)
+    for _ in range(100):
+        stable, canary = Labelled(), Labelled()
+        for _ in range(60):
+            for labelled, rows in (stable, 100), (canary, 50):
+                labelled.add({"rows": rows, "wrong": int(draw.binomial(rows, 0.1))}, WRONG_ROWS)
+            assert judge_predictions(stable, canary, WRONG_ROWS) == ""
+
+
+# --- odd records
 
 
 ODD: list[Any] = [None, True, -1, 1.5, "", "x", "canary", [], {}, [1]]
