@@ -54,6 +54,7 @@ _version = click.argument("version")
 _sample = click.option("--sample", type=read_rows, metavar="ROWS.JSON", help='Rows, as in "data".')
 _force = click.option("--force", is_flag=True, help="Serve it even if it does not fit this machine.")
 _wait_help = "Wait until all workers of this host serve it (default: 60 seconds)."
+_bound_help = "Error rate (or mean absolute error) that alerts (default: that of the metrics)."
 _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metavar="[SECONDS]", help=_wait_help)
 
 
@@ -63,6 +64,7 @@ _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metav
 @_sample
 @click.option("--metrics", type=_json, metavar="JSON", help="Figures to remember, such as '{\"accuracy\": 0.97}'.")
 @click.option("--note", default="", help="Words to remember.")
+@click.option("--error-bound", type=float, help=_bound_help)
 def publish_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Make a version of a model FILE, once two fresh processes agree on what it predicts for a sample."""
     version = publish(store, file, **given)

@@ -40,7 +40,7 @@ def load_version(manifest: Manifest, **options: Any) -> LoadedModel:
         if name in about and not _is_same(name, found, about):
             raise ModelLoadError(f"version {model.version} has another {name} than its manifest records")
     model.about["made_with"] = about.get("libraries")
-    model.about.update({name: about.get(name) for name in ("published", "metrics", "note")})
+    model.about.update({name: about.get(name) for name in ("published", "metrics", "note", "error_bound", "reference")})
     if shown:
         model.about["validated_with"] = "its recorded sample"
     return model

@@ -22,6 +22,7 @@ import cli
 from settings import Settings
 
 from ..formats import ModelLoadError
+from . import expectations
 from .loading import load_version, model_facts
 from .store import Manifest, Store, StoreError
 
@@ -36,6 +37,7 @@ def publish(
     sample: list[Any] | None = None,
     metrics: Any = None,
     note: str = "",
+    error_bound: float | None = None,
 ) -> str:
     """Make a version of a model file, once two fresh processes have loaded it and agreed on its predictions.
 
@@ -44,6 +46,7 @@ def publish(
         version: its name; by default the next whole number.
         sample: rows to validate it with; without them, a synthetic row.
         metrics, note: kept in the manifest, for people.
+        error_bound: the error from which on it alerts; by default that of the metrics (see expectations.error_bound).
 
     Returns its name. Raises: StoreError, why there is no new version.
     """
@@ -54,6 +57,7 @@ def publish(
             manifest.about.update(validate(manifest))
             bar.update(1)
             manifest.about.update(sample_from="operator" if sample else "synthetic", metrics=metrics, note=note)
+            manifest.about["error_bound"] = expectations.error_bound(error_bound, metrics, manifest.about["classes"])
             validate(manifest)
         bar.update(1)
     return manifest.version
@@ -145,9 +149,11 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     settings = Settings.from_environ(os.environ)
     model = load_version(manifest, allow_version_mismatch=settings.allow_version_mismatch)
     sample = job["about"].get("sample") or model.about["example"]["data"]
+    predictions = model.call(model.signature.parse(sample))
     return model_facts(model) | {
         "sample": sample,
-        "predictions": model.call(model.signature.parse(sample)),
+        "predictions": predictions,
+        "reference": expectations.reference(predictions, model.classes),
         "merges_requests": model.about["merges_requests"],
         "warnings": model.about["warnings"],
         "libraries": installed(loaded_only=True),

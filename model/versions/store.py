@@ -50,7 +50,9 @@ class Manifest:
     is described in; none in the first), `sample` (rows, as in the "data" of a request), `sample_from` ("operator", or
     "synthetic" if none was given), `predictions` (the model's for the sample), `merges_requests` and `warnings` (as
     `GET /model` showed them then), `libraries` and `machine` (that it was published with), `memory` (bytes that loading
-    it took, libraries included), `published`, `by`, and the publisher's `metrics` and `note`.
+    it took, libraries included), `published`, `by`, the publisher's `metrics` and `note`, `error_bound` (from which on
+    it alerts, null if that is unknown) and `reference` (how its predictions for the sample are distributed, null if the
+    sample is too small; see expectations.py). Older versions have neither of the last two.
     """
 
     artifact: Path

@@ -304,6 +304,8 @@ def test_about_says_what_is_served(store: Path) -> None:
         "published": stable(store).about["published"],
         "metrics": None,
         "note": None,
+        "error_bound": None,
+        "reference": None,
     }
 
 

@@ -1024,6 +1024,8 @@ def test_published_manifest_says_what_is_known(published: Path, iris: Path) -> N
         "machine": platform.machine(),
         "metrics": {"accuracy": 0.97},
         "note": "Grüße",
+        "error_bound": 0.03,
+        "reference": None,  # of three rows there is none
     }
     assert {key: about[key] for key in expected} == expected
     documented = set(re.findall(r"`([a-z0-9_]+)`", (Manifest.__doc__ or "").partition("Format:")[2]))
@@ -1125,6 +1127,18 @@ def test_metrics_that_are_no_json_are_refused(iris: Path, store: Store, command:
     why = command("publish", iris / "iris.joblib", "--metrics", text).refusal()
     assert "--metrics: expected JSON, such as '{\"accuracy\": 0.97}'" in why
     assert not store.directory.exists()
+
+
+def test_error_bound_is_kept_and_an_impossible_one_leaves_nothing(
+    iris: Path, store: Store, command: Any, validated_here: None
+) -> None:
+    metrics = ("--metrics", '{"accuracy": 0.97}')
+    assert "--error-bound 5: expected" in command("publish", iris / "iris.joblib", "--error-bound", "5").refusal()
+    assert tree(store) == []
+    assert command("publish", iris / "iris.joblib", *metrics, "--error-bound", "0.1").status == 0
+    assert read_manifest(store.directory, "1").about["error_bound"] == 0.1
+    assert command("publish", iris / "iris.joblib").status == 0
+    assert read_manifest(store.directory, "2").about["error_bound"] is None
 
 
 def test_note_that_is_no_text_is_refused(iris: Path, store: Store, command: Any, validated_here: None) -> None:
