@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -20,7 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from sklearn.dummy import DummyClassifier
 
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures, wilson
+from model.batching import call_directly
 from monitor import LOSSES, Journal
+from telemetry.drift import Drift
 from telemetry.feedback_metrics import families
 from telemetry.metrics import OUTCOMES, Metrics
 from worker_slot import WorkerSlot
@@ -127,6 +130,13 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     metrics = Metrics(place, ships=True)
     figures = {("1", "stable"): Figures(CLASSIFICATION), ("2", "stable"): Figures(REGRESSION)}
     metrics.on_expose.append(lambda add: add(families(figures)))
+    drift = Drift(place, slot, call_directly)
+    drift.tick(lambda record: None)
+    about = {"sha256": "", "reference": {"classes": ["a"], "counts": [40, 0]}}
+    model: Any = SimpleNamespace(version="1", about=about, signature=SimpleNamespace(columns=None))
+    answer: Any = SimpleNamespace(model=model, prediction=["a"])
+    drift.count([[0.5]], answer, {"method": "predict", "model_version": "1"})
+    metrics.on_expose.append(lambda add: add(drift.families([model])))
     metrics.count_request(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
     stable = {"version": "1", "load_seconds": 1.0, "error_bound": 0.1}
     text = metrics.expose("", {"ready": True, "stable": stable, "canary": None})[0]

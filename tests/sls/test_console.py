@@ -83,7 +83,7 @@ def test_setup_creates_everything(sls: LoopbackSLS, operator: Operator) -> None:
             assert there["ttl"] == KEEP_DAYS
         elif "." in kind:
             assert (there["id"], json.loads(there["value"])) == (name, body["value"])
-    assert len(sls.console) == len(resources) == len(operator.lines) == 22
+    assert len(sls.console) == len(resources) == len(operator.lines) == 23
     assert all(line.endswith((": created", ": written")) for line in operator.lines)
 
 
@@ -194,7 +194,7 @@ def test_setup_that_failed_half_way_continues_when_run_again(
     assert "run it again" in operator.lines[-1]
     sls.heal()
     assert operator.setup(make_project=True) == 0
-    assert len(sls.console) == 22
+    assert len(sls.console) == 23
 
 
 def test_setup_waits_for_a_new_logstore_to_be_known(sls: LoopbackSLS, operator: Operator) -> None:
@@ -449,6 +449,9 @@ DROPPED = {"dropped": 7, "reason": "the journal was full", "record_id": "a-2", "
 CHECK = {"check": "1", "record_id": "c"}
 TEST = {"test_alert": "1", "record_id": "t"}
 OTHERS = [UNAUTHENTICATED, DROPPED, CHECK, TEST]
+# As telemetry/drift.py writes it, for each version and day.
+DRIFT = {"event": "drift", "model_version": "1", "variant": "", "day": "2026-01-31", "rows": 1000, "psi": 0.21}
+DRIFT |= {"record_id": "d", "pid": 1}
 
 
 def truth(number: int = 0, **fields: Any) -> dict[str, Any]:
@@ -553,7 +556,8 @@ def since(time: str) -> float:
 
 def columns(alert: dict[str, Any]) -> set[str]:
     """Return the columns of an alert's queries."""
-    found = [run(query["query"], [truth(error_bound=0.1)]) for query in alert["configuration"]["queryList"]]
+    records = [truth(error_bound=0.1), DRIFT]
+    found = [run(query["query"], records) for query in alert["configuration"]["queryList"]]
     return {name for rows in found for row in rows for name in row}
 
 
@@ -617,6 +621,12 @@ STABLE = [request() for _ in range(100)]
         ("no-feedback", [], False),
         ("no-feedback", [truth()], False),
         ("no-feedback", [*STABLE, *OTHERS], False),
+        ("prediction-drift", [*STABLE, DRIFT], True),
+        ("prediction-drift", [DRIFT | {"psi": 0.2}], False),
+        ("prediction-drift", [DRIFT | {"psi": None}], False),
+        ("prediction-drift", [DRIFT | {"rows": 999, "psi": 3.0}, DRIFT | {"rows": 5000, "psi": 0.1}], False),
+        ("prediction-drift", [DRIFT | {"psi": 0.1}, DRIFT | {"model_version": "2"}], True),
+        ("prediction-drift", [*OTHERS, *STABLE, truth()], False),
         ("test", [*STABLE, TEST], True),
         ("test", [*STABLE, UNAUTHENTICATED, DROPPED, CHECK], False),
     ],
@@ -689,8 +699,10 @@ def test_feedback_that_a_server_has_shipped_is_what_the_queries_take(
 def test_records_that_are_not_requests_change_no_figure() -> None:
     requests = [*STABLE, *CANARY, *[failed("model")] * 3, *[failed("client")] * 5]
     for name, query in QUERIES.items():
-        if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers") and "feedback" not in query:
-            with_others = run(query, [*requests, *OTHERS * 10, *truths(50, 10)])
+        if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers") and not re.search(
+            "feedback|drift", query
+        ):
+            with_others = run(query, [*requests, *OTHERS * 10, *truths(50, 10), DRIFT])
             assert with_others == run(query, requests), name
             assert with_others or name in ("ls-request", "ls-slow"), name
 

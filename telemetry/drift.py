@@ -1,0 +1,410 @@
+"""Drift: whether a version predicts, day by day, what it predicted for its sample when it was published.
+
+    watch(service, slot, metrics.on_expose)    # counts after each prediction, and shows the figures
+
+Counted are, per version and day (UTC), the predictions in each bin of the version's reference (made by `publish
+--sample`, model/versions/expectations.py), and in each column the missing values and the unknown categories. No row and
+no prediction is kept. A version without a reference has no PSI; models with several outputs have none.
+
+The population stability index is the sum over the bins of (q - p)·ln(q / p), for the shares p in the reference and q
+of a day: 0 if they are equal, above 0.1 worth a look, above 0.2 a different population (N. Siddiqi, Credit Risk
+Scorecards, 2006). Half a row is added to each bin, so that an empty one counts, and finitely. By chance alone it is
+about (bins - 1)·(1 / rows of the sample + 1 / rows of the day): 0.02 for ten bins and a thousand rows each.
+
+Counting costs, per row of a request of one row (of a thousand): 1.0 µs (0.1) for four numbers and three classes, 1.5
+(0.2) if they may be missing, 1.7 (0.1) as an array, 1.7 (0.2) for 30 numbers and a regression, 1.7 (0.1) for five
+categories, 1.6 (0.2) for 20 numbers and 20 categories, and 3.1 (0.7) if all of 20 values are missing. Of wider rows a
+random part is looked at, so that 200 columns cost 1.6 (0.3). 10,000 rows and more are counted on a native thread.
+"""
+
+import _thread  # a native lock under gevent, too: it is held for a microsecond, and nothing yields meanwhile
+import hashlib
+import logging
+import math
+import mmap
+import random
+import time
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from model.columns import json_form
+from processes import FileLock, LogLimit, replace_file
+from worker_slot import WorkerSlot
+
+if TYPE_CHECKING:
+    from model.loaded import LoadedModel
+    from server import Answer, Service
+
+DAY = 86_400
+KEPT_DAYS = 8
+PLAIN = {str, int, float, bool}  # the types of labels
+COUNTED = ("predicted", "missing", "unknown")
+LATE = 5.0  # seconds after midnight until which workers may still count for the day before
+PLACES = 32  # days and versions in the file of a worker
+MAX_BINS, MAX_COLUMNS = 64, 200  # the columns beyond are not looked at
+LARGE = 10_000  # rows; from here on counting takes milliseconds and goes to a native thread
+VALUES_PER_ROW = 15  # that are looked at; of wider rows only each second, third, … is, at random
+
+PLACE = np.dtype(
+    [
+        ("day", np.uint64),  # since 1970; 0 if the place is free
+        ("version", "S64"),
+        ("model", "S16"),  # identifies the model and its reference: a name may be used again
+        ("bins", np.uint64),  # 0 without a reference
+        ("rows", np.uint64),
+        ("examined", np.uint64),  # of these rows, those whose columns were looked at
+        ("reference", np.uint64, MAX_BINS),
+        ("predicted", np.uint64, MAX_BINS),
+        ("missing", np.uint64, MAX_COLUMNS),
+        ("unknown", np.uint64, MAX_COLUMNS),
+    ]
+)
+
+
+def watch(service: "Service", slot: WorkerSlot, on_expose: list[Any]) -> None:
+    """Count what a service predicts; show the figures in GET /model, in the metrics and, daily, in the journal."""
+    drift = Drift(service.settings.journal_dir, slot, lambda *call: service.run_in_thread(*call))
+    tick = partial(drift.tick, service.journal.append)
+    service.on_start.append(tick)
+    service.every_second.append(tick)
+    service.on_answer.append(drift.count)
+    service.serving.on_update.append(drift.begin_again)
+    service.serving.on_describe.append(drift.describe)
+    on_expose.append(lambda add: add(drift.families(service.serving.loaded())))
+
+
+def psi(reference: Iterable[float], counts: Iterable[float]) -> float:
+    """Return the population stability index of counts per bin."""
+    p, q = (np.asarray(each, dtype=float) + 0.5 for each in (reference, counts))
+    p, q = p / p.sum(), q / q.sum()
+    return float(np.sum((q - p) * np.log(q / p)))
+
+
+class Drift:
+    """What a worker counts, and the figures of all workers of a host.
+
+    Format: `drift/counts-<number>` beside the journal's segments, an array of `PLACES` places of the dtype `PLACE`, in
+    the machine's byte order. If there is no free place, the one of the oldest day is used. `drift/reported` holds the
+    last day that is in the journal, as records with `event` drift, `model_version`, `day`, `rows` and `psi`.
+
+    Concurrency: only the worker that holds the number (worker_slot.WorkerSlot) writes to its file, and anyone may read.
+    A kill loses nothing: what was written to a memory map is the kernel's.
+    """
+
+    def __init__(self, journal_dir: Path, slot: WorkerSlot, run_in_thread: Callable[..., Any]) -> None:
+        """Remember where to count. Nothing is read or written before `tick`."""
+        self._directory, self._slot, self._run_in_thread = journal_dir / "drift", slot, run_in_thread
+        self._path = Path()
+        self._places: Any = None  # this worker's; None if they cannot be written
+        self._counters: dict[str, _Counter | None] = {}  # by version
+        self._day, self._reported = 0, 0
+        self._read: tuple[float, dict[tuple[str, str], dict[int, Sums]]] = (-2.0, {})
+        self._lock = _thread.allocate_lock()
+        self._trouble = LogLimit(logging.getLogger(__name__), math.inf)
+
+    # --- counting
+
+    def count(self, rows: Any, answer: "Answer", record: dict[str, Any]) -> None:
+        """Count an answer to `predict`."""
+        if record["method"] != "predict":
+            return
+        version = record["model_version"]
+        counter = self._counters.get(version) or self._add(version, answer.model)
+        if counter is not None:
+            if len(rows) < LARGE:
+                counter.count(rows, answer.prediction)
+            else:
+                self._run_in_thread(counter.count, rows, answer.prediction)
+
+    def _add(self, version: str, model: "LoadedModel") -> "_Counter | None":
+        """Return the counter of a version for today; None if there is no place for it."""
+        counters = self._counters
+        with self._lock:
+            if version not in counters and self._places is not None:
+                reference = _reference(model.about)
+                place = self._place(version.encode(), _identity(model.about).encode(), reference)
+                counters[version] = None if place is None else _Counter(place, model, reference, self._lock)
+        return counters.get(version)
+
+    def _place(self, version: bytes, identity: bytes, reference: dict[str, Any] | None) -> Any:
+        """Return the place of a version for today, as an array of one; None if the places of today are all taken."""
+        places = self._places
+        mine = np.flatnonzero(
+            (places["day"] == self._day) & (places["version"] == version) & (places["model"] == identity)
+        )
+        if len(mine):
+            return places[mine[0] : mine[0] + 1]
+        at = int(np.argmin(places["day"]))
+        place = places[at : at + 1]
+        if place["day"][0] == self._day:
+            return None
+        place["day"] = 0  # until the others are set: a worker may be killed at any moment
+        for name in ("rows", "examined", "reference", "predicted", "missing", "unknown"):
+            place[name] = 0
+        counts = reference["counts"] if reference else []
+        place["reference"][0, : len(counts)] = counts
+        place["version"], place["model"], place["bins"] = version, identity, len(counts)
+        place["day"] = self._day
+        return place
+
+    def begin_again(self, *_: Any) -> None:
+        """Look for the counters anew: it is another day, or other models are served."""
+        self._counters = {}
+
+    # --- beside the requests
+
+    def tick(self, append: Callable[[dict[str, Any]], None]) -> None:
+        """Find this worker's place and day, and record the days that are over. Once a second."""
+        path = self._directory / f"counts-{self._slot.number}"
+        if self._places is None or self._path != path or not path.exists():
+            self._join(path)
+        if (day := int(time.time() // DAY)) != self._day:
+            self._day = day
+            self.begin_again()
+        try:
+            over = int((time.time() - LATE) // DAY) - 1
+            if self._places is not None and over != self._reported:
+                self._report(over, append)
+        except OSError as error:
+            self._trouble.error("report", "the drift of yesterday is not recorded: %s", error)
+
+    def _join(self, path: Path) -> None:
+        self._path, self._places = path, None
+        self.begin_again()
+        try:
+            if self._slot.number < 0:
+                raise OSError("this worker has no slot")
+            size = PLACES * PLACE.itemsize
+            if not path.exists() or path.stat().st_size != size:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # No hole: on a full disk writing to one kills the process.
+                replace_file(path, bytes(size), durable=False)
+            with path.open("r+b") as file:
+                self._places = np.frombuffer(mmap.mmap(file.fileno(), size), PLACE)
+        except OSError as error:
+            self._trouble.error("join", "drift is not counted, %s cannot be written: %s", path, error)
+
+    def _report(self, over: int, append: Callable[[dict[str, Any]], None]) -> None:
+        """Record the days up to this one that are not recorded yet; a worker that is killed here may repeat some."""
+        lock, path = FileLock(self._directory / "lock"), self._directory / "reported"
+        if lock.acquire():
+            try:
+                last = 0
+                with suppress(FileNotFoundError, ValueError):
+                    last = int(path.read_text())
+                for version, days in read(self._directory, since=max(last + 1, over - KEPT_DAYS)).items():
+                    for day, sums in sorted(days.items()):
+                        if day <= over and sums.rows:
+                            known = {"event": "drift", "model_version": version[0], "variant": "", "day": _date(day)}
+                            append(known | {"rows": sums.rows, "psi": sums.psi})
+                replace_file(path, str(over).encode(), durable=False)
+                self._reported = over
+            finally:
+                lock.release()
+
+    # --- figures
+
+    def figures(self) -> "dict[tuple[str, str], dict[int, Sums]]":
+        """Return what `read` returns; a second old at most."""
+        if time.monotonic() - self._read[0] > 1.0:
+            since = int(time.time() // DAY) - KEPT_DAYS + 1
+            self._read = time.monotonic(), read(self._directory, since)
+        return self._read[1]
+
+    def describe(self, served: dict[str, Any]) -> None:
+        """Add the figures of each version to what GET /model shows: `drift`, by day, the latest first.
+
+        Of a day: `rows`; `psi`, null without a reference or a prediction; `missing` and `unknown`, the shares of such
+        values in the columns that have any.
+        """
+        for variant in filter(None, (served["stable"], served["canary"])):
+            columns = variant["signature"]["columns"] or []
+            names = [column["name"] or str(at) for at, column in enumerate(columns)]
+            days = self.figures().get((variant["version"], _identity(variant)), {})
+            variant["drift"] = {_date(day): days[day].describe(names) for day in sorted(days, reverse=True)}
+
+    def families(self, models: "list[LoadedModel]") -> Iterable[Metric]:
+        """Yield the metrics of today for models that are served."""
+        text = "Population stability index of the predictions of today (UTC) against those for the version's sample"
+        found = GaugeMetricFamily("prediction_drift_psi", text, labels=("model_version",))
+        rows = GaugeMetricFamily("prediction_drift_rows", "Rows that it is made of", labels=("model_version",))
+        for model in models:
+            sums = self.figures().get((model.version, _identity(model.about)), {}).get(int(time.time() // DAY))
+            if sums is not None and sums.psi is not None:
+                found.add_metric((model.version,), sums.psi)
+                rows.add_metric((model.version,), sums.rows)
+        yield found
+        yield rows
+
+
+# --- one version, one day, one worker
+
+
+class _Counter:
+    """Counts what a version predicts, in a place, with the lock of all counters of the process."""
+
+    def __init__(self, place: Any, model: "LoadedModel", reference: dict[str, Any] | None, lock: Any) -> None:
+        self._lock = lock
+        # As plain memory, which counts one in a fifth of the time that an array takes.
+        self._rows, self._examined = memoryview(place["rows"]), memoryview(place["examined"])
+        self._predicted, self._missing, self._unknown = (memoryview(place[name][0]) for name in COUNTED)
+        self._edges = reference["edges"] if reference else None
+        self._other = len(reference["counts"]) - 1 if reference else 0
+        self._bins = {label: at for at, label in enumerate(reference["classes"] or ())} if reference else {}
+        self._has_reference = reference is not None
+        columns = list(enumerate(model.signature.columns or ()))[:MAX_COLUMNS]
+        self._may_miss = any(column.nullable for _, column in columns)
+        self._known = [
+            (at, frozenset([None, *column.learned, *map(json_form, column.learned)]))
+            for at, column in columns
+            if column.learned and column.kind not in ("boolean", "date")
+        ]
+        self._step = 1 + (len(columns) * self._may_miss + 4 * len(self._known)) // VALUES_PER_ROW
+
+    def count(self, rows: Any, prediction: Any) -> None:
+        """Count the rows of an answer, as `Signature.validate` returned them, and their predictions."""
+        bins: Iterable[tuple[int, int]] = ()
+        if self._has_reference and len(prediction) == len(rows):
+            bins = ((self._bin(prediction[0]), 1),) if len(rows) == 1 else self._count_bins(prediction)
+        missing: list[int] = []  # the columns of missing values, a column once for each
+        unknown: list[int] = []
+        examined = 0
+        if self._may_miss or self._known:
+            sample = rows if self._step == 1 else rows[int(random.random() * self._step) :: self._step]  # noqa: S311
+            if examined := len(sample):
+                (self._examine_array if isinstance(rows, np.ndarray) else self._examine)(sample, missing, unknown)
+        missing_in, unknown_in = _tally(missing) if missing else (), _tally(unknown) if unknown else ()
+        with self._lock:
+            self._rows[0] += len(rows)
+            self._examined[0] += examined
+            for at, number in bins:
+                self._predicted[at] += number
+            for at, number in missing_in:
+                self._missing[at] += number
+            for at, number in unknown_in:
+                self._unknown[at] += number
+
+    def _bin(self, value: Any) -> int:
+        try:
+            if self._edges is None:
+                return self._bins.get(value, self._other)
+            return bisect_right(self._edges, value) if math.isfinite(value) else self._other
+        except (TypeError, OverflowError):  # null, or what an extension made of a prediction
+            return self._other
+
+    def _count_bins(self, prediction: Any) -> Iterable[tuple[int, int]]:
+        if isinstance(prediction, np.ndarray):
+            if self._edges is not None and prediction.ndim == 1:
+                finite = prediction[np.isfinite(prediction)]
+                counts = np.bincount(np.searchsorted(self._edges, finite, side="right"), minlength=self._other + 1)
+                counts[self._other] += len(prediction) - len(finite)
+                return enumerate(counts.tolist())
+            prediction = prediction.tolist()
+        if self._edges is not None or any(isinstance(each, (list, dict)) for each in prediction):
+            return Counter(map(self._bin, prediction)).items()
+        return [(self._bin(value), number) for value, number in Counter(prediction).items()]
+
+    def _examine(self, rows: Any, missing: list[int], unknown: list[int]) -> None:
+        if self._may_miss:
+            for row in rows:
+                if None in row:
+                    missing += [at for at, value in enumerate(row[:MAX_COLUMNS]) if value is None]
+        for at, known in self._known:
+            for row in rows:
+                if row[at] not in known:
+                    unknown.append(at)
+
+    def _examine_array(self, rows: Any, missing: list[int], unknown: list[int]) -> None:
+        # A sum and a minimum are NaN if any value is; of one row the former takes a tenth of the latter's time.
+        if self._may_miss and math.isnan(sum(rows[0].tolist()) if len(rows) == 1 else rows.min()):
+            for at, number in enumerate(np.isnan(rows[:, :MAX_COLUMNS]).sum(axis=0).tolist()):
+                missing += [at] * number
+        for at, known in self._known:
+            unknown += [at for value in rows[:, at].tolist() if value not in known and value == value]
+
+
+def _tally(columns: list[int]) -> Iterable[tuple[int, int]]:
+    """Return how often each number is there: summed if there are many, for which others would wait at the lock."""
+    return Counter(columns).items() if len(columns) > 50 else zip(columns, repeat(1))  # half the time
+
+
+# --- reading
+
+
+@dataclass
+class Sums:
+    """The sums over all workers of one version's day."""
+
+    rows: int
+    examined: int
+    reference: Any  # counts per bin, empty without a reference
+    predicted: Any
+    missing: Any  # by column
+    unknown: Any
+
+    @property
+    def psi(self) -> float | None:
+        """Return the population stability index, None if there is no reference or no prediction."""
+        return psi(self.reference, self.predicted) if self.predicted.any() else None
+
+    def describe(self, names: list[str]) -> dict[str, Any]:
+        """Return what GET /model shows."""
+        shares = {
+            kind: {name: count / self.examined for name, count in zip(names, counts.tolist(), strict=False) if count}
+            for kind, counts in (("missing", self.missing), ("unknown", self.unknown))
+        }
+        return {"rows": self.rows, "psi": self.psi} | shares
+
+
+def read(directory: Path, since: int) -> dict[tuple[str, str], dict[int, Sums]]:
+    """Return the sums over the files of all workers, by version and identity, and by day; days are since 1970."""
+    found: dict[tuple[str, str], dict[int, Sums]] = {}
+    for path in directory.glob("counts-*"):
+        with suppress(OSError, ValueError):  # removed just now, or of another form
+            places = np.frombuffer(path.read_bytes(), PLACE)
+            for place in places[(places["day"] >= since) & (places["day"] > 0)]:
+                days = found.setdefault((place["version"].decode(), place["model"].decode()), {})
+                _add_place(days, place)
+    return found
+
+
+def _add_place(days: dict[int, Sums], place: Any) -> None:
+    bins = min(int(place["bins"]), MAX_BINS)
+    sums = days.setdefault(int(place["day"]), Sums(0, 0, place["reference"][:bins], 0, 0, 0))
+    sums.rows, sums.examined = sums.rows + int(place["rows"]), sums.examined + int(place["examined"])
+    sums.predicted = sums.predicted + place["predicted"][:bins]
+    sums.missing, sums.unknown = sums.missing + place["missing"], sums.unknown + place["unknown"]
+
+
+def _date(day: int) -> str:
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(days=day)).strftime("%Y-%m-%d")
+
+
+def _identity(about: dict[str, Any]) -> str:
+    content = orjson.dumps([about["sha256"], about.get("reference")])
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _reference(about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the reference of a version, None if it has none that can be used."""
+    found: Any = about.get("reference")
+    with suppress(KeyError, TypeError, ValueError, OverflowError):
+        counts = [int(count) for count in found["counts"]]
+        labels, edges = found.get("classes"), found.get("edges")
+        inner, others = (labels, 1) if edges is None else (edges, 2)
+        sound = len(counts) == len(inner) + others <= MAX_BINS and min(counts) >= 0 and 0 < sum(counts) < 2**63
+        if sound and {*map(type, inner)} <= (PLAIN if edges is None else {int, float}):
+            return {"classes": labels, "edges": edges, "counts": counts}
+    return None
