@@ -10,18 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conftest import records
-from test_ledger import entry
+from ledger_tools import entry, open_ledger
 
-from endpoints.ledger import ACCEPTED, DUPLICATE, Entry, Ledger
-from monitor import Journal
+from endpoints.ledger import ACCEPTED, DUPLICATE, Entry
+from monitor import read_lines, segments
 
 FILES = ("endpoints/ledger.py", "endpoints/id_tables.py", "processes.py", "monitor.py")
-
-
-def open_ledger(place: Path) -> Ledger:
-    """Open a journal with a ledger, as a worker does."""
-    return Ledger(place, Journal(place, 2**24).append)
 
 
 def accept(place: Path, entries: list[Entry], last: int) -> None:
@@ -62,7 +56,8 @@ def main(directory: Path, every: int) -> None:
         assert repaired.accept(batch) == [DUPLICATE] * 4, last
         (figures,) = repaired.figures().values()
         assert (figures.rows, figures.wrong, figures.entries) == (3, 1, 3), (last, figures)
-        written = sorted(record["receipt_id"] for record in records(place))
+        lines = (record for path in segments(place) for _, record in read_lines(path) if record)
+        written = sorted(record["receipt_id"] for record in lines)
         assert written == [f"{number:016x}" for number in (1, 2, 3)], (last, written)
         open_ledger(place).tidy(10**10)
         names = {path.name for path in repaired.directory.iterdir()}

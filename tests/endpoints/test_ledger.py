@@ -14,32 +14,20 @@ from typing import Any
 import orjson
 import pytest
 from conftest import ROOT, records
+from ledger_tools import entry, open_ledger
 
 from endpoints import id_tables, ledger
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures
 from endpoints.id_tables import IdTables
-from endpoints.ledger import ACCEPTED, DUPLICATE, OTHER_KIND, TOO_OLD, Entry, Ledger
-from endpoints.receipts import Receipt
+from endpoints.ledger import ACCEPTED, DUPLICATE, OTHER_KIND, TOO_OLD, Ledger
 from endpoints.row_counts import KEPT, PLACES, RowCounts, read_rows
-from endpoints.truths import Outcome
 from monitor import Journal
-
-
-def entry(number: int, *, wrong: int = 0, hour: int = 5, version: str = "v1", kind: str = CLASSIFICATION) -> Entry:
-    """Return an entry with this id and one row."""
-    receipt = Receipt(number, version, "stable", kind, hour * 3600.0, b"[0]", is_digest=False)
-    return Entry(receipt, Outcome(1, wrong, 0), 60.5, "alice")
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """The journal's directory."""
     return tmp_path / "journal"
-
-
-def open_ledger(place: Path) -> Ledger:
-    """Open a journal with a ledger, as a worker does."""
-    return Ledger(place, Journal(place, 2**24).append)
 
 
 def test_receipt_counts_once(place: Path) -> None:
@@ -73,7 +61,7 @@ def test_receipt_of_another_kind_than_the_figures_is_rejected(place: Path) -> No
 
 
 def test_writer_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
-    run_killer(tmp_path, every=9)
+    run_killer(tmp_path, every=20)
 
 
 @pytest.mark.long
@@ -84,9 +72,9 @@ def test_writer_that_is_killed_at_any_line_loses_nothing(tmp_path: Path) -> None
 def run_killer(place: Path, every: int) -> None:
     """Run the script in a process without threads, which forks safely."""
     script = Path(__file__).with_name("kill_at_each_line.py")
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", script.parent)))
+    path = f"{ROOT}{os.pathsep}{script.parent}"
     command = [sys.executable, script, place, str(every)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 200
 
