@@ -20,6 +20,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error, zero_one_loss
 from sklearn.multioutput import MultiOutputClassifier
 
+from endpoints.feedback import Feedback
 from endpoints.ledger import TOO_OLD
 from settings import Settings
 
@@ -27,6 +28,12 @@ IRIS = load_iris()
 X, Y = IRIS.data, IRIS.target
 NAMES = np.array(["setosa", "versicolor", "virginica"])
 ROW = [5.1, 3.5, 1.4, 0.2]
+
+
+def feedback_of(client: Client) -> Feedback:
+    """Return what makes the receipts of a server."""
+    hooks = [getattr(hook, "__self__", None) for hook in client.service.on_answer]
+    return next(each for each in hooks if isinstance(each, Feedback))
 
 
 def send(client: Client, *entries: Any) -> Any:
@@ -242,7 +249,7 @@ def test_truth_of_a_version_that_is_gone_is_counted(serve: Any, tmp_path: Path, 
     version = first.get("/model").json["stable"]["version"]
     second = Client(Settings(model_path=other, **shared))
     assert send(second, {"receipt": receipt, "truth": [0, 9]})["accepted"] == 1
-    found = second.service.on_answer[0].__self__.ledger.figures()[version, "stable"]
+    found = feedback_of(second).ledger.figures()[version, "stable"]
     assert (found.rows, found.wrong, found.unknown_labels, found.predicted_rows) == (2, 1, 1, 2)
     assert figures(second)["rows"] == 0
     # On a host that has never served the version its labels are not known; what is wrong is.
@@ -286,7 +293,8 @@ def test_feedback_that_is_off_leaves_nothing(serve: Any, iris_file: Path) -> Non
     assert "feedback" not in client.get("/model").json["stable"]
     assert not (client.journal_dir / "feedback").exists()
     assert not (client.journal_dir.parent / "feedback.key").exists()
-    assert (client.service.on_answer, client.service.serving.on_describe) == ([], [])
+    hooks = [*client.service.on_answer, *client.service.serving.on_describe, *client.service.every_second]
+    assert not [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), Feedback)]
 
 
 # --- what cannot be read or written
@@ -298,7 +306,7 @@ def test_server_without_a_key_serves_on(serve: Any, iris_file: Path, caplog: pyt
     client = serve(iris_file, feedback_key_file=place / "key")
     for _ in range(3):
         assert "X-Feedback" not in client.post({"data": [ROW]}).headers
-        client.service.on_answer[0].__self__.tick()
+        feedback_of(client).tick()
     answer = client.post({"feedback": []}, "/feedback", Authorization=basic("feedback"))
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "60")
     assert len([each for each in caplog.records if "FEEDBACK_KEY_FILE" in each.getMessage()]) == 1
@@ -308,7 +316,7 @@ def test_directory_that_cannot_be_written_stops_no_prediction(
     serve: Any, iris_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = serve(iris_file)
-    feedback = client.service.on_answer[0].__self__
+    feedback = feedback_of(client)
     for path in feedback.ledger.directory.iterdir():
         path.unlink()
     feedback.ledger.directory.rmdir()
@@ -326,7 +334,7 @@ def test_directory_that_cannot_be_written_stops_no_prediction(
 
 def test_ledger_that_cannot_be_written_is_unavailable(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     receipt, _ = predict(client, [ROW])
-    state = client.service.on_answer[0].__self__.ledger.directory / "figures.json"
+    state = feedback_of(client).ledger.directory / "figures.json"
     state.mkdir()
     body = {"feedback": [{"receipt": receipt, "truth": [0]}]}
     answer = client.post(body, "/feedback", Authorization=basic("feedback"))
@@ -345,7 +353,7 @@ def test_key_is_in_no_log(serve: Any, iris_file: Path, caplog: pytest.LogCapture
     digits = path.read_text().strip()
     send(client, {"receipt": receipt, "truth": [0]}, {"receipt": digits, "truth": [0]})
     path.write_text(digits[:-1])
-    client.service.on_answer[0].__self__.tick()
+    feedback_of(client).tick()
     assert "one or two lines of 64 hex digits" in caplog.text
     told = caplog.text + client.get("/model").text + "".join(map(str, records(client.journal_dir)))
     assert digits[:16] not in told
