@@ -156,6 +156,10 @@ def main(namespace: str, *arguments: str) -> None:
             subprocess.run(["systemd-analyze", "verify", *UNITS.glob("prediction-server.*")], check=True)
         case ("enable", "--now", "prediction-server.socket", "prediction-server.service"):
             start("prediction-server.service")
+        case ("enable", "--now", "--no-block", "prediction-server.socket", "prediction-server.service"):
+            pass  # it would try for as long as there is no user
+        case ("start", "prediction-server.service"):
+            start("prediction-server.service")
         case ("reload", "nginx"):
             pid = Path("/run/nginx.pid")
             if pid.exists() and pid.read_text():  # `nginx -t` makes an empty one
