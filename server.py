@@ -138,8 +138,11 @@ class Service:
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
         current: Request = request._get_current_object()  # type: ignore[attr-defined]
-        rows, method = read_rows(current, self.bodies, self.settings.max_rows, self.run_in_thread)
-        given = current.environ.get
+        return self.respond(*read_rows(current, self.bodies, self.settings.max_rows, self.run_in_thread))
+
+    def respond(self, rows: Any, method: str) -> Response:
+        """Answer rows as POST /predict does, by the version that the request's headers ask for."""
+        given = request.environ.get
         answer = self.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))
         content = {"prediction": answer.prediction}
         if answer.classes is not None:
@@ -172,7 +175,7 @@ class Service:
         """Answer rows, for the request under way; every endpoint that predicts calls this, and nothing else.
 
         Args:
-            rows: a decoded JSON value, or an array `(n_rows, …)`.
+            rows: a decoded JSON value, or an array `(n_rows, …)`; or a function that makes it for a signature.
             method: of the model.
             version, routing_key: as in `Serving.choose`; only admins may name a version.
 
@@ -186,6 +189,7 @@ class Service:
         if method not in model.methods:
             raise BadRows(f"this model has no method {method[:80]!r}; it has {', '.join(model.methods)}")
         record["method"] = method
+        rows = rows(model.signature) if callable(rows) else rows
         rows = model.signature.validate(self.before_predict(rows, record))
         record["rows"] = len(rows)
         prediction = model.predict(rows, method)

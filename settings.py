@@ -9,6 +9,7 @@ boot with the variable, the value and what was expected. An empty variable count
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -65,6 +66,12 @@ def _switch(value: str) -> bool:
     return value == "1"
 
 
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise SettingsError("expected a name: 1 to 100 letters, digits, or (not at its beginning) any of . _ -")
+    return value
+
+
 def _extensions(value: str) -> tuple[str, ...]:
     entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
     if not all(part.isidentifier() for entry in entries for part in entry[entry[0] in "+-" :].split(".")):
@@ -73,6 +80,12 @@ def _extensions(value: str) -> tuple[str, ...]:
     if unknown:
         raise SettingsError(f"{unknown[0]}: expected one of the default list to take away: {', '.join(EXTENSIONS)}")
     return entries
+
+
+def _route(value: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._~:@-]*)+", value):
+        raise SettingsError("expected a path that begins with / and consists of letters, digits and - . _ ~ : @ /")
+    return value
 
 
 def _setting(parse: Callable[[str], Any], default: Any = MISSING, default_factory: Any = MISSING) -> Any:
@@ -99,6 +112,7 @@ class Settings:
     model_path: Path | None = _setting(_path, None)  # one model file, without the version store
     model_sample: Path | None = _setting(_path, None)  # rows that it answers; by default NAME.sample.json beside NAME
     model_dir: Path = _setting(_path, Path("var/models"))  # the version store
+    model_name: str = _setting(_name, "model")  # in the paths and answers of protocols that name the model
     extra_columns: str = _setting(_one_of("refuse", "ignore"), "refuse")  # of rows that are objects
     allow_version_mismatch: bool = _setting(_switch, False)  # serve a model made by another scikit-learn
 
@@ -122,6 +136,9 @@ class Settings:
     feedback: bool = _setting(_switch, True)
     feedback_key_file: Path = _setting(_path, Path("var/feedback.key"))  # made at the first start; hosts share it
     feedback_max_age: int = _setting(_number(1, 366 * 86_400, "seconds"), 30 * 86_400)  # of a receipt
+    # Vertex AI's paths, by the names that it gives them (endpoints/vertex.py); by default the ones that it documents
+    aip_health_route: str = _setting(_route, "")
+    aip_predict_route: str = _setting(_route, "")
 
     # Where the records go (sls/); shipping is on when the first three are set
     sls_endpoint: str = _setting(str, "")  # such as cn-hangzhou.log.aliyuncs.com; without a scheme, https

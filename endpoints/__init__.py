@@ -1,1 +1,1 @@
-"""More endpoints, one module each, which are extensions of the server (see EXTENSIONS in settings.py)."""
+"""Further endpoints, one Flask blueprint each. Extensions of the server (see EXTENSIONS in settings.py)."""

@@ -27,7 +27,7 @@ from endpoints.row_counts import RowCounts
 from endpoints.truths import BadTruth, Known, compare, kind_of, labels_of
 from model.batching import call_directly
 from processes import LogLimit, replace_file
-from web.decoding import LARGE_BODY, parse_json, read_body
+from web.decoding import LARGE_BODY, parse_json, read_body, require_json
 from web.errors import json_response
 from worker_slot import WorkerSlot, slot_of
 
@@ -137,7 +137,8 @@ class Feedback:
         """POST /feedback: count how the predictions of earlier answers turned out."""
         service, keys = self._service, self._keys.keys
         current = request._get_current_object()  # type: ignore[attr-defined]
-        body = read_body(current, service.bodies)
+        require_json(current)
+        body = read_body(current.environ, service.bodies)
         run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
         content = run(parse_json, body, FORM)
         given = content.get("feedback") if isinstance(content, dict) else None

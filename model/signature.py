@@ -85,7 +85,7 @@ class Signature:
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         else:
             rows = parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
-            if not self._is_one_array:
+            if not self.is_one_array:
                 return rows if self.layout == "texts" else self._assemble_columns(rows)
             array = to_array(rows, self.precision)  # null becomes NaN
         if self.layout != "frame":
@@ -112,12 +112,12 @@ class Signature:
         return {"layout": self.layout, "columns": columns, "form": self.example()}
 
     @cached_property
-    def _is_one_array(self) -> bool:
+    def is_one_array(self) -> bool:
         """Whether all values go into one array of the signature's precision."""
         return self.layout != "texts" and all(c.dtype == "float64" for c in self.columns or ())
 
     @property
-    def _row_shape(self) -> tuple[int | None, ...]:
+    def row_shape(self) -> tuple[int | None, ...]:
         """The shape of a row in an array; None is a size that may differ between requests."""
         if self.layout in ("texts", "numbers"):
             return ()
@@ -266,7 +266,7 @@ class Signature:
     def _validate_array(self, array: Any) -> Any:
         if self.layout == "texts" or not all(c.accepted & {int, float} for c in self.columns or ()):
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
-        shape = self._row_shape
+        shape = self.row_shape
         if not matches((None, *shape), array.shape):
             expected = ", ".join(["rows", *("any" if size is None else str(size) for size in shape)])
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")

@@ -13,8 +13,10 @@ from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMedi
 
 from web.body import BodyReader
 
+NPY = "application/x-npy"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some programs put before UTF-8
 MAX_DIMENSIONS = 32  # of an array, as in numpy before 2.0
+FORM = 'send {"data": [[…], …]}'
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 
 
@@ -26,27 +28,38 @@ def read_rows(
     Returns:
         The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
     """
-    body = read_body(request, bodies, "application/x-npy")
-    if request.environ["CONTENT_TYPE"] == "application/x-npy":
+    environ = request.environ
+    require_json(request, NPY)
+    body = read_body(environ, bodies)
+    if environ["CONTENT_TYPE"] == NPY:
         rows, method = decode_npy(body), request.args.get("method", "predict")
     else:
         rows, method = run_in_thread(decode_json, body) if len(body) > LARGE_BODY else decode_json(body)
-    if isinstance(rows, (list, np.ndarray)) and len(rows) > max_rows:
-        raise UnprocessableEntity(f"data has {len(rows)} rows; this server takes {max_rows} in one request")
+    check_length(rows, max_rows)
     return rows, method
 
 
-def read_body(request: Request, bodies: BodyReader, *others: str) -> bytes:
-    """Read a body that is JSON by its content type, or one of some others. Raises: HTTPException, what is wrong."""
+def require_json(request: Request, *others: str) -> None:
+    """Reject a body that is not JSON by its content type, nor one of some others. Raises: UnsupportedMediaType."""
     if request.environ.get("CONTENT_TYPE") not in ("application/json", *others) and not request.is_json:
         raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
-    if "HTTP_CONTENT_ENCODING" in request.environ:
+
+
+def read_body(environ: dict[str, Any], bodies: BodyReader) -> bytes:
+    """Read a request's body, which must not be compressed. Raises: HTTPException."""
+    if "HTTP_CONTENT_ENCODING" in environ:
         raise UnsupportedMediaType("send the body as it is, without Content-Encoding")
-    return bodies.read(request.environ)
+    return bodies.read(environ)
 
 
-def parse_json(body: bytes, form: str) -> Any:
-    """Decode a body as strict JSON; `form` shows callers what to send. Raises: BadRequest."""
+def check_length(rows: Any, max_rows: int) -> None:
+    """Reject more rows than one request may have. Raises: UnprocessableEntity."""
+    if isinstance(rows, (list, np.ndarray)) and len(rows) > max_rows:
+        raise UnprocessableEntity(f"data has {len(rows)} rows; this server takes {max_rows} in one request")
+
+
+def parse_json(body: bytes, form: str = FORM) -> Any:
+    """Decode a body as strict JSON; `form` shows callers what to send. Raises: BadRequest, empty, or not JSON."""
     if not body:
         raise BadRequest(f"the body is empty; {form}")
     try:
@@ -56,23 +69,26 @@ def parse_json(body: bytes, form: str) -> Any:
 
 
 def decode_json(body: bytes) -> tuple[Any, str]:
-    """Decode `{"data": rows, "method": "predict"}`; the method is optional.
+    """Decode the JSON of `decode_call`. Raises: as that, and as `parse_json`."""
+    return decode_call(parse_json(body))
+
+
+def decode_call(call: Any) -> tuple[Any, str]:
+    """Return rows and method of `{"data": rows, "method": "predict"}`; the method is optional.
 
     Also what pandas writes: `to_json(orient="records")`, the list of rows alone, and `orient="split"`, with "columns".
 
-    Raises: BadRequest, not JSON; UnprocessableEntity, JSON of another form.
+    Raises: UnprocessableEntity, JSON of another form.
     """
-    form = 'send {"data": [[…], …]}'
-    call = parse_json(body, form)
     if type(call) is list:
         call = {"data": call}
     if type(call) is not dict:
-        raise UnprocessableEntity(f"the body is not an object; {form}")
+        raise UnprocessableEntity(f"the body is not an object; {FORM}")
     known = {"data", "method", "columns", "index"} if "columns" in call else {"data", "method"}
     if unknown := call.keys() - known:
         raise UnprocessableEntity(f"unknown key {min(unknown)[:80]!r}; the body has data and may have method")
     if "data" not in call:
-        raise UnprocessableEntity(f"data is missing; {form}")
+        raise UnprocessableEntity(f"data is missing; {FORM}")
     rows, method = call["data"], call.get("method", "predict")
     if not isinstance(method, str):
         raise UnprocessableEntity('method is not a string, such as "predict_proba"')

@@ -22,7 +22,7 @@ def kind_of(dtype: str) -> Kind:
 class TypedSignature(Signature):
     """Takes an array `(n_rows, n_columns)` of a numpy type, such as int64."""
 
-    _is_one_array = True  # a cached property there
+    is_one_array = True  # a cached property there
 
     def _validate_array(self, array: Any) -> Any:
         if kind_of(self.precision) in ("text", "boolean"):
@@ -36,7 +36,7 @@ class TypedSignature(Signature):
 class RecordSignature(Signature):
     """Takes a numpy structured array `(n_rows,)` with a field for each column, of any numpy type, such as float32."""
 
-    _is_one_array = False  # a cached property there
+    is_one_array = False  # a cached property there
 
     def _assemble_columns(self, rows: list[Any]) -> Any:
         columns = self.columns or ()
@@ -72,7 +72,7 @@ class TensorSignature(TypedSignature):
                 yield [np.full(shape, value, dtype=object).tolist()] * n_rows
 
     @property
-    def _row_shape(self) -> tuple[int | None, ...]:
+    def row_shape(self) -> tuple[int | None, ...]:
         return self.shape
 
     def _validate_rows(self, data: list[Any]) -> Any:

@@ -1,0 +1,56 @@
+"""Alibaba Cloud's PAI-EAS: what its clients send, JSON without a content type, or with another.
+
+    POST / and /predict             {"data": rows}, answered as /predict does; a list of rows, by a list    role predict
+
+The service's own URL is the path /; health is /readyz.
+
+Source: https://www.alibabacloud.com/help/en/pai/user-guide/deploy-a-model-service-by-using-a-custom-image
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Flask, Response, request
+from werkzeug.exceptions import BadRequest, UnsupportedMediaType
+
+from endpoints.media_types import NPY, per_row
+from endpoints.routes import add_prediction
+from model.batching import call_directly
+from web.decoding import LARGE_BODY, check_length, decode_call, parse_json, read_body
+from web.errors import json_response
+
+if TYPE_CHECKING:
+    from server import Service
+
+
+def init_app(app: Flask, service: "Service") -> None:
+    """Add the routes."""
+    blueprint = Blueprint("eas", __name__)
+
+    def predict() -> Response:
+        if request.mimetype == NPY:
+            return service.predict()
+        body = read_body(request.environ, service.bodies)
+        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        call = run(_parse, body)
+        rows, method = decode_call(call)
+        check_length(rows, service.settings.max_rows)
+        if type(call) is not list:
+            return service.respond(rows, method)
+        return json_response(per_row(service.infer(rows, method).prediction))
+
+    add_prediction(app, blueprint, "/", predict)
+    add_prediction(app, blueprint, "/predict", predict)
+    app.register_blueprint(blueprint)
+
+
+def _parse(body: bytes) -> Any:
+    """Decode JSON. Raises: BadRequest; UnsupportedMediaType, it is a message of the client's TFRequest."""
+    try:
+        return parse_json(body)
+    except BadRequest:
+        # PredictRequest of TensorFlow Serving begins with its field 1, 2 or 3, each of which has a length.
+        if body[:1] in (b"\n", b"\x12", b"\x1a") and body.strip()[:1] not in (b"{", b"["):
+            raise UnsupportedMediaType(
+                "this looks like protobuf, as TFRequest sends it; send JSON instead: StringRequest('[[5.1, …], …]')"
+            ) from None
+        raise

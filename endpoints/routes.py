@@ -1,0 +1,52 @@
+"""Routes of the further endpoints."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Flask, Response, current_app, g
+
+from auth import require
+
+if TYPE_CHECKING:
+    from server import Service
+
+View = Callable[..., Any]
+
+
+def add_prediction(app: Flask, blueprint: Blueprint, path: str, view: View) -> None:
+    """Answer POST at a path by a view that predicts: for the role predict, recorded under the blueprint's name."""
+
+    @wraps(view)
+    def named(**arguments: Any) -> Any:
+        g.record["protocol"] = blueprint.name
+        return gated(**arguments)
+
+    gated = require("predict")(view)
+    service: Service = app.extensions["service"]
+    service.recorded.add(add_route(app, blueprint, path, named, "POST"))
+
+
+def add_health(app: Flask, blueprint: Blueprint, path: str) -> None:
+    """Answer GET at a path as /readyz does, but without a body."""
+    service: Service = app.extensions["service"]
+
+    def health(**_: str) -> Response:
+        service.serving.choose()
+        return current_app.response_class(content_type="text/plain")
+
+    add_route(app, blueprint, path, health, "GET")
+
+
+def add_route(app: Flask, blueprint: Blueprint, path: str, view: View, method: str) -> str:
+    """Answer a method at a path by a view, also if the application answers it by another; return the endpoint.
+
+    A platform lets its users choose paths, and they may choose the server's own.
+    """
+    for rule in app.url_map.iter_rules():
+        if rule.rule == path and method in (rule.methods or ()):
+            endpoint: str = rule.endpoint
+            app.view_functions[endpoint] = view
+            return endpoint
+    blueprint.add_url_rule(path, view_func=view, methods=[method])
+    return f"{blueprint.name}.{view.__name__}"

@@ -1,0 +1,77 @@
+"""Vertex AI's contract for containers: predict and rawPredict.
+
+    POST $AIP_PREDICT_ROUTE         {"instances": […]} → {"predictions": […]}                 role predict
+    GET  $AIP_HEALTH_ROUTE          the model is loaded and has answered its sample           open
+
+rawPredict brings any body to the same route: JSON lines, CSV, arrays and the Open Inference Protocol are taken as well.
+Where a route is not set, it is the one that Vertex AI documents as its default.
+
+Source: https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Flask, request
+from werkzeug import Response
+
+from endpoints import media_types
+from endpoints.inference_messages import JSON_LENGTH
+from endpoints.lines import as_integer
+from endpoints.open_inference import answer_request
+from endpoints.routes import add_health, add_prediction
+from model.batching import call_directly
+from model.signature import Signature
+from web.decoding import LARGE_BODY, parse_json, read_body
+
+if TYPE_CHECKING:
+    from server import Service
+
+HEALTH_ROUTE = "/v1/endpoints/<endpoint>/deployedModels/<model>"
+PREDICT_ROUTE = f"{HEALTH_ROUTE}:predict"
+
+
+def init_app(app: Flask, service: "Service") -> None:
+    """Add the routes."""
+    blueprint = Blueprint("vertex", __name__)
+
+    def predict(**_: str) -> Response:
+        if JSON_LENGTH in request.headers:
+            return answer_request(service, request)
+        body = read_body(request.environ, service.bodies)
+        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        if (request.is_json or not request.mimetype) and run(_is_inference, body):
+            return answer_request(service, request, body=body)
+        return media_types.predict(service, read_json, body)
+
+    add_prediction(app, blueprint, service.settings.aip_predict_route or PREDICT_ROUTE, predict)
+    add_health(app, blueprint, service.settings.aip_health_route or HEALTH_ROUTE)
+    app.register_blueprint(blueprint)
+
+
+def _is_inference(body: bytes) -> bool:
+    """Return whether a body is JSON of the Open Inference Protocol: an object with inputs, and no instances."""
+    call = parse_json(body) if b'"inputs"' in body else None
+    return type(call) is dict and "inputs" in call and "instances" not in call
+
+
+def read_json(value: Any) -> media_types.Call:
+    """Return the call of a decoded JSON value. Raises: UnprocessableEntity."""
+    return replace(media_types.read_instances(value), adapt=whole_numbers)
+
+
+def whole_numbers(rows: list[Any], signature: Signature) -> list[Any]:
+    """Return rows with whole numbers where the model takes no others: Vertex AI's predict makes floats of them."""
+    if signature.describe().get("type") == "integer":
+        return [as_integer(row) for row in rows]
+    integers = {at: c.name for at, c in enumerate(signature.columns or ()) if c.kind == "integer"}
+    return [_with_integers(row, integers) for row in rows] if integers else rows
+
+
+def _with_integers(row: Any, integers: dict[int, str | None]) -> Any:
+    if type(row) is dict:
+        names = set(integers.values())
+        return {name: as_integer(value) if name in names else value for name, value in row.items()}
+    if type(row) is list:
+        return [as_integer(value) if at in integers else value for at, value in enumerate(row)]
+    return row
