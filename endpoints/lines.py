@@ -91,7 +91,7 @@ def _json_numbers(record: list[str]) -> list[Any] | None:
 
 
 def _wrong_field(row: int, line: int, place: str | int, detail: str) -> BadRows:
-    hint = " (is this a header? Send the rows alone)" if row == 0 else ""
+    hint = " (is this a header? Send the rows alone)" if row == 0 and detail.startswith("expected") else ""
     where = f"line {line}, column {str(place)[:80]!r}"
     return BadRows(f"{where}: {detail}{hint}", [{"row": row, "column": place, "detail": detail}])
 
@@ -123,7 +123,8 @@ def _reader(column: Column) -> Callable[[str], Any]:
         if str not in accepted or (value in learned and field not in learned):
             return value
         # A category that is not known by either form, or the same by both, as CatBoost's whole numbers are.
-        is_category = column.kind == "category" and (value not in learned if learned else str(value) == field)
+        is_same = type(value) is int and str(value) == field
+        is_category = column.kind == "category" and (value not in learned if learned else is_same)
         if is_category or (field in learned and value not in learned):
             return field
         raise ValueError("a number or a string, which CSV does not distinguish and this column does; send JSON")

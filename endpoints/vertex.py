@@ -12,7 +12,7 @@ Source: https://cloud.google.com/vertex-ai/docs/predictions/custom-container-req
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Flask, request
+from flask import Blueprint, Flask, Request, request
 from werkzeug import Response
 
 from endpoints import media_types
@@ -36,12 +36,13 @@ def init_app(app: Flask, service: "Service") -> None:
     blueprint = Blueprint("vertex", __name__)
 
     def predict(**_: str) -> Response:
-        if JSON_LENGTH in request.headers:
-            return answer_request(service, request)
-        body = read_body(request.environ, service.bodies)
+        current: Request = request._get_current_object()  # type: ignore[attr-defined]  # for other threads
+        if JSON_LENGTH in current.headers:
+            return answer_request(service, current)
+        body = read_body(current.environ, service.bodies)
         run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
-        if (request.is_json or not request.mimetype) and run(_is_inference, body):
-            return answer_request(service, request, body=body)
+        if (current.is_json or not current.mimetype) and run(_is_inference, body):
+            return answer_request(service, current, body=body)
         return media_types.predict(service, read_json, body)
 
     add_prediction(app, blueprint, service.settings.aip_predict_route or PREDICT_ROUTE, predict)

@@ -272,7 +272,7 @@ class Signature:
             raise BadRows(f"the array has the shape {array.shape}; expected ({expected})")
         if array.dtype.kind not in "iuf":
             raise BadRows(f"the array holds {array.dtype.name}; expected numbers that become {self.precision}")
-        if not self._is_one_array:
+        if not self.is_one_array:
             self._check_finite(array)
             return self._validate_rows(np.where(np.isnan(array), np.array(None), array).tolist())
         if np.dtype(self.precision).kind in "iu":

@@ -85,11 +85,12 @@ def test_hooks_are_open_and_take_their_method_only(serve: Any, iris_file: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
-def test_pre_stop_waits_for_requests_under_way_in_all_workers(tmp_path: Path, worker_class: str) -> None:
+@pytest.mark.parametrize(("worker_class", "preload"), [("gevent", 0), ("gevent", 1), ("gthread", 0)])
+def test_pre_stop_waits_for_requests_under_way_in_all_workers(tmp_path: Path, worker_class: str, preload: int) -> None:
     joblib.dump(Slow(), tmp_path / "model.joblib")
     settings: dict[str, Any] = {"model_path": tmp_path / "model.joblib", "pythonpath": Path(__file__).parent}
-    settings |= {"web_concurrency": 2, "worker_class": worker_class, "extensions": "+endpoints.function_compute"}
+    settings |= {"web_concurrency": 2, "worker_class": worker_class, "preload": preload}
+    settings["extensions"] = "+endpoints.function_compute"
     with gunicorn(tmp_path, **settings) as server:
 
         def call(seconds: float, answered: list[float]) -> None:

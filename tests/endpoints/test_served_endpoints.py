@@ -3,7 +3,9 @@
 import http.client
 import json
 import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import numpy as np
 import pytest
-from conftest import Gunicorn, basic, gunicorn, read_all, records
+from conftest import PASSWORD, ROOT, Gunicorn, basic, gunicorn, read_all, records
 from slow_steps import Slow
+
+from web.decoding import LARGE_BODY
 
 NAMES = ("open_inference", "sagemaker", "vertex", "function_compute", "eas")
 EXTENSIONS = ",".join(f"+endpoints.{name}" for name in NAMES)
@@ -56,6 +61,34 @@ def test_body_may_have_the_limit_and_no_byte_more(server: Gunicorn, path: str) -
             assert chunked.endswith(answer)
 
 
+def test_large_bodies_are_decoded_on_another_thread(tmp_path: Path, iris_file: Path) -> None:
+    rows, expected = ROWS * 12_000, [0, 2] * 12_000
+    csv = "\n".join(",".join(map(str, row)) for row in rows).encode()
+    array = np.array(rows)
+    tensor = {"name": "input", "shape": [len(rows), 4], "datatype": "FP64"}
+    binary = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": array.nbytes}}]}).encode()
+    vertex = "/v1/endpoints/1/deployedModels/2:predict"
+    v2 = json.dumps({"inputs": [tensor | {"data": rows}]}).encode()
+    with gunicorn(tmp_path, model_path=iris_file, extensions=EXTENSIONS) as server:
+
+        def ask(path: str, body: bytes, content_type: str = "application/json", **headers: str) -> Any:
+            assert len(body) > LARGE_BODY
+            headers |= {"Authorization": basic("predict"), "Content_Type": content_type}
+            status, _, answer = server.ask("POST", path, body, **headers)
+            assert status == 200, answer
+            return answer
+
+        for path, (_, predictions) in BODIES.items():
+            body = {"/": rows, "/invocations": rows, vertex: {"instances": rows}}.get(path, {"data": rows})
+            sent = v2 if path.startswith("/v2") else json.dumps(body).encode()
+            assert predictions(json.loads(ask(path, sent))) == expected
+        for path in ("/invocations", vertex):
+            assert ask(path, csv, "text/csv").decode().split("\n") == list(map(str, expected))
+        length = {"Inference_Header_Content_Length": str(len(binary))}
+        for answer in (ask(vertex, v2), ask(vertex, binary + array.tobytes(), "application/octet-stream", **length)):
+            assert json.loads(answer)["outputs"][0]["data"] == expected
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_body_that_is_cut_off_is_a_bad_request(server: Gunicorn, path: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nAuthorization: {basic('predict')}\r\nContent-Length: 100\r\n\r\n"
@@ -85,6 +118,15 @@ def test_secrets_in_headers_reach_no_log(server: Gunicorn) -> None:
                 answers += answer + str(told).encode()
     journal = b"".join(path.read_bytes() for path in server.journal_dir.rglob("*") if path.is_file())
     assert not re.search(rb"SECRET\d", server.log.read_bytes() + journal + answers)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl: sudo apt install curl")
+@pytest.mark.parametrize("section", ["SageMaker", "Vertex AI"])
+def test_command_of_the_docs_is_answered_as_shown(server: Gunicorn, section: str) -> None:
+    text = (ROOT / "docs/protocols.md").read_text("utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    command, shown = re.findall(r"^```(?:sh|json)?\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
+    command = command.replace(":5000", f":{server.port}").replace("-u alice", f"-sS -u 'predict:{PASSWORD}'")
+    assert subprocess.check_output(command, shell=True, text=True).removesuffix("\n") == shown
 
 
 @pytest.mark.long
