@@ -7,6 +7,8 @@ import os
 import socket
 import ssl
 import sys
+import time
+from contextlib import suppress
 
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
@@ -19,7 +21,7 @@ logging.basicConfig(
 )
 
 try:
-    _settings = Settings.from_environ(os.environ)
+    _settings = Settings.load(log_platform=True)
     if _settings.preload and _settings.worker_class == "gevent":
         from gevent import monkey
 
@@ -34,10 +36,10 @@ _socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
-worker_class = _settings.worker_class
+worker_class = {"gevent": "workers.GeventWorker", "gthread": "workers.ThreadWorker"}[_settings.worker_class]
 for _extension in _extensions:  # one may have a better worker of that kind
     worker_class = getattr(_extension, "WORKER_CLASSES", {}).get(_settings.worker_class, worker_class)
-if worker_class == "gevent":
+if worker_class == "workers.GeventWorker":
     logging.getLogger("gunicorn").info("gunicorn's own gevent worker is used: a predict blocks its other requests")
 
 # One process loads the model and is forked; see on_starting.
@@ -49,16 +51,16 @@ threads = 32
 # Connections of one worker, idle ones counted too; one more waits in the kernel without an answer.
 worker_connections = 4000
 
-# Seconds an idle connection is kept. It must be longer than nginx keeps its own (say 10 s), or nginx sends
-# a POST into a connection that is being closed; and better shorter than graceful_timeout: a stop waits for idle ones.
-keepalive = 20
+# Seconds an idle connection is kept. It must be longer than the proxy in front keeps its own (nginx here, 10 s), or the
+# proxy sends a POST into a connection that is being closed.
+keepalive = _settings.keepalive
 
 # Seconds that requests in flight have to finish at SIGTERM or SIGHUP.
 graceful_timeout = _settings.graceful_timeout
 
 # Seconds after which a worker that does not come back to its loop is killed. Loading is on a thread of its own and
-# does not count.
-timeout = max(30, round(_settings.predict_timeout))
+# does not count. Not before PREDICT_TIMEOUT: a call of the model that was expected to be short is in the loop.
+timeout = _settings.worker_timeout and max(_settings.worker_timeout, round(_settings.predict_timeout))
 
 # gunicorn's own HTTP parser, even if gunicorn_h1c is installed. Up to release 0.6.9 that takes folded headers and bare
 # line feeds, which a proxy in front may read differently; gunicorn asks for 0.6.14.
@@ -122,7 +124,8 @@ def _check_addresses(server):
 
 
 def when_ready(server):
-    """Print a command to paste."""
+    """Print a command to paste; and spare the workers after a freeze."""
+    _spare_frozen_workers(server)
     netrc = _settings.users_file.with_name("demo.netrc")
     user = "" if _settings.auth == "off" else f"--netrc-file {netrc} " if netrc.is_file() else "-u NAME "
     row = "…" if _settings.model_path else "5.1, 3.5, 1.4, 0.2"  # the demo's; GET /model shows what another model takes
@@ -134,6 +137,27 @@ def when_ready(server):
             url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}/predict"
             data = f"""-H 'Content-Type: application/json' -d '{{"data": [[{row}]]}}'"""
             server.log.info("serving; try\n\n  curl %s%s %s\n", user, data, url)
+
+
+def _spare_frozen_workers(server):
+    """Keep gunicorn from killing workers because a platform has stopped all processes for a while.
+
+    gunicorn's master looks once a second which worker has not reported for `timeout` seconds. If it was stopped itself,
+    so were they: then each of them gets that time again, from now on.
+    """
+    murder_workers, looked = server.murder_workers, time.monotonic()
+
+    def murder_hung_workers():
+        nonlocal looked
+        now = time.monotonic()
+        if now - looked > 3.0:  # seconds
+            for worker in server.WORKERS.values():
+                with suppress(OSError, ValueError):  # it has just ended
+                    worker.tmp.notify()
+        looked = now
+        murder_workers()
+
+    server.murder_workers = murder_hung_workers
 
 
 def post_worker_init(worker):

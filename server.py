@@ -15,8 +15,6 @@ answer. Every error is answered as problem+json (web.errors).
 
 import logging
 import os
-import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -35,17 +33,17 @@ from model.loaded import LoadedModel, RowsRefused
 from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
 from monitor import BLANK, Journal, RequestLog
-from processes import run_hooks
+from processes import run_hooks, running_time
 from settings import Settings
 from web.body import BodyReader
 from web.decoding import read_rows
 from web.errors import json_response, problem
+from web.request_ids import RequestIds
 
 log = logging.getLogger(__name__)
 
 ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # by status; else client or internal
 MODEL_FAULTS = (ModelFailed, ModelNotReady)
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what is taken over from a caller: safe in logs and headers
 
 
 def create_app(settings: Settings) -> Flask:
@@ -72,7 +70,7 @@ def create_app(settings: Settings) -> Flask:
 def __getattr__(name: str) -> Any:
     """Make `server.app` on first access (PEP 562), so that importing this module reads nothing."""
     if name == "app":
-        return create_app(Settings.from_environ(os.environ))
+        return create_app(Settings.load())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -107,6 +105,7 @@ class Service:
             extra_columns=settings.extra_columns,
         )
         self.users = Users(settings.users_file, self._in_thread) if settings.auth == "basic" else None
+        self.request_ids = RequestIds(settings.request_id_headers)
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
@@ -116,6 +115,7 @@ class Service:
         self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.every_second: list[Callable[[], None]] = [
+            running_time.tick,
             lambda: self.serving.end_if_hung(settings.predict_timeout),
             self.bodies.expire_reads,
             self.journal.close_if_removed,
@@ -231,9 +231,7 @@ class Service:
         """Start the record of a request."""
         context = g._get_current_object()  # not by its proxy, each use of which costs 0.8 µs; below and in auth.py too
         context.began, environ = time.perf_counter(), request.environ
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # no secret
-        context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": request_id}
+        context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": self.request_ids.of(environ)}
         self.start()
 
     def finish(self, response: Response) -> Response:

@@ -1,6 +1,6 @@
 """Every setting of the server: one environment variable each, read once at start.
 
-    settings = Settings.from_environ(os.environ)
+    settings = Settings.load()
 
 A field is the variable of the same name in capitals: `max_rows` is `MAX_ROWS`. A value that does not fit stops the
 boot with the variable, the value and what was expected. An empty variable counts as unset.
@@ -76,7 +76,8 @@ def _extensions(value: str) -> tuple[str, ...]:
     entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
     if not all(part.isidentifier() for entry in entries for part in entry[entry[0] in "+-" :].split(".")):
         raise SettingsError("expected dotted module names, separated by commas, each with or without + or - before it")
-    unknown = [entry for entry in entries if entry[0] == "-" and entry[1:] not in EXTENSIONS]
+    known = {*EXTENSIONS, *(entry[1:] for entry in entries if entry[0] == "+")}
+    unknown = [entry for entry in entries if entry[0] == "-" and entry[1:] not in known]
     if unknown:
         raise SettingsError(f"{unknown[0]}: expected one of the default list to take away: {', '.join(EXTENSIONS)}")
     return entries
@@ -88,6 +89,13 @@ def _route(value: str) -> str:
     return value
 
 
+def _headers(value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not all(re.fullmatch(r"[A-Za-z0-9-]+/?", name) for name in names):
+        raise SettingsError("expected names of headers, separated by commas, each with or without / behind it")
+    return names
+
+
 def _setting(parse: Callable[[str], Any], default: Any = MISSING, default_factory: Any = MISSING) -> Any:
     return field(default=default, default_factory=default_factory, metadata={"parse": parse})
 
@@ -96,14 +104,18 @@ def _setting(parse: Callable[[str], Any], default: Any = MISSING, default_factor
 class Settings:
     """The server's settings. Tests make one directly or from a plain dict."""
 
-    # Where it listens
+    # Where it runs and listens; the defaults of most settings depend on the platform (platforms.py)
+    platform: str = _setting(str, "")
     host: str = _setting(str, "127.0.0.1")  # basic auth in clear stays on the machine; 0.0.0.0 for all interfaces
     port: int = _setting(_number(0, 65535, "a TCP port"), 5000)
     web_concurrency: int = _setting(_number(1, 1024, "worker processes"), default_factory=usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
     preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
+    keepalive: int = _setting(_number(0, 3600, "seconds"), 20)  # for which an idle connection is kept
+    worker_timeout: int = _setting(_number(0, 86_400, "seconds"), 30)  # for a blocked event loop; 0: for ever
     trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
+    request_id_headers: tuple[str, ...] = _setting(_headers, ("X-Request-ID",))  # the first that has one; / cuts there
 
     # What it consists of: + adds a module to the default list, - takes one away, names without a sign replace the list
     extensions: tuple[str, ...] = _setting(_extensions, EXTENSIONS)
@@ -150,6 +162,20 @@ class Settings:
     def ships(self) -> bool:
         """Whether records are shipped to SLS."""
         return bool(self.sls_endpoint and self.sls_project and self.sls_logstore)
+
+    @classmethod
+    def load(cls, log_platform: bool = False) -> "Settings":
+        """Read the settings of this process: its environment, and what its platform sets below that (platforms.py).
+
+        Raises: SettingsError, as `from_environ` does.
+        """
+        defaults: dict[str, str] = {}
+        with suppress(ModuleNotFoundError):  # it may be taken away
+            defaults, message = importlib.import_module("platforms").defaults_for(os.environ)
+            if message and log_platform:
+                log.info(message)
+        given = {name: value for name, value in os.environ.items() if value}
+        return cls.from_environ(given | defaults)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Settings":

@@ -1,7 +1,6 @@
 """The command line for model versions: `python -m model --help`."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ def command(function: Callable[..., int | None]) -> click.Command:
     @wraps(function)
     @click.pass_obj
     def run(directory: Path | None, /, **given: Any) -> int | None:
-        settings = Settings.from_environ(os.environ)
+        settings = Settings.load()
         return function(Store(directory or settings.model_dir), settings, **given)
 
     return commands.command(function.__name__.removesuffix("_command"))(run)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from processes import run_hooks
+from processes import run_hooks, running_time
 
 from .timings import SLOW, Timings
 
@@ -116,9 +116,9 @@ class Batcher:
         return call.result
 
     def running_for(self) -> float:
-        """Return for how many seconds the present call of the model has been running."""
+        """Return for how many seconds the present call of the model has been running; see `processes.RunningTime`."""
         since = self._running_since
-        return 0.0 if since is None else time.perf_counter() - since
+        return 0.0 if since is None else running_time.seconds() - since
 
     def _take(self, call: _Call) -> list[_Call]:
         """Take this call off the queue, and the others that may go with it."""
@@ -139,7 +139,7 @@ class Batcher:
     def _answer(self, run: Run, batch: list[_Call], method: str) -> None:
         size = sum(len(each.rows) for each in batch)
         call = self._run_in_thread if self.timings.expect(method, size) > SLOW else call_directly
-        self._running_since = time.perf_counter()
+        self._running_since = running_time.seconds()
         try:
             results, seconds = call(_timed, run, [each.rows for each in batch], method)
         except Exception as error:

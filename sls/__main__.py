@@ -88,7 +88,7 @@ def test_alert() -> int:
 
 def _settings() -> Settings:
     """Read the settings. Raises: SettingsError, also if they do not say where to ship to."""
-    settings = Settings.from_environ(os.environ)
+    settings = Settings.load()
     if not settings.ships:
         raise SettingsError("set SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE")
     return settings

@@ -89,8 +89,12 @@ def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
     base["gunicorn.socket"], data = client, b""
     while True:
         if not data:
-            with gevent.Timeout(worker.cfg.keepalive, False):
-                data = client.recv(RECV_SIZE)
+            worker.idle.add(client)
+            try:
+                with gevent.Timeout(worker.cfg.keepalive, False):
+                    data = client.recv(RECV_SIZE)
+            finally:
+                worker.idle.discard(client)
             if not data:
                 return b""
         environ = parse_head(data, base, schemes)

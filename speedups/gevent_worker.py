@@ -11,12 +11,13 @@ from typing import Any
 
 import gevent
 from gunicorn.util import close
-from gunicorn.workers.ggevent import GeventWorker
+
+from workers import GeventWorker
 
 from . import switch_on
 
 
-class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
+class Worker(GeventWorker):
     """Serves a connection's requests as long as they are simple; from the first that is not, GeventWorker does."""
 
     def init_process(self) -> None:

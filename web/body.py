@@ -16,6 +16,8 @@ from flask import Response
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.wsgi import get_content_length
 
+from processes import running_time
+
 CHUNK_SIZE = 2**14  # bytes that are read at a time
 LINGER = 2.0  # seconds for which a rejected body is read on, so that the caller finishes sending and sees the answer
 
@@ -62,7 +64,7 @@ class BodyReader:
 
     def expire_reads(self) -> None:
         """End the reads that are past their deadline. To be called once a second."""
-        now = time.monotonic()
+        now = running_time.seconds()
         for token, (deadline, environ) in list(self._reads.items()):
             if deadline <= now and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
@@ -74,16 +76,15 @@ class BodyReader:
         Raises: RequestTimeout, BadRequest; the connection is of no further use then.
         """
         token, left, yielded = object(), length, time.monotonic()
-        deadline = yielded + seconds
+        deadline = running_time.seconds() + seconds
         self._reads[token] = (deadline, environ)
         try:
             while left > 0 and (chunk := environ["wsgi.input"].read(min(left, CHUNK_SIZE))):
                 left -= len(chunk)
                 yield chunk
-                now = time.monotonic()
-                if now >= deadline:
+                if running_time.seconds() >= deadline:
                     break
-                if now - yielded > 0.01:
+                if (now := time.monotonic()) - yielded > 0.01:
                     time.sleep(0.0001)  # not 0: gevent would then run other ready callbacks before it looks at sockets
                     yielded = now
             complete = length - left >= (_length(environ) or 0)
@@ -91,7 +92,7 @@ class BodyReader:
             complete = False
         finally:
             self._reads.pop(token, None)
-        late = time.monotonic() >= deadline
+        late = running_time.seconds() >= deadline
         if late or not complete:
             environ["body.complete"] = False
             if late:
@@ -105,7 +106,7 @@ def _length(environ: dict[str, Any]) -> int | None:
 
 
 def _shutdown(environ: dict[str, Any], how: int) -> None:
-    """Shut down a side of the request's connection: on a duplicate, since a TLS socket would forget its keys.
+    """Shut down a side of the request's connection.
 
     Data that had arrived can still be read. When both sides are shut down it must not be taken for a request, so the
     body is marked as failed; then gunicorn, or speedups/gevent_worker.py, ends the connection.
@@ -115,5 +116,10 @@ def _shutdown(environ: dict[str, Any], how: int) -> None:
             environ["wsgi.input"].failed = True
     connection = environ.get("gunicorn.socket")
     if connection is not None:
-        with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-            duplicate.shutdown(how)
+        shut_down(connection, how)
+
+
+def shut_down(connection: Any, how: int) -> None:
+    """Shut down a side of a connection: on a duplicate, since a TLS socket would forget its keys."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        duplicate.shutdown(how)

@@ -146,7 +146,7 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     """Do the work of `validate` in this process."""
     before = _resident() if sys.platform == "linux" else None
     manifest = Manifest(Path(job["artifact"]), job["version"], job["about"])
-    settings = Settings.from_environ(os.environ)
+    settings = Settings.load()
     model = load_version(manifest, allow_version_mismatch=settings.allow_version_mismatch)
     sample = job["about"].get("sample") or model.about["example"]["data"]
     predictions = model.call(model.signature.parse(sample))

@@ -33,9 +33,22 @@ def instructions(text: str) -> list[tuple[str, str]]:
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
 
 
-def said(name: str) -> str:
-    """Return what the last instruction of that name says."""
-    return [rest for each, rest in instructions(DOCKERFILE.read_text()) if each == name][-1]
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Return the instructions of each stage by its name; of one that is built on another, with the other's before."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for each, rest in instructions(DOCKERFILE.read_text()):
+        if each == "FROM":
+            base, _, name = rest.partition(" AS ")
+            found[name] = [*found.get(base, []), *([] if base in found else [(each, base)])]
+        else:
+            found[name].append((each, rest))
+    return found
+
+
+def said(name: str, stage: str = "") -> str:
+    """Return what the last instruction of that name in a stage says; without a stage, in the one built by default."""
+    return [rest for each, rest in stages()[stage] if each == name][-1]
 
 
 class Ignore:
@@ -107,9 +120,15 @@ def test_image_says_what_the_server_does() -> None:
     user, group = map(int, said("USER").split(":"))
     assert user > 0
     assert group > 0
-    bases = {rest.split()[0] for name, rest in instructions(DOCKERFILE.read_text()) if name == "FROM"}
+    bases = {rest for stage in stages().values() for name, rest in stage if name == "FROM"}
     assert len(bases) == 1  # what is built on another would not find its Python
     assert re.fullmatch(r"python:3\.\d+-slim-[a-z]+", bases.pop())
+
+
+def test_image_for_sagemaker_differs_by_its_user_alone() -> None:
+    assert list(stages()) == ["build", "server", "sagemaker", ""]  # the last one is built without --target
+    assert stages()["sagemaker"] == [*stages()["server"], ("USER", "0")]
+    assert stages()[""] == stages()["server"]
 
 
 class Image:
@@ -124,15 +143,16 @@ class Image:
         self.is_root = os.getuid() == 0
         self.base = base_python(place / "base")
         self.stage = ""
-        for name, rest in instructions(DOCKERFILE.read_text()):
-            getattr(self, f"_{name.lower()}")(rest)
+        for stage in ("build", ""):
+            for name, rest in stages()[stage]:
+                getattr(self, f"_{name.lower()}")(stage if name == "FROM" else rest)
         if not self.is_root:
             subprocess.run(["chmod", "-R", "a-w", self.root / "opt"], check=True)
 
-    def _from(self, rest: str) -> None:
+    def _from(self, stage: str) -> None:
         if self.stage:
             self.root.rename(self.place / self.stage)
-        self.stage = rest.split(" AS ")[-1]
+        self.stage = stage
         (self.root / "var/lib").mkdir(parents=True)
         (self.root / "tmp").mkdir()
         (self.root / "tmp").chmod(0o1777)
@@ -201,11 +221,11 @@ class Image:
         """Run a command; tell whether it succeeded."""
         return subprocess.run(command, **self._how(environ), stdout=-3, stderr=-3).returncode == 0
 
-    def start(self, log: Path, **environ: str) -> "subprocess.Popen[bytes]":
-        """Start the image's own command."""
+    def start(self, log: Path, *command: str, **environ: str) -> "subprocess.Popen[bytes]":
+        """Start a command, by default the image's own."""
         with log.open("wb") as file:
             how = self._how(environ)
-            return subprocess.Popen(self.command, **how, stdout=file, stderr=file, start_new_session=True)
+            return subprocess.Popen(command or self.command, **how, stdout=file, stderr=file, start_new_session=True)
 
 
 def base_python(place: Path) -> dict[str, str]:
@@ -237,30 +257,77 @@ def outside_the_volume(root: Path) -> dict[str, tuple[int, int]]:
     return {path: (look.st_size, look.st_mtime_ns) for path, look in looks.items()}
 
 
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that the image's user may enter, as it may not pytest's."""
+@pytest.fixture(scope="module")
+def image() -> Iterator[Image]:
+    """The image with a user and a model in its volume, in a directory that any user may enter."""
     with tempfile.TemporaryDirectory(prefix="image-") as directory:
         Path(directory).chmod(0o755)
-        yield Path(directory)
+        made = Image(Path(directory))
+        shutil.rmtree(made.place / "build")  # nothing of the first stage is used that was not copied
+        made.run("python", "-m", "auth", "demo")
+        made.run("python", "-m", "model.demo", "var/models")
+        yield made
         subprocess.run(["chmod", "-R", "u+w", directory], check=True)
 
 
 @pytest.mark.long
-def test_dockerfiles_own_steps_make_an_image_that_serves_as_nobody_from_where_it_cannot_write(place: Path) -> None:
-    image = Image(place)
-    shutil.rmtree(place / "build")  # nothing of the first stage is used that was not copied
-    image.run("python", "-m", "auth", "demo")
-    image.run("python", "-m", "model.demo", "var/models")
+@pytest.mark.parametrize("command", [(), ("serve",)], ids=["its own command", "serve, as SageMaker calls it"])
+def test_image_serves_as_nobody_from_where_it_cannot_write(
+    image: Image, tmp_path: Path, command: tuple[str, ...]
+) -> None:
     state = image.root / STATE
     assert {path.name for path in state.iterdir()} >= {"users.json", "models"}
     for inside in ("opt", "opt/server", "opt/server/model", "opt/venv/bin"):
         assert not image.tries("touch", str(image.root / inside / "written"))
     before = outside_the_volume(image.root)
+    log = tmp_path / "log"
+    owner = serve_and_stop(image, log, *command, JOURNAL_DIR=f"{state}/journal")
+    assert owner == (10001 if image.is_root else os.getuid())
+    assert ("platform: sagemaker (PLATFORM): " in log.read_text()) == bool(command)
+    assert outside_the_volume(image.root) == before
 
-    port = str(free_port())
-    log = place / "log"
-    with image.start(log, PORT=port, WEB_CONCURRENCY="1") as server:
+
+# As a container with --read-only, --tmpfs /tmp and --user: all mounts read-only but one directory, and no /dev/shm.
+READ_ONLY = """
+user=$1 writable=$2; shift 2
+mount --make-rprivate /
+mount --bind "$writable" "$writable"
+mount -t tmpfs -o size=64k,mode=755 devices /mnt
+for each in null zero full random urandom tty; do touch /mnt/$each; mount --bind /dev/$each /mnt/$each; done
+mount --move /mnt /dev
+while read -r _ at _; do
+    case $at in "$writable" | /proc* | /sys* | /dev*) ;; *) mount -o remount,bind,ro "$at" 2>/dev/null || true ;; esac
+done </proc/self/mounts
+if touch /var/written "$PWD/written" 2>/dev/null || test -e /dev/shm; then exit 99; fi
+exec setpriv --reuid "$user" --regid "$user" --clear-groups --inh-caps=-all -- "$@"
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("user", [0, 10001, 54321])
+def test_image_serves_from_a_read_only_root_as_any_user(image: Image, tmp_path: Path, user: int) -> None:
+    if not image.is_root:
+        pytest.skip("needs root: it makes mounts of its own")
+    writable = image.root / "tmp"
+    subprocess.run(["chmod", "-R", "a+rX", image.root / STATE], check=True)  # a model store that anyone may read
+    within = ("unshare", "--mount", "sh", "-ec", READ_ONLY, "sh", str(user), str(writable))
+    image.user, before = None, image.user  # the script ends as it
+    try:
+        owner = serve_and_stop(
+            image, tmp_path / "log", *within, *image.command, JOURNAL_DIR=f"{writable}/journal-{user}", AUTH="off"
+        )
+    finally:
+        image.user = before
+    assert owner == user
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    (segment,) = (writable / f"journal-{user}").glob("*.jsonl")
+    assert json.loads(segment.read_text())["success"]
+
+
+def serve_and_stop(image: Image, log: Path, *command: str, **environ: str) -> int:
+    """Start the image, ask it, and stop it; return the user of its process."""
+    port, state = str(free_port()), image.root / STATE
+    with image.start(log, *command, PORT=port, WEB_CONCURRENCY="1", **environ) as server:
         try:
             deadline = time.monotonic() + 60
             while not image.tries(*image.health, PORT=port):
@@ -278,11 +345,10 @@ def test_dockerfiles_own_steps_make_an_image_that_serves_as_nobody_from_where_it
             assert (answer.status, json.loads(answer.read())) == (200, {"prediction": [0]})
             connection.close()
             owner = int(re.search(r"^Uid:\t(\d+)", Path(f"/proc/{server.pid}/status").read_text(), re.M)[1])  # type: ignore[index]
-            assert owner == (10001 if image.is_root else os.getuid())
             server.send_signal(signal.SIGTERM)
             assert server.wait(40) == 0
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
     assert not image.tries(*image.health, PORT=port)  # it can be wrong, too
-    assert outside_the_volume(image.root) == before
+    return owner

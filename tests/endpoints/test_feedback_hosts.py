@@ -220,11 +220,16 @@ def test_preloaded_workers_count_together(tmp_path: Path) -> None:
     model = tmp_path / "model.joblib"
     joblib.dump(LogisticRegression().fit(ROWS[:200], TRUE[:200]), model)
     with gunicorn(tmp_path, model_path=model, web_concurrency=2, preload=1) as server:
-        receipts = in_threads(lambda at: predict(server, ROWS[at : at + 1])[0], list(range(60)))
-        assert len({record["pid"] for record in records(server.journal_dir)}) == 2
+        receipts: list[str] = []
+
+        def both_answered() -> bool:
+            receipts.extend(in_threads(lambda at: predict(server, ROWS[at : at + 1])[0], list(range(60))))
+            return len({record["pid"] for record in records(server.journal_dir)}) == 2
+
+        server.wait_until(both_answered)  # the second may come later than the first requests
         entries = [{"receipt": receipt, "truth": [0]} for receipt in receipts[:30]]
         assert ask(server, "/feedback", {"feedback": entries}, "feedback")[1]["accepted"] == 30
-        server.wait_until(lambda: shown(server)["coverage"] == 0.5, 4)
+        server.wait_until(lambda: shown(server)["coverage"] == 30 / len(receipts), 4)
 
 
 def test_keys_are_rotated_while_it_serves(tmp_path: Path, iris_file: Path) -> None:

@@ -1,0 +1,75 @@
+"""gunicorn's workers, which at a stop wait for requests in flight, and not for connections without one.
+
+    worker_class = "workers.GeventWorker"           # in gunicorn.conf.py; or "workers.ThreadWorker"
+
+gunicorn's own wait until such connections have been idle for `keepalive` seconds or the drain is over: with a load
+balancer in front each stop would take the whole drain. gunicorn: overrides `handle`, `handle_exit`, `notify` and
+`timeout_ctx` of its gevent worker, and `murder_pending` of its gthread worker.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gevent
+from gunicorn.workers.ggevent import GeventWorker as BaseGeventWorker
+from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
+
+from web.body import shut_down
+
+
+class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no types
+    """Serves each connection in a greenlet. `idle` has the connections that wait for the head of a request."""
+
+    def init_process(self) -> None:
+        """Begin without connections."""
+        self.idle: set[Any] = set()
+        self._client_of: dict[Any, Any] = {}  # by greenlet
+        super().init_process()
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve a connection."""
+        greenlet = gevent.getcurrent()
+        self._client_of[greenlet] = client
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            del self._client_of[greenlet]
+
+    @contextmanager
+    def timeout_ctx(self) -> Iterator[None]:
+        """Wait for the head of this greenlet's next request for at most `keepalive` seconds."""
+        client = self._client_of[gevent.getcurrent()]
+        self.idle.add(client)
+        try:
+            with gevent.Timeout(self.cfg.keepalive, False):
+                yield
+        finally:
+            self.idle.discard(client)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begin to stop, at SIGTERM."""
+        super().handle_exit(sig, frame)
+        gevent.spawn(self._close_idle)  # not in the signal's handler, which may interrupt anything
+
+    def notify(self) -> None:
+        """Report to the master that this worker lives, once a second; while it stops, close what is idle by now."""
+        super().notify()
+        if not self.alive:
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        """End the wait for further requests; one that has arrived is still read, and answered."""
+        for client in list(self.idle):
+            shut_down(client, socket.SHUT_RD)
+
+
+class ThreadWorker(BaseThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    """Serves requests in threads. A stop closes connections that never sent anything; gunicorn itself, the others."""
+
+    def murder_pending(self) -> None:
+        """Close the connections without a request that are past their time; while it stops, all."""
+        for connection in self.pending_conns if not self.alive else ():
+            connection.timeout = 0.0
+        super().murder_pending()
