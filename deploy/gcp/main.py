@@ -26,7 +26,9 @@ from server import create_app
 from settings import Settings
 
 app = create_app(Settings.from_environ(os.environ))
-app.extensions["service"].start()  # the model loads while the instance starts, not at its first request
+# The model loads while the instance starts, not at its first request; and in the worker, since a thread that imports
+# while its process is forked leaves half a module behind.
+os.register_at_fork(after_in_child=app.extensions["service"].start)
 
 
 def predict(request: Request) -> Response:

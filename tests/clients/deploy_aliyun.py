@@ -1,6 +1,6 @@
-# requires: alibabacloud-fc20230330==4.8.3 alibabacloud-eas20210701==7.0.0 alibabacloud-sae20190506==2.11.2 pyyaml
 """deploy/aliyun: the real SDKs send just what `--dry-run` prints; the files have only keys that the platforms know."""
 
+# needs: alibabacloud-fc20230330==4.8.3 alibabacloud-eas20210701==7.0.0 alibabacloud-sae20190506==2.11.2 pyyaml
 import json
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-# requires: boto3==1.44.8 moto[sagemaker]==5.2.5
 """deploy/aws/sagemaker.py: its calls are taken by moto's SageMaker, and by botocore's own model of each request."""
 
+# needs: boto3==1.44.8 moto[sagemaker]==5.2.5
 import os
 import sys
 from pathlib import Path

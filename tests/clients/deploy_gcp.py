@@ -1,6 +1,6 @@
-# requires: google-cloud-aiplatform==2.7.0 google-cloud-run==0.16.2 requests
 """deploy/gcp: the real SDKs send just what `--dry-run` prints."""
 
+# needs: google-cloud-aiplatform==2.7.0 google-cloud-run==0.16.2 requests
 import sys
 from pathlib import Path
 from typing import Any
