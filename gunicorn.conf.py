@@ -10,16 +10,11 @@ import sys
 import time
 from contextlib import suppress
 
+import log_format
 from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
 
-# The application logs like gunicorn does, on standard error.
-logging.basicConfig(
-    level="INFO",
-    datefmt="%Y-%m-%d %H:%M:%S %z",
-    format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
-)
-
+log_format.set_up(os.environ.get("LOG_FORMAT", ""))  # before the settings are read, which logs the platform
 try:
     _settings = Settings.load(log_platform=True)
     if _settings.preload and _settings.worker_class == "gevent":

@@ -141,6 +141,7 @@ class Settings:
     body_timeout: float = _setting(_number(1, 3600, "seconds", float), 30.0)  # for a request's body to arrive
 
     # What it records
+    log_format: str = _setting(_one_of("text", "json"), "text")  # log_format.py, which reads it before the others
     journal_dir: Path = _setting(_path, Path("var/journal"))
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
 

@@ -1,6 +1,5 @@
 """The command line: `python -m sls --help`."""
 
-import logging
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from functools import partial
 import click
 
 import cli
+import log_format
 from processes import FileLock
 from settings import Settings, SettingsError
 from sls.shipper import Shipper
@@ -19,7 +19,7 @@ from sls.shipper import Shipper
 @click.group()
 def commands() -> None:
     """Ship the journal to Alibaba Cloud's log service (SLS), and set its console up."""
-    logging.basicConfig(level="INFO", format="[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s")
+    log_format.set_up(os.environ.get("LOG_FORMAT", ""))
 
 
 @commands.command()

@@ -255,7 +255,7 @@ def test_server_starts_in_the_environment_of_a_platform(tmp_path: Path, iris_fil
 def test_server_on_a_platform_logs_it_once_and_an_unknown_one_stops_the_start(tmp_path: Path, iris_file: Path) -> None:
     port = str(free_port())
     environ = {"K_SERVICE": "iris", "PORT": port, "MODEL_PATH": str(iris_file), "AUTH": "off", "WEB_CONCURRENCY": "2"}
-    environ |= {"JOURNAL_DIR": str(tmp_path / "journal"), "HOST": "127.0.0.1"}
+    environ |= {"JOURNAL_DIR": str(tmp_path / "journal"), "HOST": "127.0.0.1", "LOG_FORMAT": "json"}
     log = tmp_path / "log"
     with log.open("wb") as file:
         command = [sys.executable, "-m", "gunicorn"]
@@ -270,7 +270,9 @@ def test_server_on_a_platform_logs_it_once_and_an_unknown_one_stops_the_start(tm
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    (line,) = re.findall(r"platform: (.*)", log.read_text())
+    first, *others = [json.loads(line)["message"] for line in log.read_text().splitlines()]
+    assert not [line for line in others if "platform: " in line]
+    line = first.removeprefix("platform: ")
     assert line.startswith("cloud-run (K_SERVICE): GRACEFUL_TIMEOUT=8 KEEPALIVE=75 WORKER_TIMEOUT=0 MAX_BODY_BYTES=33")
     assert "HOST" not in line
     refused = subprocess.run(command, cwd=ROOT, env=environ | {"PLATFORM": "heroku"}, capture_output=True, text=True)

@@ -72,6 +72,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "predict_timeout": ("12.5", 12.5),
         "max_body_bytes": ("1000", 1000),
         "body_timeout": ("2.5", 2.5),
+        "log_format": ("json", "json"),
         "journal_dir": ("/var/log/journal-of-predictions", Path("/var/log/journal-of-predictions")),
         "journal_max_bytes": ("2000000", 2_000_000),
         "feedback": ("0", False),

@@ -24,10 +24,11 @@ Call = tuple[str, dict[str, Any]]  # a method of google.cloud.run_v2.ServicesCli
 
 def service(options: argparse.Namespace) -> dict[str, Any]:
     """Return the service, as in the API's JSON (https://cloud.google.com/run/docs/reference/rest/v2/projects.locations.services)."""
+    settings = {"AUTH": "off", "MODEL_PATH": f"/models/{options.model}", "LOG_FORMAT": "json"}
     container = {
         "image": options.image,
         "ports": [{"containerPort": 8080}],  # Cloud Run sets PORT to it
-        "env": [{"name": "AUTH", "value": "off"}, {"name": "MODEL_PATH", "value": f"/models/{options.model}"}],
+        "env": [{"name": name, "value": value} for name, value in settings.items()],
         "resources": {"limits": {"cpu": "2", "memory": "2Gi"}},  # the journal is in memory as well
         "volumeMounts": [{"name": "models", "mountPath": "/models"}],
         # Else requests come before the model is loaded. From outside, /healthz never reaches a container here.

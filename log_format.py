@@ -1,0 +1,29 @@
+"""Log lines, on standard error: text in gunicorn's form, or with LOG_FORMAT=json an object each, for log collectors."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+
+class _JsonFormatter(logging.Formatter):  # by the names of cloud.google.com/logging/docs/structured-logging
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat()
+        content = {"severity": record.levelname, "message": super().format(record), "time": time}
+        return json.dumps(content | {"logger": record.name, "process": record.process})
+
+
+def set_up(form: str) -> None:
+    """Set up the logs of this process, and of those that it forks; those of gunicorn as well."""
+    text = "[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s"
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if form == "json" else logging.Formatter(text, "%Y-%m-%d %H:%M:%S %z"))
+    logging.basicConfig(level="INFO", handlers=[handler])
+
+    def pass_on(record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("Invalid request from ip="):  # without what is wrong, which may hold a password
+            record.msg = ": ".join(str(record.msg).split(": ")[:2])
+        if form == "json":
+            handler.handle(record)
+        return form != "json"  # whether gunicorn's own handler gets it, which only knows text
+
+    logging.getLogger("gunicorn.error").addFilter(pass_on)
