@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from server import Service
     from settings import Settings
 
-START_SECONDS = 120.0  # in which the platform has an instance start
+START_SECONDS = 120.0  # as long as the initializer of deploy/aliyun/s.yaml may take
 DRAIN_SECONDS = 5.0
 MAX_WORKERS = 1024  # that count together
 

@@ -177,6 +177,14 @@ def test_request_without_an_id_gets_that_of_the_platform(serve: Any, iris_file: 
         assert id_of(**{name: "one"}) == "one"
 
 
+def test_cloud_function_has_the_defaults_of_cloud_run(tmp_path: Path, iris_file: Path) -> None:
+    code = "import main; s = main.app.extensions['service'].settings; print(s.max_body_bytes, s.predict_timeout)"
+    environ = {"K_SERVICE": "iris", "PORT": "8080", "AUTH": "off", "MODEL_PATH": str(iris_file)}
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=ROOT / "deploy/gcp", env=environ, capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{32 * MIB} 300.0\n"
+
+
 # --- as a platform starts it
 
 CLIENT = """

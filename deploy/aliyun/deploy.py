@@ -38,6 +38,8 @@ def plan(options: argparse.Namespace) -> list[Call]:
     if options.command == "fc-alias":
         return [("fc", "create_alias", [FUNCTION], {"body": {"aliasName": "prod", "versionId": options.version}})]
     if options.command == "fc-canary":
+        if not 0 <= options.weight <= 100:
+            raise SystemExit(f"the weight is {options.weight:g}; expected percent of the requests, from 0 to 100")
         share = {options.canary: options.weight / 100} if options.canary and options.weight else {}
         body = {"versionId": options.stable, "additionalVersionWeight": share}
         return [("fc", "update_alias", [FUNCTION, "prod"], {"body": body})]

@@ -2,8 +2,8 @@
 
     pip install google-cloud-run
     python deploy/gcp/cloud_run.py create --project P --region R --image IMAGE --bucket B --model 1/model.joblib
-    python deploy/gcp/cloud_run.py update … --model 2/model.joblib --canary 5    # 5 % go to the new revision
-    python deploy/gcp/cloud_run.py update … --model 2/model.joblib               # all; or back, with the old model
+    python deploy/gcp/cloud_run.py update … --model 2/model.joblib --canary 5 --stable REVISION    # 5 % to the new one
+    python deploy/gcp/cloud_run.py update … --model 2/model.joblib    # all; or back, with the old model
     python deploy/gcp/cloud_run.py delete --project P --region R
 
 With `--dry-run` each prints its call and the body, and asks nobody. Credentials are Google's own affair (`gcloud auth

@@ -37,6 +37,8 @@ def plan(options: argparse.Namespace) -> list[Call]:
         traffic = {"0": options.traffic}  # "0" is the model that is deployed by this call
         if options.stable:
             traffic[options.stable] = 100 - options.traffic
+        elif options.traffic != 100:
+            raise SystemExit("--traffic: name the deployed model that gets the others, with --stable")
         deployed = {
             "model": f"{parent}/models/{options.model}",
             "dedicatedResources": {
@@ -47,13 +49,22 @@ def plan(options: argparse.Namespace) -> list[Call]:
         }
         return [("deploy_model", {"endpoint": endpoint, "deployedModel": deployed, "trafficSplit": traffic})]
     if options.command == "split":
-        traffic = {name: int(percent) for name, percent in (each.split("=", 1) for each in options.shares)}
+        traffic = split(options.shares)
         body = {"endpoint": {"name": endpoint, "trafficSplit": traffic}, "updateMask": "trafficSplit"}
         return [("update_endpoint", body)]
     if options.command == "undeploy":
         return [("undeploy_model", {"endpoint": endpoint, "deployedModelId": options.deployed})]
     deletions: list[Call] = [("delete_endpoint", {"name": endpoint})]
     return deletions + [("delete_model", {"name": f"{parent}/models/{each}"}) for each in options.models]
+
+
+def split(shares: list[str]) -> dict[str, int]:
+    """Return percentages by deployed model, of arguments such as D=75. Raises: SystemExit, they are not 100 in sum."""
+    found = dict(each.partition("=")[::2] for each in shares)
+    percents = {name: int(percent) for name, percent in found.items() if percent.isdecimal()}
+    if len(percents) < len(shares) or sum(percents.values()) != 100:
+        raise SystemExit(f"{' '.join(shares)}: expected whole percentages, 100 in sum, such as D=75 D2=25")
+    return percents
 
 
 def model(options: argparse.Namespace) -> dict[str, Any]:
