@@ -13,9 +13,8 @@ from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import BadRequest, UnsupportedMediaType
 
 from endpoints.media_types import NPY, per_row
-from endpoints.routes import add_prediction
-from model.batching import call_directly
-from web.decoding import LARGE_BODY, check_length, decode_call, parse_json, read_body
+from endpoints.routes import add_prediction, infer, runner
+from web.decoding import check_length, decode_call, parse_json, read_body
 from web.errors import json_response
 
 if TYPE_CHECKING:
@@ -30,13 +29,13 @@ def init_app(app: Flask, service: "Service") -> None:
         if request.mimetype == NPY:
             return service.predict()
         body = read_body(request.environ, service.bodies)
-        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        run = runner(service, body)
         call = run(_parse, body)
         rows, method = decode_call(call)
         check_length(rows, service.settings.max_rows)
         if type(call) is not list:
             return service.respond(rows, method)
-        return json_response(per_row(service.infer(rows, method).prediction))
+        return json_response(per_row(infer(service, rows, method).prediction))
 
     add_prediction(app, blueprint, "/", predict)
     add_prediction(app, blueprint, "/predict", predict)

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Flask, Response, request
 
-from endpoints.routes import add_prediction, add_route
-from model.batching import call_directly
-from web.decoding import LARGE_BODY, check_length, decode_json, read_body
+from endpoints.routes import add_prediction, add_route, runner
+from web.decoding import check_length, decode_json, read_body
 from web.errors import json_response
 from worker_slot import slot_of
 
@@ -78,7 +77,7 @@ def init_app(app: Flask, service: "Service") -> None:
 
     def invoke() -> Response:
         body = read_body(request.environ, service.bodies)
-        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        run = runner(service, body)
         rows, method = run(decode_json, body)
         check_length(rows, service.settings.max_rows)
         return service.respond(rows, method)

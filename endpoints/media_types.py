@@ -14,10 +14,10 @@ from werkzeug.exceptions import NotAcceptable, UnprocessableEntity, UnsupportedM
 from werkzeug.http import parse_options_header
 
 from endpoints.lines import csv_rows, encode_csv, encode_json_lines, parse_csv, parse_json_lines
+from endpoints.routes import infer, runner
 from model.answers import ModelFailed
-from model.batching import call_directly
 from model.signature import Signature
-from web.decoding import LARGE_BODY, check_length, decode_call, decode_npy, parse_json, read_body
+from web.decoding import check_length, decode_call, decode_npy, parse_json, read_body
 
 if TYPE_CHECKING:
     from server import Answer, Service
@@ -46,10 +46,10 @@ def predict(service: "Service", read_json: Callable[[Any], Call], body: bytes | 
     given = given_type()
     asked = asked_type(given)
     body = read_body(request.environ, service.bodies) if body is None else body
-    run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+    run = runner(service, body)
     call = run(_decode, body, given, read_json, service.settings.max_rows)
     rows = partial(run, call.adapt, call.rows) if call.adapt else call.rows
-    answer = service.infer(rows, call.method)
+    answer = infer(service, rows, call.method)
     return current_app.response_class(run(encode, answer, asked, call.key), content_type=asked)
 
 

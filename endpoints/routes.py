@@ -1,15 +1,17 @@
-"""Routes of the further endpoints."""
+"""What the further endpoints share: their routes, and how they read a body and predict."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Flask, Response, current_app, g
+from flask import Blueprint, Flask, Response, current_app, g, request
 
 from auth import require
+from model.batching import call_directly
+from web.decoding import LARGE_BODY
 
 if TYPE_CHECKING:
-    from server import Service
+    from server import Answer, Service
 
 View = Callable[..., Any]
 
@@ -50,3 +52,14 @@ def add_route(app: Flask, blueprint: Blueprint, path: str, view: View, method: s
             return endpoint
     blueprint.add_url_rule(path, view_func=view, methods=[method])
     return f"{blueprint.name}.{view.__name__}"
+
+
+def runner(service: "Service", body: bytes) -> Callable[..., Any]:
+    """Return what decodes this body, and encodes its answer: for a large one a native thread, beside the event loop."""
+    return service.run_in_thread if len(body) > LARGE_BODY else call_directly
+
+
+def infer(service: "Service", rows: Any, method: str) -> "Answer":
+    """Answer rows as `Service.infer` does, by the version that the request's headers ask for."""
+    given = request.environ.get
+    return service.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))

@@ -19,10 +19,9 @@ from endpoints import media_types
 from endpoints.inference_messages import JSON_LENGTH
 from endpoints.lines import as_integer
 from endpoints.open_inference import answer_request
-from endpoints.routes import add_health, add_prediction
-from model.batching import call_directly
+from endpoints.routes import add_health, add_prediction, runner
 from model.signature import Signature
-from web.decoding import LARGE_BODY, parse_json, read_body
+from web.decoding import parse_json, read_body
 
 if TYPE_CHECKING:
     from server import Service
@@ -40,7 +39,7 @@ def init_app(app: Flask, service: "Service") -> None:
         if JSON_LENGTH in current.headers:
             return answer_request(service, current)
         body = read_body(current.environ, service.bodies)
-        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
+        run = runner(service, body)
         if (current.is_json or not current.mimetype) and run(_is_inference, body):
             return answer_request(service, current, body=body)
         return media_types.predict(service, read_json, body)

@@ -721,7 +721,7 @@ def with_canary(tmp_path: Path) -> Asking:
                 model_dir=store.directory,
                 users_file=users,
                 journal_dir=tmp_path / "journal",
-                extensions=("+endpoints.open_inference",),
+                extensions=("+endpoints.open_inference", "+endpoints.sagemaker"),
             )
         )
     )
@@ -740,6 +740,18 @@ def test_outputs_of_one_answer_come_from_one_version(with_canary: Asking) -> Non
     assert seen == {"1", "2"}
     same = {with_canary.send(call, **{"X-Routing-Key": "me"}).json["model_version"] for _ in range(10)}
     assert len(same) == 1
+
+
+def test_routing_key_has_the_same_version_on_every_path(with_canary: Asking) -> None:
+    found = set()
+    for key in map(str, range(20)):
+        answers = [
+            with_canary.client.post(X[:1].tolist(), path, X_Routing_Key=key) for path in ("/predict", "/invocations")
+        ]
+        answers.append(with_canary.send(wrong(), X_Routing_Key=key))
+        (version,) = {answer.headers["X-Model-Version"] for answer in answers}
+        found.add(version)
+    assert found == {"1", "2"}
 
 
 def test_version_in_the_path_beside_a_canary_is_for_admins(with_canary: Asking) -> None:

@@ -61,6 +61,14 @@ def test_body_may_have_the_limit_and_no_byte_more(server: Gunicorn, path: str) -
             assert chunked.endswith(answer)
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_version_that_is_asked_for_is_not_ignored(server: Gunicorn, path: str) -> None:
+    headers = {"Authorization": basic("predict"), "Content_Type": "application/json", "X_Model_Version": "7"}
+    status, _, answer = server.ask("POST", path, json.dumps(BODIES[path][0]).encode(), **headers)
+    assert status == 403
+    assert b"needs the role admin" in answer
+
+
 def test_large_bodies_are_decoded_on_another_thread(tmp_path: Path, iris_file: Path) -> None:
     rows, expected = ROWS * 12_000, [0, 2] * 12_000
     csv = "\n".join(",".join(map(str, row)) for row in rows).encode()
