@@ -1,4 +1,4 @@
-"""What processes of one host need to work on the same files: locks, atomic replacement, forks; time, and log limits."""
+"""What processes of one host need to work on the same files: locks, atomic replacement, forks; and log limits."""
 
 import fcntl
 import logging
@@ -120,33 +120,6 @@ def after_fork(method: Callable[[], None]) -> None:
             alive()
 
     os.register_at_fork(after_in_child=call)
-
-
-# --- time
-
-
-class RunningTime:
-    """Counts the seconds for which this process runs: not those for which it is stopped, as some platforms do to it.
-
-    The clocks of the system count those as well. To be ticked once a second; between two ticks at most `LONGEST` count.
-    """
-
-    LONGEST = 2.0  # seconds; some load may delay a tick
-
-    def __init__(self) -> None:
-        self._ticked = 0.0, time.monotonic()  # seconds until the last tick, and when that was; replaced as one
-
-    def seconds(self) -> float:
-        """Return the seconds since the beginning."""
-        seconds, at = self._ticked
-        return seconds + min(time.monotonic() - at, self.LONGEST)
-
-    def tick(self) -> None:
-        """Go on counting."""
-        self._ticked = self.seconds(), time.monotonic()
-
-
-running_time = RunningTime()
 
 
 # --- logs

@@ -33,7 +33,7 @@ from model.loaded import LoadedModel, RowsRefused
 from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
 from monitor import BLANK, Journal, RequestLog
-from processes import run_hooks, running_time
+from processes import run_hooks
 from settings import Settings
 from web.body import BodyReader
 from web.decoding import read_rows
@@ -115,7 +115,6 @@ class Service:
         self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.every_second: list[Callable[[], None]] = [
-            running_time.tick,
             lambda: self.serving.end_if_hung(settings.predict_timeout),
             self.bodies.expire_reads,
             self.journal.close_if_removed,

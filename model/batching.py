@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from processes import run_hooks, running_time
+from processes import run_hooks
 
 from .timings import SLOW, Timings
 
@@ -70,7 +70,8 @@ class Batcher:
         self._waiting = 0  # rows in the queue
         self._leader: _Call | None = None
         self._lock = threading.Lock()  # of the three above; never held across a call of the model
-        self._running_since: float | None = None
+        self._seconds = 0  # see `tick`
+        self._running_since: int | None = None
         self._alone = 0  # calls in a row that nobody joined
 
     def submit(self, run: Run, rows: Any, method: str, shape: Hashable = None) -> Any:
@@ -115,10 +116,14 @@ class Batcher:
             raise call.error
         return call.result
 
-    def running_for(self) -> float:
-        """Return for how many seconds the present call of the model has been running; see `processes.RunningTime`."""
+    def tick(self) -> int:
+        """Return for how many whole seconds the present call of the model has been running.
+
+        To be called once a second. The system's clocks go on while a platform has stopped this process; ticks do not.
+        """
+        self._seconds += 1
         since = self._running_since
-        return 0.0 if since is None else running_time.seconds() - since
+        return 0 if since is None else self._seconds - since - 1
 
     def _take(self, call: _Call) -> list[_Call]:
         """Take this call off the queue, and the others that may go with it."""
@@ -139,7 +144,7 @@ class Batcher:
     def _answer(self, run: Run, batch: list[_Call], method: str) -> None:
         size = sum(len(each.rows) for each in batch)
         call = self._run_in_thread if self.timings.expect(method, size) > SLOW else call_directly
-        self._running_since = running_time.seconds()
+        self._running_since = self._seconds
         try:
             results, seconds = call(_timed, run, [each.rows for each in batch], method)
         except Exception as error:

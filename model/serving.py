@@ -156,14 +156,14 @@ class Serving:
         return found
 
     def end_if_hung(self, timeout: float) -> None:
-        """End this process if a call of a model has been running for more than `timeout` seconds.
+        """End this process if a call of a model has been running for `timeout` seconds. To be called once a second.
 
         A native thread cannot be stopped in any other way. gunicorn starts another worker; by itself it only notices an
         event loop that hangs, which this one does not.
         """
-        seconds = max((batcher.running_for() for batcher in list(self._batchers)), default=0.0)
-        if seconds > timeout:
-            log.critical("the model has been at one call for %.0f seconds (PREDICT_TIMEOUT): this worker ends", seconds)
+        seconds = max((batcher.tick() for batcher in list(self._batchers)), default=0)
+        if seconds >= timeout:
+            log.critical("the model has been at one call for %d seconds (PREDICT_TIMEOUT): this worker ends", seconds)
             os.kill(os.getpid(), signal.SIGKILL)
 
     # --- loading

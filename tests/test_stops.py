@@ -17,8 +17,6 @@ import joblib
 import pytest
 from conftest import WORKER_CLASSES, Gunicorn, basic, gunicorn
 
-from processes import RunningTime
-
 # A model of which a row [[-5.0]] takes five seconds.
 SLEEPER = """
 import time
@@ -258,18 +256,3 @@ def test_no_worker_dies_of_five_freezes_of_forty_seconds(
             time.sleep(2.5)
             assert server.workers() == before
         assert "WORKER TIMEOUT" not in server.log.read_text()
-
-
-def test_running_time_counts_no_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    clock = RunningTime()
-    for _ in range(3):
-        now += 1.0
-        clock.tick()
-    assert clock.seconds() == 3.0
-    now += 40.0  # no tick: the process was stopped
-    assert clock.seconds() == 5.0
-    clock.tick()
-    now += 0.5
-    assert clock.seconds() == 5.5

@@ -16,8 +16,6 @@ from flask import Response
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.wsgi import get_content_length
 
-from processes import running_time
-
 CHUNK_SIZE = 2**14  # bytes that are read at a time
 LINGER = 2.0  # seconds for which a rejected body is read on, so that the caller finishes sending and sees the answer
 
@@ -28,6 +26,7 @@ class BodyReader:
     def __init__(self, max_bytes: int, timeout: float) -> None:
         self.max_bytes, self.timeout = max_bytes, timeout
         self._reads: dict[object, tuple[float, Any]] = {}  # a token each → (deadline, WSGI environ)
+        self._seconds = 0  # that this process has run; the system's clocks go on while a platform has stopped it
 
     def read(self, environ: dict[str, Any]) -> bytes:
         """Read the whole body of a request.
@@ -64,9 +63,9 @@ class BodyReader:
 
     def expire_reads(self) -> None:
         """End the reads that are past their deadline. To be called once a second."""
-        now = running_time.seconds()
+        self._seconds += 1
         for token, (deadline, environ) in list(self._reads.items()):
-            if deadline <= now and self._reads.pop(token, None) is not None:
+            if deadline <= self._seconds and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
 
     def _chunks(self, environ: dict[str, Any], length: int, seconds: float) -> Iterator[bytes]:
@@ -76,13 +75,13 @@ class BodyReader:
         Raises: RequestTimeout, BadRequest; the connection is of no further use then.
         """
         token, left, yielded = object(), length, time.monotonic()
-        deadline = running_time.seconds() + seconds
+        deadline = self._seconds + 1 + seconds  # the second under way may be nearly over
         self._reads[token] = (deadline, environ)
         try:
             while left > 0 and (chunk := environ["wsgi.input"].read(min(left, CHUNK_SIZE))):
                 left -= len(chunk)
                 yield chunk
-                if running_time.seconds() >= deadline:
+                if self._seconds >= deadline:
                     break
                 if (now := time.monotonic()) - yielded > 0.01:
                     time.sleep(0.0001)  # not 0: gevent would then run other ready callbacks before it looks at sockets
@@ -92,7 +91,7 @@ class BodyReader:
             complete = False
         finally:
             self._reads.pop(token, None)
-        late = running_time.seconds() >= deadline
+        late = self._seconds >= deadline
         if late or not complete:
             environ["body.complete"] = False
             if late:

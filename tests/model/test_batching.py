@@ -295,3 +295,13 @@ def test_all_of_it_under_gevent() -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_running_call_is_as_old_as_it_had_ticks() -> None:
+    batcher, model = Batcher(), Model()
+    ages: list[int] = []
+    model.gate = lambda: ages.append(batcher.tick()) or len(ages) == 4
+    batcher.tick()
+    assert batcher.submit(model, [2], "square") == [4]
+    assert ages == [0, 1, 2, 3]  # the first tick may come at once, so it is no second yet
+    assert batcher.tick() == 0
