@@ -51,29 +51,34 @@ def _number(lowest: float, highest: float, unit: str, kind: type = int) -> Calla
     return parse
 
 
-def _one_of(*choices: str) -> Callable[[str], str]:
+def _form(pattern: str, expected: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
-        if value not in choices:
-            raise SettingsError("expected " + " or ".join(choices))
+        if not re.fullmatch(pattern, value):
+            raise SettingsError(f"expected {expected}")
         return value
 
     return parse
 
 
+def _one_of(*choices: str) -> Callable[[str], str]:
+    return _form("|".join(choices), " or ".join(choices))
+
+
 def _switch(value: str) -> bool:
-    if value not in ("0", "1"):
-        raise SettingsError("expected 1 (on) or 0 (off)")
-    return value == "1"
+    return _form("0|1", "1 (on) or 0 (off)")(value) == "1"
 
 
-def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
-        raise SettingsError("expected a name: 1 to 100 letters, digits, or (not at its beginning) any of . _ -")
-    return value
+def _list(value: str) -> tuple[str, ...]:
+    return tuple(entry.strip() for entry in value.split(",") if entry.strip())
+
+
+def _headers(value: str) -> tuple[str, ...]:
+    parse = _form(r"[A-Za-z0-9-]+/?", "names of headers, separated by commas, each with or without / behind it")
+    return tuple(map(parse, _list(value)))
 
 
 def _extensions(value: str) -> tuple[str, ...]:
-    entries = tuple(entry.strip() for entry in value.split(",") if entry.strip())
+    entries = _list(value)
     if not all(part.isidentifier() for entry in entries for part in entry[entry[0] in "+-" :].split(".")):
         raise SettingsError("expected dotted module names, separated by commas, each with or without + or - before it")
     known = {*EXTENSIONS, *(entry[1:] for entry in entries if entry[0] == "+")}
@@ -83,17 +88,10 @@ def _extensions(value: str) -> tuple[str, ...]:
     return entries
 
 
-def _route(value: str) -> str:
-    if not re.fullmatch(r"(/[A-Za-z0-9._~:@-]*)+", value):
-        raise SettingsError("expected a path that begins with / and consists of letters, digits and - . _ ~ : @ /")
-    return value
-
-
-def _headers(value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(",") if name.strip())
-    if not all(re.fullmatch(r"[A-Za-z0-9-]+/?", name) for name in names):
-        raise SettingsError("expected names of headers, separated by commas, each with or without / behind it")
-    return names
+_name = _form(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "a name: 1 to 100 letters, digits, or (not at its beginning) any of . _ -"
+)
+_route = _form(r"(/[A-Za-z0-9._~:@-]*)+", "a path that begins with / and consists of letters, digits and - . _ ~ : @ /")
 
 
 def _setting(parse: Callable[[str], Any], default: Any = MISSING, default_factory: Any = MISSING) -> Any:
