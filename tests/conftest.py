@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -284,6 +285,16 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 _held: deque[int] = deque()
+
+
+def ready(file: Any, events: int, seconds: float) -> int:
+    """Wait for events of `select.POLL…` on a socket or descriptor; return those that came, and 0 when it is too late.
+
+    Not `select.select`, which takes no descriptor above 1023, as a long run of tests may have.
+    """
+    poll = select.poll()
+    poll.register(file, events)
+    return next((found for _, found in poll.poll(1000 * seconds)), 0)
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHEAP, PASSWORD, ROOT, Client, Gunicorn, basic, gunicorn, records, write_users
+from conftest import CHEAP, PASSWORD, ROOT, Client, Gunicorn, basic, gunicorn, ready, records, write_users
 from flask import Blueprint, Flask, g
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -901,7 +901,7 @@ class Terminal:
         return self.process.wait(10)
 
     def _read(self) -> bool:
-        if not select.select([self._ours], [], [], 20)[0]:
+        if not ready(self._ours, select.POLLIN, 20):
             self.process.kill()
             raise AssertionError(f"nothing comes after {self.screen!r}")
         try:

@@ -55,11 +55,10 @@ class BodyReader:
 
     def _discard(self, environ: dict[str, Any]) -> None:
         """Read on a little, then shut the connection down: closed with unread data it is reset, and the answer lost."""
-        count = self.max_bytes + 1
         with suppress(HTTPException):
-            count = sum(map(len, self._chunks(environ, count, LINGER)))
-        if count > self.max_bytes:
-            _shutdown(environ, socket.SHUT_RDWR)
+            if sum(map(len, self._chunks(environ, self.max_bytes + 1, LINGER))) <= self.max_bytes:
+                return
+        _shutdown(environ, socket.SHUT_RDWR)
 
     def expire_reads(self) -> None:
         """End the reads that are past their deadline. To be called once a second."""
@@ -113,8 +112,7 @@ def _shutdown(environ: dict[str, Any], how: int) -> None:
     if how == socket.SHUT_RDWR:
         with suppress(AttributeError):  # another server's stream may not take it
             environ["wsgi.input"].failed = True
-    connection = environ.get("gunicorn.socket")
-    if connection is not None:
+    if (connection := environ.get("gunicorn.socket")) is not None:
         shut_down(connection, how)
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PASSWORD, ROOT, basic, records
+from conftest import PASSWORD, ROOT, basic, ready, records
 from nginx_tools import needs_nginx
 from test_hosts import Namespace, can_make_namespaces
 
@@ -84,12 +84,10 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
         start_new_session=True,
     )
     os.close(far_end)
-    ready = select.poll()  # select.select takes no descriptor above 1023, as a long run of tests may have
-    ready.register(terminal, select.POLLIN)
     shown, answered, deadline = "", 0, time.monotonic() + 1800
     try:
         while time.monotonic() < deadline:
-            if ready.poll(500):  # milliseconds
+            if ready(terminal, select.POLLIN, 0.5):
                 try:
                     shown += os.read(terminal, 65536).decode(errors="replace")
                 except OSError:  # the last process that had it open has ended

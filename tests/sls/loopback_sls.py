@@ -433,9 +433,11 @@ class Handler(BaseHTTPRequestHandler):
     def is_released(self, released: threading.Event) -> bool:
         """Wait until `release()`, which is True, or until the client has left or the server stops, which is False."""
         is_released = False
+        poll = select.poll()  # select.select takes no descriptor above 1023
+        poll.register(self.connection, select.POLLIN)
         while not is_released:
             is_released = released.wait(0.02)
-            if select.select([self.connection], [], [], 0)[0]:
+            if poll.poll(0):
                 self.close_connection = True
                 return False
         return True

@@ -18,7 +18,18 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PASSWORD, WORKER_CLASSES, Client, Gunicorn, basic, gunicorn, read_all, records, write_users
+from conftest import (
+    PASSWORD,
+    WORKER_CLASSES,
+    Client,
+    Gunicorn,
+    basic,
+    gunicorn,
+    read_all,
+    ready,
+    records,
+    write_users,
+)
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_iris
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -646,13 +657,13 @@ def talk(
         while ended == NEVER and (now := time.monotonic() - started) < seconds:
             if not unsent and now >= due:
                 unsent, due = memoryview(next(left, b"")), now + pause
-            readable, writable, _ = select.select([connection], [connection] if unsent else [], [], 0.02)
+            events = ready(connection, select.POLLIN | (select.POLLOUT if unsent else 0), 0.02)
             try:
-                if readable:
+                if events & ~select.POLLOUT:  # data, or the end
                     received += (new := connection.recv(65536))
                     now = time.monotonic() - started
                     answered, ended, last = min(answered, now), ended if new else now, now
-                elif writable:
+                elif events:
                     unsent = unsent[connection.send(unsent) :]
                 elif now - last > quiet:
                     break
