@@ -6,9 +6,11 @@ multi-output models) a list with one for each output. None stands for a row whos
 - Classification: a row is wrong unless each of its outputs equals the truth (scikit-learn's `1 - accuracy_score`, for
   several outputs as well). A label that the model does not know makes the row wrong, too, and is counted besides.
 - Regression: a row's errors are the means over its outputs of |prediction - truth|, its square, and with its sign. A
-  row whose prediction is null (NaN, or an infinity) cannot be measured; it counts as not known.
+  row whose prediction is null (NaN, or an infinity), or what an extension made of it and no number, cannot be
+  measured; it counts as not known.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -140,10 +142,10 @@ def _regression(prediction: list[Any], truth: list[Any]) -> Outcome:
         for said, is_so in _pairs(answered, true, f"truth of row {number}"):
             if _kind(is_so) != NUMBER:
                 raise BadTruth(f"truth of row {number} is {_kind(is_so)}; send a number, or null if it is not known")
-            errors.append(float("nan") if said is None else float(said) - float(is_so))
+            errors.append(float(said) - float(is_so) if _kind(said) == NUMBER else math.nan)
             if abs(errors[-1]) > MAX_ERROR:
                 raise BadTruth(f"truth of row {number} is further from the prediction than can be squared; correct it")
-        if errors and None not in _leaves(answered):
+        if errors and not math.isnan(sum(errors)):
             outcome.rows += 1
             outcome.abs_error = (outcome.abs_error or 0.0) + sum(map(abs, errors)) / len(errors)
             outcome.sq_error = (outcome.sq_error or 0.0) + sum(error * error for error in errors) / len(errors)

@@ -77,6 +77,8 @@ WRONG = [
     ([[0, 1]], [[0, None]], CLASSIFICATION, [[0, 1]] * 2, "row 0 is null"),
     ([0, 0], [None, None], CLASSIFICATION, [0, 1], "no row's truth is known"),
     ([None], [1.0], REGRESSION, None, "no row's truth is known"),
+    (["n/a"], [1.0], REGRESSION, None, "no row's truth is known"),  # what an extension made of a prediction
+    ([{"low": 1.0}, True], [1.0, 1.0], REGRESSION, None, "no row's truth is known"),
     ([1.0], ["1"], REGRESSION, None, "row 0 is a string; send a number"),
     ([1.0], [False], REGRESSION, None, "row 0 is true or false; send a number"),
     ([1.0], [1e200], REGRESSION, None, "further from the prediction"),
@@ -98,8 +100,6 @@ JSON = st.recursive(
 
 @given(st.lists(JSON, min_size=1, max_size=3), JSON, st.sampled_from([CLASSIFICATION, REGRESSION]), JSON)
 def test_any_json_is_counted_or_refused(prediction: Any, truth: Any, kind: str, classes: Any) -> None:
-    if kind == REGRESSION:
-        prediction = [1.5] * len(prediction)
     try:
         found = compare(prediction, truth, kind, labels_of(classes))
     except BadTruth:
