@@ -1,14 +1,14 @@
 """Which receipts were accepted: 64-bit ids in memory-mapped hash tables that all workers of a host share.
 
 tables = IdTables(directory)
-tables.prepare(hour, 3)          # room for so many more
-7 in tables.open(hour)
+tables.add([(hour, 7)])
+tables.find([(hour, 7), (hour, 8)])       # {7}
 """
 
 import mmap
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,41 +42,62 @@ class IdTables:
                 found[int(hour)][int(number)] = path
         return {hour: [path for _, path in sorted(found[hour].items())] for hour in sorted(found)}
 
-    def size(self) -> int:
-        """Return the bytes of all tables."""
-        return sum(path.stat().st_size for paths in self.hours().values() for path in paths)
+    def sizes(self) -> dict[int, int]:
+        """Return the bytes of each hour's files, the oldest hour first."""
+        return {hour: sum(path.stat().st_size for path in paths) for hour, paths in self.hours().items()}
 
-    def new_bytes(self, hour: int, count: int) -> list[int]:
-        """Return the sizes of the tables that are lacking for `count` more ids."""
+    def lacking(self, hour: int, count: int) -> dict[Path, int]:
+        """Return the files that are lacking for `count` more ids, with their sizes in bytes."""
         with self.open(hour) as table:
             room, number = table.room, table.count
-        sizes = []
+        found = {}
         while room < count:
             slots = FIRST_SLOTS << number
-            sizes.append(WORD.size * (slots + 1))
+            found[self._path(hour, number)] = WORD.size * (slots + 1)
             room, number = room + _filled(slots), number + 1
-        return sizes
+        return found
 
     def prepare(self, hour: int, count: int) -> None:
         """Make room for `count` more ids. Raises: OSError."""
-        for size in self.new_bytes(hour, count):
-            number = len(self.hours().get(hour, []))
+        for path, size in self.lacking(hour, count).items():
             self._directory.mkdir(parents=True, exist_ok=True)
             # Zeros, no hole: if the disk is full when a map onto a hole is written, the kernel kills the process.
-            replace_file(self._directory / f"ids-{hour}-{number}", bytes(size), durable=False)
+            replace_file(path, bytes(size), durable=False)
+
+    def _path(self, hour: int, number: int) -> Path:
+        return self._directory / f"ids-{hour}-{number}"
 
     @contextmanager
     def open(self, hour: int) -> Iterator["HourTable"]:
         """Open the tables of an hour."""
         maps: list[mmap.mmap] = []
         try:
-            while (path := self._directory / f"ids-{hour}-{len(maps)}").exists():
-                with path.open("r+b") as file:
-                    maps.append(mmap.mmap(file.fileno(), 0))
+            with suppress(FileNotFoundError):  # after the last
+                while True:
+                    with self._path(hour, len(maps)).open("r+b") as file:
+                        maps.append(mmap.mmap(file.fileno(), 0))
             yield HourTable(maps)
         finally:
             for each in maps:
                 each.close()
+
+    def find(self, ids: Iterable[tuple[int, int]]) -> set[int]:
+        """Return those of some ids that were added; each is given after its hour."""
+        found: set[int] = set()
+        for hour, group in _by_hour(ids).items():
+            with self.open(hour) as table:
+                found.update(each for each in group if each in table)
+        return found
+
+    def add(self, ids: Iterable[tuple[int, int]]) -> None:
+        """Add ids, each given after its hour, unless they are there. Raises: OSError."""
+        for hour, group in _by_hour(ids).items():
+            with self.open(hour) as table:
+                new = [each for each in group if each not in table]
+            self.prepare(hour, len(new))
+            with self.open(hour) as table:
+                for each in new:
+                    table.add(each)
 
     def drop(self, hour: int) -> None:
         """Forget the ids of an hour."""
@@ -116,6 +137,13 @@ class HourTable:
                 WORD.pack_into(each, 0, used + 1)
                 return
         raise OSError("the tables of receipts have no room")
+
+
+def _by_hour(ids: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for hour, receipt_id in ids:
+        found[hour].append(receipt_id)
+    return found
 
 
 def _slots(table: mmap.mmap) -> int:

@@ -162,49 +162,47 @@ class Ledger:
         return results
 
     def _classify(self, entries: list[Entry], state: dict[str, Any]) -> list[str]:
-        results, seen = [], set()
+        results, known = [], self._ids.find((entry.hour, entry.receipt.id) for entry in entries)
         kinds = {name: figures["kind"] for name, figures in state["figures"].items()}
         for entry in entries:
-            with self._ids.open(entry.hour) as table:
-                known = entry.receipt.id in seen or entry.receipt.id in table
-            if known:
+            if entry.receipt.id in known:
                 results.append(DUPLICATE)
             elif entry.hour < state["oldest"]:
                 results.append(TOO_OLD)
             elif kinds.setdefault(_name(entry), entry.receipt.kind) != entry.receipt.kind:
                 results.append(OTHER_KIND)
             else:
-                seen.add(entry.receipt.id)
+                known.add(entry.receipt.id)
                 results.append(ACCEPTED)
         return results
 
     def _make_room(self, state: dict[str, Any], entries: list[Entry]) -> None:
         """Make room for the ids of entries, if need be by forgetting the oldest, whose receipts are refused then."""
-        for hour, count in Counter(entry.hour for entry in entries if entry.hour >= state["oldest"]).items():
-            needed = sum(self._ids.new_bytes(hour, count))
-            if needed:
-                self._forget(state, needed=needed)
+        counts = Counter(entry.hour for entry in entries if entry.hour >= state["oldest"])
+        if needed := sum(sum(self._ids.lacking(hour, count).values()) for hour, count in counts.items()):
+            self._forget(state, needed=needed)
+        for hour, count in counts.items():
             if hour >= state["oldest"]:
                 self._ids.prepare(hour, count)
 
     def _forget(self, state: dict[str, Any], *, before: int = 0, needed: int = 0) -> None:
         """Forget the ids of the hours before one, and more until so many bytes are free."""
-        for hour in self._ids.hours():
-            if hour >= before and self._ids.size() + needed <= MAX_BYTES:
+        sizes = self._ids.sizes()
+        free = MAX_BYTES - sum(sizes.values())
+        for hour, size in sizes.items():
+            if hour >= before and free >= needed:
                 break
             state["oldest"] = max(state["oldest"], hour + 1)
             replace_file(self._state, orjson.dumps(state), durable=False)  # first: else its receipts would count twice
             self._ids.drop(hour)
+            free += size
 
     def _complete(self, intent: dict[str, Any], written: set[str]) -> None:
         """Write a batch, but for the records that are written already."""
         for record in intent["records"]:
             if record["receipt_id"] not in written:
                 self._append(dict(record))
-        for hour, receipt_id in intent["ids"]:
-            self._ids.prepare(hour, 1)
-            with self._ids.open(hour) as table:
-                table.add(receipt_id)
+        self._ids.add(intent["ids"])
         replace_file(self._state, orjson.dumps(intent["state"]), durable=False)
         self._intent.unlink()
 

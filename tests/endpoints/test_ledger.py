@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, records
 from ledger_tools import entry, open_ledger
 
-from endpoints import id_tables, ledger
+from endpoints import ledger
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures
 from endpoints.id_tables import IdTables
 from endpoints.ledger import ACCEPTED, DUPLICATE, OTHER_KIND, TOO_OLD, Ledger
@@ -164,7 +164,6 @@ def test_ids_are_forgotten_with_the_age_of_their_receipts(place: Path) -> None:
 
 
 def test_full_tables_forget_the_oldest_receipts_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(id_tables, "MAX_BYTES", 20_000)
     monkeypatch.setattr(ledger, "MAX_BYTES", 20_000)
     book = open_ledger(place)
     number, results = 0, Counter[str]()
@@ -177,6 +176,16 @@ def test_full_tables_forget_the_oldest_receipts_first(place: Path, monkeypatch: 
     assert results == {ACCEPTED: 15 * 190}
     assert book.accept([entry(1, hour=10), entry(9999, hour=11)]) == [TOO_OLD, TOO_OLD]
     assert book.figures()["v1", "stable"].rows == 15 * 190
+
+
+def test_batch_of_many_hours_makes_room_for_all_of_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "MAX_BYTES", 20_000)  # nine tables
+    book = open_ledger(place)
+    assert book.accept([entry(1 + hour, hour=hour) for hour in range(8)]) == [ACCEPTED] * 8
+    batch = [entry(100 + hour, hour=hour) for hour in (14, 7, 10, 11, 2, 12, 13, 14)]
+    results = book.accept([*batch, batch[0]])
+    assert results == [*[ACCEPTED] * 4, TOO_OLD, ACCEPTED, ACCEPTED, DUPLICATE, DUPLICATE]
+    assert list(IdTables(book.directory).hours()) == [4, 5, 6, 7, 10, 11, 12, 13, 14]
 
 
 def test_tables_hold_any_id_and_grow(tmp_path: Path) -> None:
