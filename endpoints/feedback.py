@@ -98,6 +98,8 @@ class Feedback:
         except OSError as error:
             message = "answers carry no receipt until %s can be written: %s"
             self._log_limit.error("", message, self.ledger.directory, error)
+        else:
+            self._log_limit.reset()
 
     # --- receipts
 
@@ -149,8 +151,9 @@ class Feedback:
         if not keys or self._counts is None:
             raise ServiceUnavailable("feedback cannot be taken now; the server's log says why", retry_after=60)
         judged: list[Entry | str] = run(self._judge_all, given, keys, g.record["user"])
-        entries, bounds = [each for each in judged if isinstance(each, Entry)], self._error_bounds()
-        for entry in entries:
+        entries = [each for each in judged if isinstance(each, Entry)]
+        bounds = {model.version: model.about.get("error_bound") for model in service.serving.loaded()}
+        for entry in entries:  # SLS, which sees nothing but records, alerts on them
             entry.error_bound = bounds.get(entry.receipt.version)
         try:
             results = iter(self.ledger.accept(entries))
@@ -196,12 +199,6 @@ class Feedback:
         prediction = receipt.resolve(given.get("prediction"))
         return Entry(receipt, compare(prediction, given["truth"], receipt.kind, labels[receipt.version]), age, user)
 
-    def _error_bounds(self) -> dict[str, float | None]:
-        """Return the bounds of the versions that are served. SLS, which sees nothing but records, alerts on them."""
-        served = self._service.serving.describe()
-        models = [served[variant] for variant in ("stable", "canary") if served[variant]]
-        return {model["version"]: model.get("error_bound") for model in models}
-
     # --- figures
 
     def describe(self, found: dict[str, Any]) -> None:
@@ -240,8 +237,9 @@ class ClassesFiles:
         except TypeError:  # dates or the like; such labels are not told from unknown ones
             content = b"null"
         try:
-            if not self._path(version).exists():
-                replace_file(self._path(version), content, durable=False)
+            path = self._path(version)
+            if not path.exists() or path.read_bytes() != content:  # a version's name may be used again
+                replace_file(path, content, durable=False)
                 files = sorted(self._directory.glob("classes-*.json"), key=lambda path: path.stat().st_mtime)
                 for path in files[:-MAX_CLASSES_FILES]:
                     path.unlink(missing_ok=True)

@@ -241,6 +241,7 @@ class KeyFile:
             self._fail("expected one or two lines of 64 hex digits each")
             return
         self.keys = tuple(new_key(bytes.fromhex(digits.decode())) for digits in matched.groups() if digits)
+        self._log_limit.reset()
 
     def _fail(self, why: str) -> None:
         self.keys, self._etag = (), ()

@@ -20,8 +20,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error, zero_one_loss
 from sklearn.multioutput import MultiOutputClassifier
 
-from endpoints.feedback import Feedback
+from endpoints.feedback import ClassesFiles, Feedback
 from endpoints.ledger import TOO_OLD
+from endpoints.truths import labels_of
 from settings import Settings
 
 IRIS = load_iris()
@@ -295,6 +296,14 @@ def test_feedback_that_is_off_leaves_nothing(serve: Any, iris_file: Path) -> Non
     assert not (client.journal_dir.parent / "feedback.key").exists()
     hooks = [*client.service.on_answer, *client.service.serving.on_describe, *client.service.every_second]
     assert not [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), Feedback)]
+
+
+def test_labels_are_those_of_the_last_version_with_a_name(tmp_path: Path) -> None:
+    files = ClassesFiles(tmp_path)
+    files.keep("1", [0, 1])
+    files.keep("1", ["a", "b"])
+    assert files.read("1") == labels_of(["a", "b"])
+    assert files.read("2") is None
 
 
 # --- what cannot be read or written

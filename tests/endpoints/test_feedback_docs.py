@@ -47,5 +47,5 @@ def test_fields_of_a_record_are_listed() -> None:
     rows = re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {
         *("event", "receipt_id", "model_version", "variant", "rows", "wrong", "unknown_labels", "abs_error"),
-        *("sq_error", "signed_error", "age", "user"),
+        *("sq_error", "signed_error", "age", "user", "error_bound"),
     }

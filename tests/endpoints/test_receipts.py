@@ -214,6 +214,11 @@ def test_keys_follow_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     file.refresh()
     assert len(file.keys) == 1
     assert "cannot be read: No such file" in caplog.text
+    path.write_text("half a line")
+    for _ in range(3):
+        file.refresh()
+    assert [each.getMessage() for each in caplog.records if "one or two lines" in each.getMessage()] != []
+    assert len(caplog.records) == 2  # one for each time that there were no keys
 
 
 def test_key_file_in_what_is_no_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
