@@ -108,8 +108,7 @@ class Issuer:
         signed = head + WHEN.pack(time.time_ns() // 1000, random.getrandbits(32)) + content
         mac = key.copy()
         mac.update(signed)
-        spelled = binascii.b2a_base64(signed + mac.digest(), newline=False).translate(_URL_SAFE)
-        return spelled.rstrip(b"=").decode("ascii")
+        return binascii.b2a_base64(signed + mac.digest()).translate(_URL_SAFE, b"=\n").decode("ascii")
 
 
 def _encode(prediction: Any) -> bytes:
