@@ -249,16 +249,16 @@ class Ledger:
 
 def _load(path: Path) -> dict[str, Any]:
     """Return the state in a file. One that a power failure damaged is kept under another name, for people."""
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"oldest": 0, "figures": {}}
     try:
-        state = orjson.loads(path.read_bytes())
+        state = state | orjson.loads(path.read_bytes())
     except FileNotFoundError:
         pass
-    except ValueError:
+    except (ValueError, TypeError):  # not JSON, or no object
         log.error("%s is damaged, perhaps by a power failure: the figures begin at zero", path)
         with suppress(OSError):
             path.rename(path.with_suffix(".damaged"))
-    return {"oldest": 0, "figures": {}} | state
+    return state
 
 
 def _name(entry: Entry) -> str:

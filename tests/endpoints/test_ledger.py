@@ -128,10 +128,11 @@ def test_batch_that_cannot_be_completed_is_completed_later(place: Path) -> None:
     assert len(records(place)) == 3
 
 
-def test_damaged_files_stop_nothing(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damaged", [b"", b"\0" * 200, b"[]", b"[5]", b"null"])
+def test_damaged_files_stop_nothing(place: Path, caplog: pytest.LogCaptureFixture, damaged: bytes) -> None:
     book = open_ledger(place)
     book.accept([entry(1)])
-    (book.directory / "figures.json").write_bytes(b"")
+    (book.directory / "figures.json").write_bytes(damaged)
     (book.directory / "intent.json").write_bytes(b'{"pid": ')
     (book.directory / "rows-0").write_bytes(b"short")
     (book.directory / "ids-what").touch()
