@@ -86,19 +86,18 @@ class Ledger:
         self._ids = IdTables(self.directory)
         self._log_limit = LogLimit(log)
         self._forgotten = 0  # the hour before which the ids were forgotten
-        self._read: tuple[float, dict[tuple[str, str], Figures]] = (-2.0, {})
 
     # --- reading
 
     def figures(self) -> dict[tuple[str, str], Figures]:
-        """Return the figures by (version, variant), summed over the workers; a second old at most."""
-        when, found = self._read
-        if time.monotonic() - when > 1.0:
-            found = self._figures(_load(self._state))
-            for key, count in read_rows(self.directory.glob("rows-*")).items():
-                figures = found.setdefault(key, Figures(count.kind))
-                figures.predicted_rows = count.rows
-            self._read = time.monotonic(), found
+        """Return the figures by (version, variant), summed over the workers.
+
+        Read anew each time: a worker that kept them for a while would show counters that go down to whom another one
+        answered before.
+        """
+        found = self._figures(_load(self._state))
+        for key, count in read_rows(self.directory.glob("rows-*")).items():
+            found.setdefault(key, Figures(count.kind)).predicted_rows = count.rows
         return found
 
     @staticmethod
@@ -122,7 +121,6 @@ class Ledger:
             with self._locked(LOCK_SECONDS):
                 results += self._accept(entries[at : at + BATCH])
             time.sleep(0.0001)  # other requests, and other workers, get their turn
-        self._read = (-2.0, {})
         return results
 
     @contextmanager

@@ -138,8 +138,11 @@ class Versions:
         self.pairs += min(tally.asked - before, len(FORMS))
 
     def served(self) -> str:
-        """Return the version that GET /model shows."""
-        _, _, body = self.server.ask("GET", "/model", Authorization=basic("admin"))
+        """Return the version that GET /model shows, "" while nobody listens yet."""
+        try:
+            _, _, body = self.server.ask("GET", "/model", Authorization=basic("admin"))
+        except ConnectionRefusedError:
+            return ""
         found: dict[str, Any] = json.loads(body)["stable"] or {}
         return str(found.get("version"))
 
