@@ -97,12 +97,12 @@ def calls(server: list[Gunicorn], first: int, last: int) -> list[tuple[str, list
 
 @contextmanager
 def killing(servers: list[Gunicorn]) -> Iterator[list[int]]:
-    """Kill a worker of a host, and each second another, of a host whose workers all serve."""
+    """Kill a worker of each host in turn, soon after all workers of that host serve."""
     ended, killed = threading.Event(), list[int]()
     expected = {server: server.log.read_text().count("serving version") for server in servers}
 
     def kill() -> None:
-        while not ended.wait(1.0):
+        while not ended.wait(0.2):
             server = servers[len(killed) % 2]
             workers = server.workers()
             if len(workers) == 2 and server.log.read_text().count("serving version") >= expected[server]:

@@ -677,7 +677,7 @@ def test_feedback_that_a_server_has_shipped_is_what_the_queries_take(
     regressor = DummyRegressor(strategy="constant", constant=0.0).fit([[0.0], [1.0]], [0.0, 1.0])
     for model, bound in ((classifier, 0.1), (regressor, 0.15)):
         client = serve(model)
-        client.service.serving.on_describe.append(lambda found, bound=bound: found["stable"].update(error_bound=bound))
+        client.service.serving.choose()[0].about["error_bound"] = bound
         answers = [client.post({"data": [[0.0]] * 100}) for _ in range(3)]
         entries = [{"receipt": answer.headers["X-Feedback"], "truth": [0] * 80 + [1] * 20} for answer in answers]
         answer = client.post({"feedback": entries}, "/feedback", Authorization=basic("feedback"))
