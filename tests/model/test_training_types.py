@@ -261,7 +261,7 @@ def own_step_before(model: Any, frame: pd.DataFrame) -> Any:
     )
 
 
-def test_categories_behind_a_step_of_ones_own_are_explained_without_promising_a_sample(cities: Any) -> None:
+def test_lightgbms_categories_behind_a_step_of_ones_own_are_explained_without_promising_a_sample(cities: Any) -> None:
     model = own_step_before(boosters()["lightgbm"], cities.assign(x=RNG.normal(size=N_ROWS)))
     for sample in (None, [{"code": 3, "city": "Oslo", "x": 0.5}]):
         with pytest.raises(ModelLoadError, match="stands before a booster with pandas categories") as error:
