@@ -143,9 +143,8 @@ class Service:
         return self.respond(*read_rows(current, self.bodies, self.settings.max_rows, self.run_in_thread))
 
     def respond(self, rows: Any, method: str) -> Response:
-        """Answer rows as POST /predict does, by the version that the request's headers ask for."""
-        given = request.environ.get
-        answer = self.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))
+        """Answer rows as POST /predict does."""
+        answer = self.infer(rows, method)
         content = {"prediction": answer.prediction}
         if answer.classes is not None:
             content["classes"] = answer.classes
@@ -173,17 +172,22 @@ class Service:
 
     # --- inference
 
-    def infer(self, rows: Any, method: str = "predict", version: str = "", routing_key: str = "") -> Answer:
+    def infer(
+        self, rows: Any, method: str = "predict", version: str | None = None, routing_key: str | None = None
+    ) -> Answer:
         """Answer rows, for the request under way; every endpoint that predicts calls this, and nothing else.
 
         Args:
             rows: a decoded JSON value, or an array `(n_rows, …)`; or a function that makes it for a signature.
             method: of the model.
-            version, routing_key: as in `Serving.choose`; only admins may name a version.
+            version, routing_key: as in `Serving.choose`, by default those of the request's headers; only admins may
+                name a version.
 
         Raises: what `explain` explains.
         """
-        record = g.record
+        record, given = g.record, request.environ.get
+        version = given("HTTP_X_MODEL_VERSION", "") if version is None else version
+        routing_key = given("HTTP_X_ROUTING_KEY", "") if routing_key is None else routing_key
         if version and not has_role("admin"):
             raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
         model, record["variant"] = self.serving.choose(routing_key, version)

@@ -147,6 +147,7 @@ class Settings:
     feedback: bool = _setting(_switch, True)
     feedback_key_file: Path = _setting(_path, Path("var/feedback.key"))  # made at the first start; hosts share it
     feedback_max_age: int = _setting(_number(1, 366 * 86_400, "seconds"), 30 * 86_400)  # of a receipt
+
     # Vertex AI's paths, by the names that it gives them (endpoints/vertex.py); by default the ones that it documents
     aip_health_route: str = _setting(_route, "")
     aip_predict_route: str = _setting(_route, "")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import BadRequest, UnsupportedMediaType
 
-from endpoints.media_types import NPY, per_row
-from endpoints.routes import add_prediction, infer, runner
-from web.decoding import check_length, decode_call, parse_json, read_body
+from endpoints.media_types import per_row
+from endpoints.routes import add_prediction, runner
+from web.decoding import NPY, check_length, decode_call, parse_json, read_body
 from web.errors import json_response
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def init_app(app: Flask, service: "Service") -> None:
         check_length(rows, service.settings.max_rows)
         if type(call) is not list:
             return service.respond(rows, method)
-        return json_response(per_row(infer(service, rows, method).prediction))
+        return json_response(per_row(service.infer(rows, method).prediction))
 
     add_prediction(app, blueprint, "/", predict)
     add_prediction(app, blueprint, "/predict", predict)

@@ -4,7 +4,9 @@ low, high = wilson(wrong=12, n=400)
 Figures("classification", predicted_rows=1000, rows=400, wrong=12).describe()
 """
 
+import bisect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +61,18 @@ class Figures:
     entries: int = 0  # accepted receipts
     age_sum: float = 0.0  # of their ages when the truth came, in seconds
     ages: list[int] = field(default_factory=lambda: [0] * (len(AGE_SECONDS) + 1))  # by bucket; the last beyond them all
+
+    def add(self, sums: Mapping[str, Any], age: float) -> None:
+        """Add a receipt's sums, by the names that they have in its record, and its age in seconds; None counts as 0."""
+        self.rows += sums["rows"]
+        self.wrong += sums["wrong"] or 0
+        self.unknown_labels += sums["unknown_labels"] or 0
+        self.abs_error += sums["abs_error"] or 0.0
+        self.squared_error += sums["sq_error"] or 0.0
+        self.signed_error += sums["signed_error"] or 0.0
+        self.entries += 1
+        self.age_sum += age
+        self.ages[bisect.bisect_left(AGE_SECONDS, age)] += 1
 
     @property
     def coverage(self) -> float:

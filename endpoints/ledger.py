@@ -5,7 +5,6 @@ ledger.accept([Entry(…)])        # [ACCEPTED], and from then on [DUPLICATE]
 ledger.figures()["v7", "stable"].describe()
 """
 
-import bisect
 import fcntl
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from endpoints.error_rate import AGE_SECONDS, Figures
+from endpoints.error_rate import Figures
 from endpoints.id_tables import MAX_BYTES, IdTables
 from endpoints.receipts import Receipt
 from endpoints.row_counts import read_rows
@@ -92,8 +91,7 @@ class Ledger:
     def figures(self) -> dict[tuple[str, str], Figures]:
         """Return the figures by (version, variant), summed over the workers.
 
-        Read anew each time: a worker that kept them for a while would show counters that go down to whom another one
-        answered before.
+        Read anew each time: if each worker kept them for a while, a counter could go down from one answer to the next.
         """
         found = self._figures(_load(self._state))
         for key, count in read_rows(self.directory.glob("rows-*")).items():
@@ -265,17 +263,9 @@ def _name(entry: Entry) -> str:
 
 def _count(figures: dict[str, dict[str, Any]], entry: Entry) -> None:
     """Add an entry to the figures of its version, which go to the end: the dict is in the order of feedback."""
-    name, outcome = _name(entry), entry.outcome
+    name = _name(entry)
     found = Figures(**figures.pop(name, {"kind": entry.receipt.kind}))
-    found.rows += outcome.rows
-    found.wrong += outcome.wrong or 0
-    found.unknown_labels += outcome.unknown_labels or 0
-    found.abs_error += outcome.abs_error or 0.0
-    found.squared_error += outcome.sq_error or 0.0
-    found.signed_error += outcome.signed_error or 0.0
-    found.entries += 1
-    found.age_sum += entry.age
-    found.ages[bisect.bisect_left(AGE_SECONDS, entry.age)] += 1
+    found.add(asdict(entry.outcome), entry.age)
     figures[name] = asdict(found)
 
 

@@ -14,15 +14,16 @@ from werkzeug.exceptions import NotAcceptable, UnprocessableEntity, UnsupportedM
 from werkzeug.http import parse_options_header
 
 from endpoints.lines import csv_rows, encode_csv, encode_json_lines, parse_csv, parse_json_lines
-from endpoints.routes import infer, runner
+from endpoints.routes import runner
 from model.answers import ModelFailed
 from model.signature import Signature
-from web.decoding import check_length, decode_call, decode_npy, parse_json, read_body
+from web.decoding import NPY, check_length, decode_call, decode_npy, parse_json, read_body
 
 if TYPE_CHECKING:
     from server import Answer, Service
 
-TYPES = JSON, JSON_LINES, CSV, NPY = "application/json", "application/jsonlines", "text/csv", "application/x-npy"
+JSON, JSON_LINES, CSV = "application/json", "application/jsonlines", "text/csv"
+TYPES = JSON, JSON_LINES, CSV, NPY
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def predict(service: "Service", read_json: Callable[[Any], Call], body: bytes | 
     run = runner(service, body)
     call = run(_decode, body, given, read_json, service.settings.max_rows)
     rows = partial(run, call.adapt, call.rows) if call.adapt else call.rows
-    answer = infer(service, rows, call.method)
+    answer = service.infer(rows, call.method)
     return current_app.response_class(run(encode, answer, asked, call.key), content_type=asked)
 
 

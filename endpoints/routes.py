@@ -1,17 +1,17 @@
-"""What the further endpoints share: their routes, and how they read a body and predict."""
+"""What the further endpoints share: their routes, and where a large body is decoded."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from flask import Blueprint, Flask, Response, current_app, g, request
+from flask import Blueprint, Flask, Response, current_app, g
 
 from auth import require
 from model.batching import call_directly
 from web.decoding import LARGE_BODY
 
 if TYPE_CHECKING:
-    from server import Answer, Service
+    from server import Service
 
 View = Callable[..., Any]
 
@@ -57,9 +57,3 @@ def add_route(app: Flask, blueprint: Blueprint, path: str, view: View, method: s
 def runner(service: "Service", body: bytes) -> Callable[..., Any]:
     """Return what decodes this body, and encodes its answer: for a large one a native thread, beside the event loop."""
     return service.run_in_thread if len(body) > LARGE_BODY else call_directly
-
-
-def infer(service: "Service", rows: Any, method: str) -> "Answer":
-    """Answer rows as `Service.infer` does, by the version that the request's headers ask for."""
-    given = request.environ.get
-    return service.infer(rows, method, given("HTTP_X_MODEL_VERSION", ""), given("HTTP_X_ROUTING_KEY", ""))

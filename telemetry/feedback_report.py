@@ -16,22 +16,14 @@ class PredictionErrors:
 
     def add(self, record: dict[str, Any]) -> None:
         """Count a record. Raises: KeyError, TypeError, ValueError, it lacks something."""
-        rows, wrong = int(record["rows"]), record["wrong"]
-        if not 0 <= (wrong or 0) <= rows:
+        sums: dict[str, float] = {"rows": int(record["rows"])}
+        sums |= {name: int(record[name] or 0) for name in ("wrong", "unknown_labels")}
+        sums |= {name: float(record[name] or 0) for name in ("abs_error", "sq_error", "signed_error")}
+        if not 0 <= sums["wrong"] <= sums["rows"]:
             raise ValueError("more rows are wrong than there are")
-        names = ("unknown_labels", "abs_error", "sq_error", "signed_error")
-        unknown, absolute, squared, signed = (float(record[name] or 0) for name in names)
         key, age = (record["model_version"], record["variant"]), float(record["age"])
-        kind = REGRESSION if wrong is None else CLASSIFICATION
-        figures = self._figures.setdefault(key, Figures(kind))
-        figures.rows += rows
-        figures.wrong += wrong or 0
-        figures.unknown_labels += int(unknown)
-        figures.abs_error += absolute
-        figures.squared_error += squared
-        figures.signed_error += signed
-        figures.entries += 1
-        figures.age_sum += age
+        kind = REGRESSION if record["wrong"] is None else CLASSIFICATION
+        self._figures.setdefault(key, Figures(kind)).add(sums, age)
 
     def table(self, directory: Path) -> list[tuple[str, str]]:
         """Return the lines of the report; coverage is known to the ledger beside the journal in this directory."""
