@@ -26,8 +26,9 @@ from test_metrics import scraped, total
 
 from model.columns import Column
 from model.versions.expectations import reference
-from telemetry import drift
-from telemetry.drift import DAY, KEPT_DAYS, MAX_COLUMNS, PLACES, Drift, psi
+from telemetry import drift, drift_counts
+from telemetry.drift import DAY, KEPT_DAYS, PLACES, Drift
+from telemetry.drift_counts import MAX_COLUMNS, psi
 
 NOON = 20_000 * DAY + DAY / 2  # 2024-10-04
 LABELS = reference(["a"] * 60 + ["b"] * 40, ["a", "b"])
@@ -303,7 +304,7 @@ def test_index_is_shown_and_is_a_metric(serve: Any) -> None:
 
 def counted(client: Client) -> Any:
     """Return the counts per bin of the only version."""
-    ((days),) = drift.read(client.journal_dir / "drift", 0).values()
+    ((days),) = drift_counts.read(client.journal_dir / "drift", 0).values()
     (sums,) = days.values()
     return sums.predicted
 
