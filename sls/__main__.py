@@ -52,8 +52,11 @@ def _end_in_time(shipper: Shipper, drain: float) -> None:
 @click.option(
     "--keep-days", type=click.IntRange(1, 3650), metavar="DAYS", help="How long SLS keeps records (a new logstore: 30)."
 )
+@click.option(
+    "--language", type=click.Choice(["en", "zh"]), default="en", help="Of titles and descriptions: English or Chinese."
+)
 @click.option("--dry-run", is_flag=True, help="Print everything, send nothing.")
-def setup(make_project: bool, keep_days: int | None, dry_run: bool) -> int:
+def setup(make_project: bool, keep_days: int | None, language: str, dry_run: bool) -> int:
     """Create or update everything that SLS needs.
 
     That is the logstore and its index, a dashboard, saved searches and alerts, as in deploy/sls/.
@@ -66,6 +69,7 @@ def setup(make_project: bool, keep_days: int | None, dry_run: bool) -> int:
         console.Recipients.from_environ(os.environ),
         make_project=make_project,
         keep_days=keep_days,
+        language=language,
         dry_run=dry_run,
     )
 

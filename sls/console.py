@@ -1,8 +1,8 @@
 """Sets the console of SLS up: index, dashboard, saved searches, alerts and their recipients.
 
 The files in `deploy/sls/` hold what SLS takes, with `$name` in place of a value (`$$` is a `$`), and under `every` what
-several resources have in common; `expressions.json` holds the SQL that several queries share. Change the files, not the
-console: the next setup overwrites it.
+several resources have in common; `expressions.json` holds the SQL that several queries share, and `zh.json` the Chinese
+of each text. Change the files, not the console: the next setup overwrites it.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ def setup(
     *,
     make_project: bool = False,
     keep_days: int | None = None,
+    language: str = "en",
     dry_run: bool = False,
 ) -> int:
     """Create or update each resource and print a line for it; return the exit status. After a failure, run it again.
@@ -82,11 +84,12 @@ def setup(
         recipients: without any, new alerts get SLS's built-in action policy, and existing ones keep theirs.
         make_project: create the project too.
         keep_days: how long SLS keeps records; None means KEEP_DAYS for a new logstore, and no change of another.
+        language: of titles and descriptions, "en" or "zh". Names and queries are the same in both.
         dry_run: print everything instead, and send nothing.
 
     Raises: SettingsError, the region is not known.
     """
-    resources = list(desired(settings, recipients, make_project, keep_days))
+    resources = list(desired(settings, recipients, make_project, keep_days, language))
     if dry_run:
         for kind, name, body in resources:
             click.echo(recipients.redact(f"{kind} {name} {json.dumps(body, indent=2, ensure_ascii=False)}"))
@@ -105,30 +108,31 @@ def setup(
 
 
 def desired(
-    settings: Settings, recipients: Recipients, make_project: bool, keep_days: int | None
+    settings: Settings, recipients: Recipients, make_project: bool, keep_days: int | None, language: str = "en"
 ) -> Iterator[Resource]:
     """Yield the resources that SLS is to have, each after those that it needs. Raises: SettingsError."""
+    words = {} if language == "en" else _read(language, {})
     project, logstore = settings.sls_project, settings.sls_logstore
     values = {"project": project, "logstore": logstore, "region": region(settings)} | vars(recipients)
-    values |= _read("expressions")
+    values |= _read("expressions", {})
     # Unique in the account, and of at most 60 characters.
     values["policy"] = f"alerts-{project}"[:60] if recipients else "sls.builtin"
     if make_project:
-        yield Resource("project", project, {"project_des": "Records of a prediction server"})
+        yield Resource("project", project, _translate({"project_des": "Records of a prediction server"}, words))
     yield Resource("logstore", logstore, {"ttl": keep_days or KEEP_DAYS, "shard_count": 2})
-    yield Resource("index", logstore, _read("index"))
+    yield Resource("index", logstore, _read("index", {}))
 
-    file = _read("dashboard")
+    file = _read("dashboard", words)
     dashboard = fill(file["dashboard"], values)
     for given in file["charts"]:
         chart = fill(file["every"], values | file["usual"] | fill(given, values))
         chart["display"] |= fill(file["kinds"][given["type"]], given)
         dashboard["charts"].append(chart)
     yield Resource("dashboard", dashboard["dashboardName"], dashboard)
-    for search in fill(_read("savedsearches"), values):
+    for search in fill(_read("savedsearches", words), values):
         yield Resource("savedsearch", search["savedsearchName"], search)
 
-    file = _read("action_policy")
+    file = _read("action_policy", words)
     values["fire"] = "\n".join(fill(line, values) for recipient, line in file["fire"].items() if values[recipient])
     for record in file["records"]:
         if values[record["for"]]:
@@ -136,11 +140,10 @@ def desired(
             if value.get("secret") == "":
                 del value["secret"]  # SLS takes one or none
             yield Resource(record["resource"], values["policy"], {"tag": record["tag"], "value": value})
-    yield from _alerts(values)
+    yield from _alerts(_read("alerts", words), values)
 
 
-def _alerts(values: Mapping[str, Any]) -> Iterator[Resource]:
-    file = _read("alerts")
+def _alerts(file: dict[str, Any], values: Mapping[str, Any]) -> Iterator[Resource]:
     for given in file["alerts"]:
         alert = fill(file["every"], values | fill(given, values))
         if joined := given.get("joined"):  # another query, of another time: a query of an alert spans a day at most
@@ -177,8 +180,13 @@ def for_account(settings: Settings) -> Settings:
     return replace(settings, sls_endpoint=endpoint, sls_region=settings.sls_region and ACCOUNT_REGION)
 
 
-def _read(name: str) -> Any:
-    return json.loads((FILES / f"{name}.json").read_text("utf-8"))
+def _read(name: str, words: Mapping[str, str]) -> Any:
+    """Read a file, each text in it replaced by what `words` has for it."""
+    return json.loads((FILES / f"{name}.json").read_text("utf-8"), object_hook=partial(_translate, words=words))
+
+
+def _translate(body: dict[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+    return {key: words.get(value, value) if isinstance(value, str) else value for key, value in body.items()}
 
 
 @dataclass

@@ -31,7 +31,7 @@ from model.serving import Serving, SingleFile
 from settings import Settings
 from web.decoding import decode_json
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 README, API, MODELS, SETTINGS, TOUR = (
     (ROOT / path).read_text("utf-8")
     for path in ("README.md", "docs/api.md", "docs/models.md", "docs/settings.md", "docs/tour.md")
@@ -50,7 +50,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     for link in set(re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))):
         path, _, anchor = link.partition("#")

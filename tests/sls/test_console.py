@@ -22,6 +22,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from endpoints.error_rate import mean_interval, wilson
 from settings import Settings, SettingsError
 from sls import console
+from sls.__main__ import main
 from sls.check import check, fire_test_alert
 from sls.client import Client
 from sls.console import KEEP_DAYS, Recipients, desired, for_account, region, setup
@@ -29,6 +30,7 @@ from sls.console import KEEP_DAYS, Recipients, desired, for_account, region, set
 TOKEN = "0123456789abcdef"
 ROBOT = f"https://oapi.dingtalk.com/robot/send?access_token={TOKEN}"
 BOTH = Recipients("oncall@example.com", ROBOT, "SECfedcba")
+CHINESE = "[\u4e00-\u9fff]"
 
 
 class Operator:
@@ -101,6 +103,31 @@ def test_second_setup_updates(sls: LoopbackSLS, operator: Operator) -> None:
     for name, body in after.items():
         if name.startswith("job "):
             assert body == {key: value for key, value in before[name].items() if key != "state"}
+
+
+def test_setup_in_another_language_updates_titles_and_adds_nothing(sls: LoopbackSLS, operator: Operator) -> None:
+    def titles() -> dict[str, str]:
+        return {" ".join(name): body["displayName"] for name, body in sls.console.items() if "displayName" in body}
+
+    assert operator.setup() == 0
+    english, names = titles(), set(sls.console)
+    assert operator.setup(language="zh") == 0, operator.output
+    assert {line.rpartition(": ")[2] for line in operator.lines} == {"exists", "updated", "written"}
+    assert set(sls.console) == names
+    assert titles().keys() == english.keys()
+    assert all(re.search(CHINESE, title) for title in titles().values())
+    assert operator.setup() == 0
+    assert titles() == english
+
+
+def test_command_prints_the_console_in_chinese_if_it_is_asked_for(
+    sls: LoopbackSLS, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.environ", sls.environ())
+    assert main(["setup", "--dry-run"]) == 0
+    assert not re.search(CHINESE, capsys.readouterr().out)
+    assert main(["setup", "--dry-run", "--language", "zh"]) == 0
+    assert '"displayName": "测试告警"' in capsys.readouterr().out
 
 
 def test_records_are_kept_as_long_as_before_unless_it_is_asked_for(sls: LoopbackSLS, operator: Operator) -> None:
@@ -321,6 +348,7 @@ def test_check_reports_that_the_record_was_not_found(
 
 SETTINGS = Settings(sls_endpoint="cn-hangzhou.log.aliyuncs.com", sls_project="proj", sls_logstore="ls")
 RESOURCES = list(desired(SETTINGS, BOTH, True, None))
+IN_CHINESE = list(desired(SETTINGS, BOTH, True, None, "zh"))
 KEYS: dict[str, Any] = next(resource.body["keys"] for resource in RESOURCES if resource.kind == "index")
 ALERTS = {resource.name.removeprefix("ls-"): resource.body for resource in RESOURCES if resource.kind == "alert"}
 CHARTS = {
@@ -425,6 +453,53 @@ def test_every_alert_has_its_section_in_the_operations_guide() -> None:
     for alert in ALERTS.values():
         description = alert["configuration"]["annotations"][1]["value"]
         assert f'Read "Alert: {alert["displayName"]}" in docs/operations.md' in description
+
+
+# --- in Chinese
+
+
+def leaves(node: Any, *path: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield everything in a body that is neither an object nor a list, and its path."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(value, *path, key)
+    else:
+        yield path, node
+
+
+def is_read_by_people(path: tuple[Any, ...]) -> bool:
+    """Return whether a body has at this path a title or a description; a webhook's name is one."""
+    titles = {"displayName", "description", "project_des", "tag", "user_name", "action_policy_name"}
+    return path[-1] in titles or path == ("value", "name") or ("annotations" in path and path[-1] == "value")
+
+
+def test_console_in_chinese_has_each_text_in_chinese_and_all_else_as_in_english() -> None:
+    for english, chinese in zip(RESOURCES, IN_CHINESE, strict=True):
+        assert english[:2] == chinese[:2]
+        for (path, text), (there, other) in zip(leaves(english.body), leaves(chinese.body), strict=True):
+            assert path == there
+            if text and is_read_by_people(path):
+                assert re.search(CHINESE, other), text
+                assert sorted(re.findall(r"\$\{\w+\}", other)) == sorted(re.findall(r"\$\{\w+\}", text))
+            else:
+                assert text == other
+
+
+def test_no_translation_is_of_a_text_that_is_gone() -> None:
+    files = [json.loads(path.read_text()) for path in console.FILES.glob("*.json") if path.name != "zh.json"]
+    here = {*strings(files), RESOURCES[0].body["project_des"]}
+    assert set(json.loads((console.FILES / "zh.json").read_text())) <= here
+
+
+def test_alert_in_chinese_has_its_section_in_the_chinese_guide() -> None:
+    guide = (ROOT / "docs/zh/operations.md").read_text()
+    alerts = [resource.body for resource in IN_CHINESE if resource.kind == "alert"]
+    assert len({alert["displayName"] for alert in alerts}) == len(alerts) == len(ALERTS)
+    for english, alert in zip(ALERTS.values(), alerts, strict=True):
+        assert 4 <= len(alert["displayName"]) <= 64
+        assert f"\n### 告警：{alert['displayName']}（{english['displayName']}）\n" in guide
+        description = alert["configuration"]["annotations"][1]["value"]
+        assert f"docs/zh/operations.md 的“告警：{alert['displayName']}”" in description
 
 
 # --- what the queries find

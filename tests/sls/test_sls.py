@@ -132,6 +132,7 @@ def test_torn_lines_stop_nothing(tmp_path: Path) -> None:
         (["ship"], 2, "sls: set SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE\n"),
         ([], 2, "Usage: python -m sls [OPTIONS]"),
         (["setup", "--keep-days", "0"], 2, "Usage: python -m sls setup [OPTIONS]"),
+        (["setup", "--language", "fr"], 2, "Usage: python -m sls setup [OPTIONS]"),
         (["-h"], 0, "Usage: python -m sls [OPTIONS]"),
         *(
             ([command, "--help"], 0, f"Usage: python -m sls {command}")
