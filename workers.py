@@ -1,18 +1,22 @@
-"""gunicorn's workers, which at a stop wait for requests in flight, and not for connections without one.
+"""gunicorn's workers, which at a stop answer whoever has connected by then, and do not wait for idle connections.
 
     worker_class = "workers.GeventWorker"           # in gunicorn.conf.py; or "workers.ThreadWorker"
 
-gunicorn's own wait until such connections have been idle for `keepalive` seconds or the drain is over: with a load
-balancer in front each stop would take the whole drain. gunicorn: overrides `handle`, `handle_exit`, `notify` and
-`timeout_ctx` of its gevent worker, and `murder_pending` of its gthread worker.
+gunicorn's own wait until idle connections have been so for `keepalive` seconds or the drain is over: with a load
+balancer in front each stop would take the whole drain. And they close the listener without taking what waits in its
+queue, which the kernel then resets. gunicorn: overrides `handle`, `handle_exit`, `notify`, `server_class` and
+`timeout_ctx` of its gevent worker, `murder_pending` and `set_accept_enabled` of its gthread worker.
 """
 
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
+from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker as BaseGeventWorker
 from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
 
@@ -26,7 +30,18 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         """Begin without connections."""
         self.idle: set[Any] = set()
         self._client_of: dict[Any, Any] = {}  # by greenlet
+        self.server_class = self._server
         super().init_process()
+
+    def _server(self, listener: Any, spawn: Any, **others: Any) -> Any:
+        """Make what accepts connections, as gunicorn does itself."""
+        tls = {"ssl_context": others["ssl_context"]} if "ssl_context" in others else {}
+        name = listener.getsockname()
+        still_named = SimpleNamespace(getsockname=lambda: name)  # when it is closed, and connections are still served
+        server = _Server(listener, partial(self.handle, still_named), spawn=spawn, **tls)
+        if self.cfg.workers > 1:
+            server.max_accept = 1
+        return server
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection."""
@@ -65,8 +80,29 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
             shut_down(client, socket.SHUT_RD)
 
 
+class _Server(StreamServer):  # type: ignore[misc]  # gevent has no types
+    """Accepts connections."""
+
+    def close(self) -> None:
+        """Take the connections that wait in the listener's queue, and close it."""
+        self.stop_accepting()
+        while not self.full() and (accepted := self.do_read()):
+            self.do_handle(*accepted)
+        super().close()
+
+
 class ThreadWorker(BaseThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """Serves requests in threads. A stop closes connections that never sent anything; gunicorn itself, the others."""
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """Accept connections, or not; when a stop begins, take those that wait in the queue, and close the listener."""
+        super().set_accept_enabled(enabled)
+        for listener in self.sockets if not enabled and not self.alive else ():
+            before = -1
+            while before < self.nr_conns < self.worker_connections:
+                before = self.nr_conns
+                self.accept(listener)
+            listener.close()
 
     def murder_pending(self) -> None:
         """Close the connections without a request that are past their time; while it stops, all."""

@@ -112,6 +112,35 @@ def test_sigterm_closes_idle_connections_and_answers_the_request_in_flight(
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_under_load_resets_no_connection(tmp_path: Path, iris_file: Path, kind: str, workers: int) -> None:
+    """Who has connected is answered; afterwards connections are refused."""
+    with gunicorn(tmp_path, model_path=iris_file, web_concurrency=workers, **of(kind)) as server:
+        outcomes: list[Any] = []
+
+        def call() -> None:
+            while not outcomes or outcomes[-1] == 200:
+                try:
+                    with closing(server.connect()) as connection:
+                        outcomes.append(ask(connection))
+                except ConnectionRefusedError:
+                    return
+                except (OSError, http.client.HTTPException) as error:
+                    outcomes.append(repr(error))
+
+        callers = [threading.Thread(target=call) for _ in range(16)]
+        for caller in callers:
+            caller.start()
+        time.sleep(2.0)
+        server.process.send_signal(signal.SIGTERM)
+        for caller in callers:
+            caller.join(60)
+        assert {each: outcomes.count(each) for each in set(outcomes)} == {200: len(outcomes)}
+        assert server.process.wait(40) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_sigterm_with_a_request_that_does_not_end_takes_no_longer_than_the_drain(
     tmp_path: Path, connect: Any, sleeper: Path, kind: str
 ) -> None:

@@ -1,0 +1,260 @@
+"""The image in real containers, as docs/operations.md runs it; `.ci/containers` builds it and calls these tests."""
+
+import http.client
+import json
+import re
+import subprocess
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, free_port
+
+IMAGE, STATE = "prediction-server", "/var/lib/prediction-server"
+PASSWORD = "correct horse"
+AUTHORIZATION = f"Basic {b64encode(f'alice:{PASSWORD}'.encode()).decode()}"
+IRIS = [[5.1, 3.5, 1.4, 0.2]]
+HARDENED = ("--read-only", "--tmpfs", "/tmp")
+# What a caller without a port asks: by Python, since the image has no curl.
+ASK = f"""
+import json, os, urllib.request as u
+headers = {{"Content-Type": "application/json", "Authorization": {AUTHORIZATION!r}}}
+body = json.dumps({{"data": {IRIS}}}).encode()
+port = os.environ.get("PORT", "5000")
+print(u.urlopen(u.Request(f"http://127.0.0.1:{{port}}/predict", body, headers)).read().decode())
+"""
+
+
+def podman(*arguments: str, text: str = "", check: bool = True) -> "subprocess.CompletedProcess[str]":
+    """Run podman; with `check` it must succeed."""
+    ran = subprocess.run(["podman", *arguments], input=text, capture_output=True, text=True, timeout=120)
+    assert not check or ran.returncode == 0, ran.stdout + ran.stderr
+    return ran
+
+
+def wait_until(met: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait until `met()` is true."""
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.1)
+
+
+class Container:
+    """A container that runs."""
+
+    def __init__(self, name: str, port: int | None) -> None:
+        self.name, self.port = name, port
+
+    def predict(self, rows: Any = IRIS) -> tuple[int, Any]:
+        """POST rows to the published port; return status and content."""
+        assert self.port is not None
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            headers = {"Content-Type": "application/json", "Authorization": AUTHORIZATION}
+            connection.request("POST", "/predict", json.dumps({"data": rows}), headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def ask_inside(self) -> Any:
+        """Predict from within."""
+        return json.loads(podman("exec", self.name, "python", "-c", ASK).stdout)
+
+    def is_healthy(self) -> bool:
+        """Run the image's HEALTHCHECK."""
+        return podman("healthcheck", "run", self.name, check=False).returncode == 0
+
+    def log(self) -> str:
+        """Return what it wrote."""
+        ran = podman("logs", self.name)
+        return ran.stdout + ran.stderr
+
+
+@contextmanager
+def running(volume: str, *options: str, command: tuple[str, ...] = (), publish: bool = True) -> Iterator[Container]:
+    """Run the image until it is healthy; remove it in the end."""
+    port = free_port() if publish else None
+    published = ("--publish", f"127.0.0.1:{port}:5000") if publish else ()
+    mounted = ("--volume", f"{volume}:{STATE}") if volume else ()
+    name = podman("run", "--detach", *HARDENED, *published, *mounted, *options, IMAGE, *command).stdout.strip()
+    container = Container(name, port)
+    try:
+        try:
+            wait_until(container.is_healthy)
+        except AssertionError:
+            raise AssertionError(container.log()) from None
+        yield container
+    finally:
+        podman("rm", "--force", "--time", "0", name)
+
+
+@pytest.fixture(scope="module")
+def volume() -> Iterator[str]:
+    """A volume with a user and a model."""
+    name = podman("volume", "create").stdout.strip()
+    inside = ("run", "--rm", "--interactive", *HARDENED, "--volume", f"{name}:{STATE}", IMAGE, "python", "-m")
+    podman(*inside, "auth", "add", "alice", "--role", "predict", "--role", "metrics", text=f"{PASSWORD}\n{PASSWORD}\n")
+    podman(*inside, "model.demo")
+    yield name
+    podman("volume", "rm", "--force", name)
+
+
+def test_page_in_a_container_works_word_for_word(tmp_path: Path) -> None:
+    """With podman in the place of docker, a port that is free, and a password at the prompt."""
+    page = (ROOT / "docs/operations.md").read_text().partition("\n## In a container\n")[2]
+    block = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
+    port, volume, name = free_port(), f"test-{free_port()}", f"test-{free_port()}"
+    block = block.replace("docker ", "podman ").replace("127.0.0.1:5000:", f"127.0.0.1:{port}:")
+    block = block.replace("predictions:/", f"{volume}:/").replace("--name predictions", f"--name {name}")
+    block = block.replace("--rm -it", "--rm -i")  # there is no terminal here
+    (tmp_path / "model.joblib").write_bytes(demo_model(tmp_path))
+    script = f"set -e\nshopt -s expand_aliases\n{block}"
+    try:
+        ran = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, input=f"{PASSWORD}\n{PASSWORD}\n", capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        container = Container(name, port)
+        wait_until(container.is_healthy)
+        assert container.predict() == (200, {"prediction": [0]})
+        began = time.monotonic()
+        podman("stop", name)
+        assert time.monotonic() - began < 15  # of the 70 seconds that it may take
+        assert podman("inspect", "--format", "{{.State.ExitCode}}", name).stdout.strip() == "0"
+    finally:
+        podman("rm", "--force", "--time", "0", "--ignore", name)
+        podman("volume", "rm", "--force", volume, check=False)
+
+
+def demo_model(tmp_path: Path) -> bytes:
+    """Return a model file that the image's scikit-learn made."""
+    train = (
+        "import joblib; from sklearn.datasets import load_iris; from sklearn.linear_model import LogisticRegression; "
+        "joblib.dump(LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True)), '/out/model.joblib')"
+    )
+    podman("run", "--rm", "--user", "0", "--volume", f"{tmp_path}:/out", IMAGE, "python", "-c", train)
+    return (tmp_path / "model.joblib").read_bytes()
+
+
+@pytest.mark.parametrize("user", ["0:0", "10001:10001", "54321:54321"])
+def test_serves_read_only_without_network_and_shared_memory_as_any_user(volume: str, user: str) -> None:
+    where = ("--network", "none", "--ipc", "none", "--memory", "512m", "--env", "WEB_CONCURRENCY=1")
+    model = ("--volume", f"{volume}:/mnt/state:ro", "--env", "MODEL_DIR=/mnt/state/models", "--env", "AUTH=off")
+    state = ("--env", "JOURNAL_DIR=/tmp/journal", "--env", "FEEDBACK_KEY_FILE=/tmp/feedback.key")
+    if user != "10001:10001":
+        # A store that anyone may read, which published ones are not.
+        podman("run", "--rm", "--user", "0", "--volume", f"{volume}:{STATE}", IMAGE, "chmod", "-R", "a+rX", STATE)
+    with running("", *where, *model, *state, "--user", user, publish=False) as container:
+        assert container.ask_inside() == {"prediction": [0]}
+        owner = podman("exec", container.name, "stat", "-c", "%u", "/proc/1").stdout.strip()
+        assert owner == user.partition(":")[0]
+        for path in ("/opt/server/x", "/opt/server/model/x", "/opt/venv/bin/x", "/var/x", "/mnt/state/x"):
+            assert podman("exec", container.name, "touch", path, check=False).returncode != 0
+        assert podman("exec", container.name, "test", "-e", "/dev/shm", check=False).returncode != 0
+        journal = "import pathlib; print(*(p.read_text() for p in pathlib.Path('/tmp/journal').glob('*.jsonl')))"
+        assert '"success":true' in podman("exec", container.name, "python", "-c", journal).stdout
+        assert "Traceback" not in container.log()
+        podman("stop", container.name)
+        assert podman("inspect", "--format", "{{.State.ExitCode}}", container.name).stdout.strip() == "0"
+
+
+def test_serve_is_sagemakers_command_and_is_healthy_on_its_port(volume: str) -> None:
+    with running(volume, "--env", "WEB_CONCURRENCY=1", command=("serve",), publish=False) as container:
+        assert "platform: sagemaker (PLATFORM): " in container.log()
+        ping = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8080/ping').status)"
+        assert podman("exec", container.name, "python", "-c", ping).stdout.strip() == "200"
+
+
+def test_stop_under_load_loses_no_request(volume: str) -> None:
+    """Until its listener is closed, each connection that it took is answered; afterwards they are refused."""
+    with running(volume, "--stop-timeout", "70") as container:
+        answers: list[Any] = []
+        stopping = threading.Event()
+
+        def call() -> None:
+            while True:
+                was_stopping = stopping.is_set()
+                try:
+                    answers.append(container.predict()[0])
+                except ConnectionRefusedError:
+                    return
+                except (OSError, http.client.HTTPException) as error:
+                    answers.append(repr(error))
+                    if was_stopping:
+                        return
+
+        callers = [threading.Thread(target=call) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        time.sleep(3.0)
+        assert container.predict()[0] == 200
+        # To the server itself: podman takes its port's rule away only when the container is gone.
+        stopping.set()
+        podman("kill", "--signal", "TERM", container.name)
+        for caller in callers:
+            caller.join(60)
+        assert len(answers) > 100
+        assert {each: answers.count(each) for each in set(answers)} == {200: len(answers)}
+
+
+# Makes the kernel prefer a process (the first one, or its first child) when the limit is reached, and reaches it.
+HOG = """
+import glob, sys
+pid = sys.argv[1]
+if pid == "worker":
+    pid = open("/proc/1/task/1/children").read().split()[0]
+open(f"/proc/{pid}/oom_score_adj", "w").write("1000")
+kept = []
+while True:
+    kept.append(bytearray(2**22))
+"""
+
+
+@pytest.mark.parametrize("victim", ["worker", "1"])
+def test_what_the_memory_limit_killed_comes_back(volume: str, victim: str) -> None:
+    options = ("--memory", "512m", "--memory-swap", "512m", "--restart", "always", "--env", "WEB_CONCURRENCY=1")
+
+    def started(container: Container) -> str:
+        times = podman("inspect", "--format", "{{.State.StartedAt}}", container.name).stdout
+        return times + podman("exec", container.name, "cat", "/proc/1/task/1/children", check=False).stdout
+
+    with running(volume, *options) as container:
+        before = started(container)
+        podman("exec", container.name, "python", "-c", HOG, victim, check=False)
+        wait_until(lambda: started(container) != before)
+        wait_until(container.is_healthy)
+        assert container.predict() == (200, {"prediction": [0]})
+        assert ("Perhaps out of memory?" in container.log()) == (victim == "worker")
+
+
+def test_image_and_its_history_hold_no_secret() -> None:
+    shown = podman("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE).stdout
+    (found,) = json.loads(podman("inspect", IMAGE).stdout)
+    environ = dict(each.split("=", 1) for each in found["Config"]["Env"])
+    assert set(environ) <= {
+        "PATH",
+        "LOCPATH",
+        "HOST",
+        "LANG",
+        "GPG_KEY",
+        "PYTHON_VERSION",
+        "PYTHON_SHA256",
+        "container",
+    }
+    for word in ("password", "secret", "ALIBABA", "_KEY="):
+        assert word not in shown.replace("GPG_KEY=", "")
+    listing = podman("run", "--rm", IMAGE, "find", "/opt/server", "/var/lib/prediction-server", "-type", "f").stdout
+    names = [Path(line).name for line in listing.splitlines()]
+    assert "server.py" in names
+    for name in ("users.json", "demo.netrc", "feedback.key", "server.env", ".git", "sls.ini"):
+        assert name not in names
+    assert not [
+        line for line in listing.splitlines() if re.search(r"/(\.git|tests|\.venv|secrets)/|\.(pem|key)$", line)
+    ]
