@@ -86,7 +86,7 @@ def length(names: list[str]) -> int:
 
 def test_reader_can_hold_it() -> None:
     assert length(["server.py"]) <= 280
-    assert length(CORE) <= 4460
+    assert length(CORE) <= 4500
     functions = [(name, node) for name, tree in PRODUCT.items() for node in ast.walk(tree)]
     long = {
         f"{name}:{node.name}": lines

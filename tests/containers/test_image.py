@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import subprocess
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, free_port
 
-IMAGE, STATE = "prediction-server", "/var/lib/prediction-server"
+IMAGE, STATE = os.environ["TEST_IMAGE"], "/var/lib/prediction-server"
 PASSWORD = "correct horse"
 AUTHORIZATION = f"Basic {b64encode(f'alice:{PASSWORD}'.encode()).decode()}"
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
