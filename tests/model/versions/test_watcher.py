@@ -42,7 +42,7 @@ def started(store: Store, journal_dir: Path) -> Serving:
     return serving
 
 
-def wait_until(met: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(met: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something is true."""
     deadline = time.monotonic() + seconds
     while not met():
