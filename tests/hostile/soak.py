@@ -175,8 +175,9 @@ def publish(place: Path, store: Path, version: str) -> None:
     """Publish a version, and promote the first."""
     environ = os.environ | {"MODEL_DIR": str(store), "JOURNAL_DIR": str(place / "journal")}
     train = (
-        "import joblib, sys; from sklearn.datasets import load_iris; from sklearn.linear_model import LogisticRegression;"
-        " joblib.dump(LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True)), sys.argv[1])"
+        "import joblib, sys; from sklearn import datasets, linear_model; "
+        "model = linear_model.LogisticRegression(max_iter=1000).fit(*datasets.load_iris(return_X_y=True)); "
+        "joblib.dump(model, sys.argv[1])"
     )
     model, sample = place / f"model-{version}.joblib", place / "sample.json"
     sample.write_text(json.dumps([[5.1, 3.5, 1.4, 0.2]]))
