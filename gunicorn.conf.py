@@ -9,6 +9,11 @@ import ssl
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
+
+_here = os.path.dirname(os.path.abspath(__file__))
+if _here not in sys.path:  # it was started in another directory, with -c
+    sys.path.insert(0, _here)
 
 import log_format
 from auth import UsersFileError, read_users
@@ -57,6 +62,12 @@ graceful_timeout = _settings.graceful_timeout
 # does not count. Not before PREDICT_TIMEOUT: a call of the model that was expected to be short is in the loop.
 timeout = _settings.worker_timeout and max(_settings.worker_timeout, round(_settings.predict_timeout))
 
+# While developing: a worker whose code or templates change ends, and another takes its place. It looks once a second;
+# gunicorn's other engine would block the event loop.
+reload = _settings.reload
+reload_engine = "poll"
+reload_extra_files = [f"{path}/**" for path in Path(_here).glob("*/templates") if reload]
+
 # gunicorn's own HTTP parser, even if gunicorn_h1c is installed. Up to release 0.6.9 that takes folded headers and bare
 # line feeds, which a proxy in front may read differently; gunicorn asks for 0.6.14.
 http_parser = "python"
@@ -94,13 +105,19 @@ def on_starting(server):
     except (SettingsError, UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
-    for extension in _extensions:
-        if hasattr(extension, "before_fork"):
-            extension.before_fork(_settings)
+    if not os.path.samefile(".", _here):
+        server.log.info("the server is in %s; relative paths, such as var/models, begin at %s", _here, os.getcwd())
+    _call_extensions("before_fork", _settings)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
     gc.collect()
     gc.freeze()  # in a worker the collector would write to what it shares with the others
+
+
+def _call_extensions(function, argument):
+    """Call before_fork (in the master), after_fork or worker_starts (in a worker) of the extensions that have it."""
+    for extension in _extensions:
+        getattr(extension, function, lambda argument: None)(argument)
 
 
 def _check_addresses(server):
@@ -119,22 +136,6 @@ def _check_addresses(server):
 
 
 def when_ready(server):
-    """Print a command to paste; and spare the workers after a freeze."""
-    _spare_frozen_workers(server)
-    netrc = _settings.users_file.with_name("demo.netrc")
-    user = "" if _settings.auth == "off" else f"--netrc-file {netrc} " if netrc.is_file() else "-u NAME "
-    row = "…" if _settings.model_path else "5.1, 3.5, 1.4, 0.2"  # the demo's; GET /model shows what another model takes
-    scheme = "https" if server.cfg.is_ssl else "http"
-    for listener in server.LISTENERS:
-        address = listener.getsockname()
-        if isinstance(address, tuple):
-            host = "127.0.0.1" if address[0] in ("0.0.0.0", "::", "") else address[0]
-            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}/predict"
-            data = f"""-H 'Content-Type: application/json' -d '{{"data": [[{row}]]}}'"""
-            server.log.info("serving; try\n\n  curl %s%s %s\n", user, data, url)
-
-
-def _spare_frozen_workers(server):
     """Keep gunicorn from killing workers because a platform has stopped all processes for a while.
 
     gunicorn's master looks once a second which worker has not reported for `timeout` seconds. If it was stopped itself,
@@ -155,6 +156,11 @@ def _spare_frozen_workers(server):
     server.murder_workers = murder_hung_workers
 
 
+def post_fork(server, worker):
+    """Let the extensions prepare a worker that is about to load the application."""
+    _call_extensions("after_fork", _settings)
+
+
 def post_worker_init(worker):
     """Load the model now, not at the first request.
 
@@ -162,6 +168,9 @@ def post_worker_init(worker):
     wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that probes are
     answered; and not at the first start, unless connections may have waited in a socket that systemd holds.
     """
+    if not hasattr(worker.wsgi, "extensions"):  # gunicorn's own application: with RELOAD=1 it answers syntax errors
+        return
+    _call_extensions("worker_starts", worker)
     service = worker.wsgi.extensions["service"]
     service.start()
     waits = _socket_is_handed_in or worker.age > worker.cfg.workers
@@ -173,5 +182,5 @@ def post_worker_init(worker):
 
 def worker_exit(server, worker):
     """Record what a worker that ends has counted since its last summary."""
-    if getattr(worker, "wsgi", None):  # it may end because the application did not load
+    if hasattr(getattr(worker, "wsgi", None), "extensions"):  # it may end because the application did not load
         worker.wsgi.extensions["service"].request_log.summarise()

@@ -13,6 +13,9 @@ body) → Service.infer: choose a version, validate the rows, predict → observ
 answer. Every error is answered as problem+json (web.errors).
 """
 
+if __name__ == "__main__":  # before the imports, which may fail: this may not be the Python that has the requirements
+    raise SystemExit("gunicorn runs this server: `make run`, or `gunicorn`, in the directory of server.py")
+
 import logging
 import os
 import random
@@ -72,7 +75,7 @@ def create_app(settings: Settings) -> Flask:
 def __getattr__(name: str) -> Any:
     """Make `server.app` on first access (PEP 562), so that importing this module reads nothing."""
     if name == "app":
-        return create_app(Settings.load())
+        return create_app(Settings.load_for_app())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -88,9 +91,9 @@ class Answer:
 class Service:
     """What one worker process holds, its views, and the hooks of extensions.
 
-    An extension is a module with `init_app(app, service)`. It may also have `before_fork(settings)`, which gunicorn's
-    master calls, and `WORKER_CLASSES` (see gunicorn.conf.py). Hooks are called in the order in which they were added;
-    `finish` runs after every other function that is registered with `app.after_request`.
+    An extension is a module with `init_app(app, service)`. It may also have what gunicorn.conf.py asks for. Hooks are
+    called in the order in which they were added; `finish` runs after every other function that is registered with
+    `app.after_request`.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -10,6 +10,8 @@ import importlib
 import logging
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -19,7 +21,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback")  # by default, in this order
+# By default, in this order.
+EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback", "development")
+ROOT = Path(__file__).resolve().parent
 
 
 class SettingsError(Exception):
@@ -109,6 +113,7 @@ class Settings:
     web_concurrency: int = _setting(_number(1, 1024, "worker processes"), default_factory=usable_cores)
     worker_class: str = _setting(_one_of("gevent", "gthread"), "gevent")
     preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
+    reload: bool = _setting(_switch, False)  # while developing: when code or the model's file changes
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
     keepalive: int = _setting(_number(0, 3600, "seconds"), 20)  # for which an idle connection is kept
     worker_timeout: int = _setting(_number(0, 86_400, "seconds"), 30)  # for a blocked event loop; 0: for ever
@@ -193,9 +198,31 @@ class Settings:
                 "MODEL_PATH and MODEL_DIR are both set: unset MODEL_DIR to serve that one file, or "
                 "MODEL_PATH to serve from the version store"
             )
+        if values.get("reload") and values.get("preload"):
+            raise SettingsError("RELOAD=1 and PRELOAD=1: what is loaded before the fork is not reloaded; set one")
         if len(values.keys() & {"sls_endpoint", "sls_project", "sls_logstore"}) in (1, 2):
             raise SettingsError("SLS_ENDPOINT, SLS_PROJECT and SLS_LOGSTORE: expected all three, or none")
         return cls(**values)
+
+    @classmethod
+    def load_for_app(cls) -> "Settings":
+        """Read the settings for `server.app`, which any server of WSGI applications may ask for.
+
+        Ends the process if gunicorn has not read gunicorn.conf.py, or if what that checks at the start is not right.
+        """
+        try:
+            settings = cls.load()
+            if "__config__" not in sys.modules:  # gunicorn's name for its configuration file
+                if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+                    raise SettingsError(
+                        f"gunicorn was started in {Path.cwd()}, so it has not read {ROOT}/gunicorn.conf.py: start it "
+                        f"in {ROOT}, or with: gunicorn -c {shlex.quote(str(ROOT))}/gunicorn.conf.py"
+                    )
+                settings.check_files()
+        except SettingsError as error:
+            print(f"cannot start: {error}", file=sys.stderr)
+            sys.exit(4)  # from any other status gunicorn would start a worker again, and again
+        return settings
 
     def extension_names(self) -> list[str]:
         """Return the modules of the extensions, in order."""
@@ -228,10 +255,14 @@ class Settings:
 
     def check_files(self) -> None:
         """Check that the files exist, at the start: later, a running server goes on. Raises: SettingsError."""
+        here = Path.cwd()
+        where = "" if here.samefile(ROOT) else f" (relative paths begin at {here}; the server is in {ROOT})"
         if self.model_path is not None and not os.path.isfile(self.model_path):
-            raise SettingsError(f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file to read")
+            raise SettingsError(
+                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file to read{where}"
+            )
         if self.auth == "basic" and not os.path.isfile(self.users_file):
             raise SettingsError(
-                f"USERS_FILE={str(self.users_file)!r}: there is no such file that can be read, so nobody could log in. "
-                "Make a user with: python -m auth add NAME --role predict"
+                f"USERS_FILE={str(self.users_file)!r}: there is no such file that can be read{where}. So nobody "
+                "could log in. Make a user with: python -m auth add NAME --role predict"
             )

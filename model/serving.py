@@ -88,9 +88,10 @@ class SingleFile:
         if self.path is None:
             raise ModelLoadError("there is no model to serve: set MODEL_PATH=/path/to/model.joblib")
         loaded = serving.loaded()
-        return Routes(loaded[0] if loaded else serving.load(partial(self._load, self.path))), []
+        return Routes(loaded[0] if loaded else serving.load(partial(self.load, self.path))), []
 
-    def _load(self, path: Path, **options: Any) -> LoadedModel:
+    def load(self, path: Path, **options: Any) -> LoadedModel:
+        """Load a model file with its sample; `options` are those of `load_model`. Raises: ModelLoadError."""
         beside = path.with_suffix(".sample.json")
         sample = self.sample or (beside if beside.is_file() else None)
         model = load_model(path, sample=read_sample(sample) if sample else None, **options)

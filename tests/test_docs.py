@@ -178,7 +178,9 @@ def test_first_curl_is_the_one_that_the_server_prints_and_answers_as_shown(tmp_p
     var = tmp_path / "var"
     with gunicorn(tmp_path, users_file=var / "users.json", model_dir=var / "models") as server:
         at_our_port = curl.replace(":5000", f":{server.port}")
-        printed = re.search(r"^  (curl .*)$", server.log.read_text(), re.MULTILINE)[1]  # type: ignore[index]
+        form = re.compile(r"^  (curl .*/predict)$", re.MULTILINE)
+        server.wait_until(lambda: form.search(server.log.read_text()))
+        (printed,) = form.findall(server.log.read_text())
         assert printed.replace(f"{tmp_path}/", "") == at_our_port
         assert shell(at_our_port, tmp_path).strip() == shown
 

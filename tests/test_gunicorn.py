@@ -14,7 +14,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn, write_users
+from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, basic, free_port, gunicorn, write_users
 from sklearn.datasets import load_iris
 from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -269,6 +269,51 @@ def recorded_ids(server: Gunicorn) -> list[str]:
     """Return the request ids in the server's journal."""
     lines = [line for path in server.journal_dir.glob("*.jsonl") for line in path.read_text().splitlines()]
     return [json.loads(line)["request_id"] for line in lines]
+
+
+def start_in(place: Path, *command: str, **environ: str) -> Any:
+    """Run a command of Python's in another directory until it ends."""
+    place.mkdir(exist_ok=True)
+    environ = {"PATH": os.environ["PATH"], "PORT": str(free_port())} | environ
+    return subprocess.run(
+        [sys.executable, *command], cwd=place, env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "gunicorn", "-c", f"{ROOT}/gunicorn.conf.py"),
+        ("-m", "gunicorn", "server:app"),
+        ("-m", "flask", "--app", "server", "run"),
+    ],
+)
+def test_start_in_another_directory_is_refused_and_names_both(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = start_in(tmp_path / "elsewhere", *command, PYTHONPATH="" if "-c" in command else str(ROOT))
+    assert done.returncode not in (0, None)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("cannot start: ")]
+    assert str(ROOT) in line
+    assert str(tmp_path / "elsewhere") in line
+    assert "Traceback" not in done.stderr
+
+
+def test_start_in_another_directory_serves_if_all_paths_are_absolute(tmp_path: Path, iris_file: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    there = ("env", "-C", str(tmp_path / "elsewhere"))
+    with gunicorn(tmp_path, "-c", f"{ROOT}/gunicorn.conf.py", within=there, model_path=iris_file) as server:
+        assert server.predict(IRIS) == (200, {"prediction": [0]})
+        assert (
+            f"the server is in {ROOT}; relative paths, such as var/models, begin at {there[-1]}"
+            in server.log.read_text()
+        )
+    assert not list(Path(there[-1]).iterdir())
+
+
+def test_server_as_a_script_prints_how_to_start_it_even_without_flask(tmp_path: Path) -> None:
+    done = start_in(tmp_path, "-S", str(ROOT / "server.py"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "make run" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", [["-m", "gunicorn", "server:app"], ["-m", "flask", "--app", "server", "run"]])

@@ -51,6 +51,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "web_concurrency": ("3", 3),
         "worker_class": ("gthread", "gthread"),
         "preload": ("1", True),
+        "reload": ("0", False),
         "platform": ("cloud-run", "cloud-run"),
         "graceful_timeout": ("10", 10),
         "keepalive": ("900", 900),
