@@ -39,6 +39,7 @@ def demo(directory: Path) -> None:
         return
     import joblib
 
+    click.echo("training the demo model (iris), and trying it in a process of its own: some seconds")
     store = Store(directory)
     model, sample = train()
     if not (directory / "1").exists():  # it exists if a run was stopped between the two steps
