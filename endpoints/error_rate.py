@@ -7,7 +7,7 @@ Figures("classification", predicted_rows=1000, rows=400, wrong=12).describe()
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 Z = 1.96  # standard errors on both sides of a 95 % interval
@@ -61,6 +61,11 @@ class Figures:
     entries: int = 0  # accepted receipts
     age_sum: float = 0.0  # of their ages when the truth came, in seconds
     ages: list[int] = field(default_factory=lambda: [0] * (len(AGE_SECONDS) + 1))  # by bucket; the last beyond them all
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Figures":
+        """Return the figures of a stored object. Fields that a later release added are ignored, after a rollback."""
+        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
 
     def add(self, sums: Mapping[str, Any], age: float) -> None:
         """Add a receipt's sums, by the names that they have in its record, and its age in seconds; None counts as 0."""

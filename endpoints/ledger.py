@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 ACCEPTED, DUPLICATE = "accepted", "duplicate"
 TOO_OLD = "this receipt is older than those whose truth can still be counted here (FEEDBACK_MAX_AGE, or a full table)"
-OTHER_KIND = "this receipt is of a regression and the figures of its version are of a classification, or the reverse"
+OTHER_KIND = (
+    "this receipt is of a regression and the figures of its version are of a classification, or the reverse: two "
+    "models had the same version name, and their truths cannot be counted together; publish one under another name"
+)
 LOCK_SECONDS = 5.0  # that others may hold the lock; they need milliseconds
 BATCH = 100  # entries that are written under the lock at a time: some 3 ms
 MAX_FIGURES = 200  # versions and variants; beyond that those go whose feedback is longest ago
@@ -103,7 +106,7 @@ class Ledger:
         found = {}
         for name, values in state.get("figures", {}).items():
             variant, _, version = name.partition(" ")
-            found[version, variant] = Figures(**values)
+            found[version, variant] = Figures.read(values)
         return found
 
     # --- writing
@@ -264,7 +267,7 @@ def _name(entry: Entry) -> str:
 def _count(figures: dict[str, dict[str, Any]], entry: Entry) -> None:
     """Add an entry to the figures of its version, which go to the end: the dict is in the order of feedback."""
     name = _name(entry)
-    found = Figures(**figures.pop(name, {"kind": entry.receipt.kind}))
+    found = Figures.read(figures.pop(name, {"kind": entry.receipt.kind}))
     found.add(asdict(entry.outcome), entry.age)
     figures[name] = asdict(found)
 

@@ -60,6 +60,18 @@ def test_receipt_of_another_kind_than_the_figures_is_rejected(place: Path) -> No
     assert book.figures()["v1", "stable"].rows == 1
 
 
+def test_figures_of_a_later_release_are_read_and_added_to_after_a_rollback(place: Path) -> None:
+    open_ledger(place).accept([entry(1, wrong=1)])
+    path = place / "feedback" / "figures.json"
+    state = orjson.loads(path.read_bytes())
+    state["figures"]["stable v1"]["of_a_later_release"] = [1, 2]
+    path.write_bytes(orjson.dumps(state))
+    book = open_ledger(place)
+    assert book.figures()["v1", "stable"].rows == 1
+    assert book.accept([entry(1), entry(2)]) == [DUPLICATE, ACCEPTED]
+    assert (book.figures()["v1", "stable"].rows, book.figures()["v1", "stable"].wrong) == (2, 1)
+
+
 def test_writer_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
     run_killer(tmp_path, every=20)
 
