@@ -23,6 +23,7 @@ from endpoints import tensors
 from endpoints.inference_messages import (
     JSON_LENGTH,
     Call,
+    Output,
     describe_inputs,
     name_tensors,
     read_call,
@@ -146,11 +147,10 @@ def answer_request(service: Any, current: Request, version: str = "", body: byte
     if version:
         wanted = version if len(_served(service, version)) < len(_served(service)) else ""
     methods = [output.method for output in call.outputs]
-    if len(methods) > 1:
-        key = key or record["request_id"]  # so that one version answers them all
+    if len(methods) > 1 or call.outputs[0].classes:
+        key = key or record["request_id"]  # so that one version answers them all, and the one that is looked at here
         model, _ = service.serving.choose(key, wanted)
-        if unknown := [method for method in methods if method not in model.methods]:  # before any is called
-            raise BadRows(f"this model has no method {unknown[0][:80]!r}; it has {', '.join(model.methods)}")
+        _check_outputs(call.outputs, model)
     for _ in range(ATTEMPTS):
         answers = [service.infer(call.rows, method, wanted, key) for method in methods]
         if len({id(answer.model) for answer in answers}) == 1:
@@ -161,6 +161,18 @@ def answer_request(service: Any, current: Request, version: str = "", body: byte
         raise NotFound(f"version {version[:100]!r} is not served any more")
     record["method"] = ",".join(methods)
     return write_answer(call, answers, service.settings.model_name)
+
+
+def _check_outputs(outputs: list[Output], model: LoadedModel) -> None:
+    """Refuse what can be known before any method is called. Raises: BadRows."""
+    for output in outputs:
+        if output.method not in model.methods:
+            raise BadRows(f"this model has no method {output.method[:80]!r}; it has {', '.join(model.methods)}")
+        if output.classes and output.method == "predict" and model.classes is not None:
+            raise BadRows(
+                "output 'predict': classification: its values are classes already; ask for an output that has a number "
+                "for each, such as predict_proba"
+            )
 
 
 def _read(service: Any, current: Request, body: bytes | None) -> Call:

@@ -532,6 +532,7 @@ WRONG_CALLS: dict[str, tuple[Any, str]] = {
     "an output twice": (wrong() | {"outputs": [{"name": "predict"}] * 2}, "outputs has a name twice"),
     "no classes": (asked(parameters={"classification": 0}), "not a number of classes"),
     "true classes": (asked(parameters={"classification": True}), "not a number of classes"),
+    "classes of labels": (asked(name="predict", parameters={"classification": 2}), "classes already"),
     "binary_data": (asked(parameters={"binary_data": "yes"}), "binary_data is not true or false"),
     "binary without its header": (binary(), "needs the header"),
 }
