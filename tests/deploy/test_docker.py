@@ -6,10 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port, write_users
 
 from settings import Settings
 
@@ -119,3 +120,42 @@ def test_image_for_sagemaker_differs_by_its_user_alone() -> None:
     assert list(stages()) == ["build", "server", "sagemaker", ""]  # the last one is built without --target
     assert stages()["sagemaker"] == [*stages()["server"], ("USER", "0")]
     assert stages()[""] == stages()["server"]
+
+
+@pytest.mark.parametrize("command", ["gunicorn", "deploy/aws/serve"])
+def test_health_check_asks_the_port_of_the_first_process(tmp_path: Path, iris_file: Path, command: str) -> None:
+    """As in a container, the check itself has the environment of the image; the first process may have set more."""
+    platform = {} if command == "gunicorn" else {"PLATFORM": ""}  # the script sets it
+    port = {"SAGEMAKER_BIND_TO_PORT": str(free_port())} if platform else {"PORT": str(free_port())}
+    _, _, check = said("HEALTHCHECK").partition(" CMD ")
+    python, option, code = json.loads(check)
+    assert (python, option) == ("python", "-c")
+    environ = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    given = {
+        "MODEL_PATH": str(iris_file),
+        "USERS_FILE": str(write_users(tmp_path / "users.json")),
+        "JOURNAL_DIR": str(tmp_path / "journal"),
+        "FEEDBACK_KEY_FILE": str(tmp_path / "feedback.key"),
+    }
+    with subprocess.Popen(
+        [shutil.which(command, path=environ["PATH"]) or ROOT / command],
+        cwd=ROOT,
+        env=environ | given | port,
+        stderr=subprocess.DEVNULL,
+    ) as first:
+        code = code.replace("/proc/1/", f"/proc/{first.pid}/")
+
+        def is_healthy() -> bool:
+            return not subprocess.run(
+                [sys.executable, option, code], cwd=ROOT, env=environ, capture_output=True
+            ).returncode
+
+        try:
+            deadline = time.monotonic() + 120
+            while not is_healthy():
+                assert first.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        finally:
+            first.terminate()
+    assert not is_healthy()
