@@ -127,7 +127,7 @@ def test_two_masters_do_not_disturb_each_other(tmp_path: Path, iris_file: Path) 
             assert second.stop() == 0
         assert first.predict(IRIS)[0] == 200
         first.process.send_signal(signal.SIGHUP)
-        first.wait_until(lambda: first.log.read_text().count("serving version") == 2)
+        first.wait_until(lambda: first.log.read_text().count("serving version") >= 2)
         assert first.predict(IRIS)[0] == 200
 
 
@@ -141,7 +141,7 @@ def test_files_that_break_while_serving_end_neither_worker_nor_server(tmp_path: 
         assert server.predict(IRIS)[0] == 200
         (old,) = server.workers()
         os.kill(old, signal.SIGKILL)
-        server.wait_until(lambda: server.log.read_text().count("serving version") == 2)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= 2)
         assert server.predict(IRIS)[0] == 401  # nobody is let in on the word of a file that cannot be read
         model.unlink()
         server.process.send_signal(signal.SIGHUP)
@@ -206,7 +206,7 @@ def test_worker_whose_model_hangs_is_replaced_while_the_other_serves_on(
         assert 2.0 < time.monotonic() - began < 25.0  # the caller itself gives up after 30
         assert "the model has been at one call for" in server.log.read_text()
         assert server.predict([[1.0]]) == (200, {"prediction": [1.0]})
-        server.wait_until(lambda: server.log.read_text().count("serving version") == 3)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= 3)
         after = set(server.workers())
         assert len(after) == 2
         assert len(before & after) == 1  # the other one went on

@@ -606,7 +606,7 @@ def test_killed_worker_loses_no_answered_request(tmp_path: Path, iris_file: Path
             stop.set()
             for thread in threads:
                 thread.join(30)
-        server.wait_until(lambda: server.log.read_text().count("serving version") == 3)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= 3)
         assert len(answered) > before > 0
         recorded = [record["request_id"] for record in records(server.journal_dir)]
         assert set(answered) <= set(recorded)

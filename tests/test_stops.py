@@ -247,7 +247,7 @@ def test_worker_that_hangs_is_still_replaced_after_a_freeze(tmp_path: Path, iris
         (worker,) = server.workers()
         os.kill(worker, signal.SIGSTOP)  # it alone: to the master its event loop hangs
         server.wait_until(lambda: "WORKER TIMEOUT" in server.log.read_text(), 15)
-        server.wait_until(lambda: server.log.read_text().count("serving version") == 2, 30)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= 2, 30)
         assert worker not in server.workers()
 
 
@@ -268,6 +268,7 @@ def test_no_worker_dies_of_five_freezes_of_forty_seconds(tmp_path: Path, connect
     environ = {"worker_timeout": 30, "predict_timeout": 30, "keepalive": 75}
     with gunicorn(tmp_path, model_path=sleeper, web_concurrency=2, **environ) as server:
         before, idle = server.workers(), connect(server)
+        started = len(server.log.read_text())  # a busy machine may have taken a worker's time-out to start it
         calm = []
         for _ in range(20):
             began = time.monotonic()
@@ -284,4 +285,4 @@ def test_no_worker_dies_of_five_freezes_of_forty_seconds(tmp_path: Path, connect
             assert idle.sock is kept
             time.sleep(2.5)
             assert server.workers() == before
-        assert "WORKER TIMEOUT" not in server.log.read_text()
+        assert "WORKER TIMEOUT" not in server.log.read_text()[started:]

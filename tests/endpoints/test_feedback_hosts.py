@@ -211,7 +211,7 @@ def test_receipt_that_several_workers_are_given_at_once_counts_once(tmp_path: Pa
         time.sleep(2)
         assert [(shown(server)["rows"], shown(server)["coverage"]) for _ in range(9)] == [(40, 1.0)] * 9
         os.kill(server.process.pid, signal.SIGHUP)  # figures and ids outlive the workers
-        server.wait_until(lambda: server.log.read_text().count("serving version") == 4)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= 4)
         assert ask(server, "/feedback", {"feedback": entries}, "feedback")[1]["duplicates"] == 40
         assert shown(server)["rows"] == 40
 

@@ -340,9 +340,10 @@ def test_published_version_has_its_reference_and_killed_workers_lose_no_count(tm
         bound, before = shown(1050)
         assert bound == 0.25
         assert before < 0.1
-        for worker in server.workers():
+        workers, served = server.workers(), server.log.read_text().count("serving version")
+        for worker in workers:
             os.kill(worker, signal.SIGKILL)
-        server.wait_until(server.all_ready)
+        server.wait_until(lambda: server.log.read_text().count("serving version") >= served + len(workers))
         send(draw.normal(1.0, size=(2100, 2)).tolist())
         assert shown(3150)[1] > 0.2
         time.sleep(1.1)  # figures are a second old at most
