@@ -215,8 +215,8 @@ class Settings:
             if "__config__" not in sys.modules:  # gunicorn's name for its configuration file
                 if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
                     raise SettingsError(
-                        f"gunicorn was started in {Path.cwd()}, so it has not read {ROOT}/gunicorn.conf.py: start it "
-                        f"in {ROOT}, or with: gunicorn -c {shlex.quote(str(ROOT))}/gunicorn.conf.py"
+                        f"gunicorn has not read {ROOT}/gunicorn.conf.py, since it was started elsewhere (here: "
+                        f"{Path.cwd()}): start it in {ROOT}, or: gunicorn -c {shlex.quote(str(ROOT))}/gunicorn.conf.py"
                     )
                 settings.check_files()
         except SettingsError as error:
