@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-from development import fitting_netrc
+from development import WatchedFile, fitting_netrc
+from model.loaded import hash_file
+from model.serving import Serving
 from settings import Settings, SettingsError
 
 ODD = """it's "odd" $HOME `id` \\ !! %s 年龄 🙂 \x7f\x9b\u202e\n\ttwo lines"""
@@ -251,3 +254,39 @@ def test_replaced_file_and_changed_sample_are_served_and_a_broken_one_is_not(tmp
         assert load.errors == []
         assert set(load.statuses) == {200}
         assert server.log.read_text().count("does not load") == 1  # not at each look
+
+
+RESTLESS = """
+import os
+from pathlib import Path
+
+class Restless:
+    n_features_in_ = 4
+
+    def __setstate__(self, state):
+        os.replace(Path(__file__).with_name("next.joblib"), Path(__file__).with_name("model.joblib"))
+
+    def __getstate__(self):
+        return {"some": "state"}
+
+    def predict(self, rows):
+        return ["a mixture"] * len(rows)
+"""
+
+
+def test_file_that_is_replaced_while_it_is_loaded_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "restless.py").write_text(RESTLESS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from restless import Restless  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Restless(), tmp_path / "model.joblib")
+    number_model(tmp_path / "next.joblib", "b")
+    serving = Serving(WatchedFile(tmp_path / "model.joblib", None))
+    serving.start()
+    assert serving.finished.wait(60)
+    sys.modules.pop("restless")
+    model, _ = serving.choose()
+    assert list(model.predict(model.signature.validate(IRIS))) == ["b"]
+    assert model.version == hash_file(tmp_path / "model.joblib")[:12]
