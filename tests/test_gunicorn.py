@@ -297,6 +297,7 @@ def test_start_in_another_directory_is_refused_and_names_both(tmp_path: Path, co
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_start_in_another_directory_serves_if_all_paths_are_absolute(tmp_path: Path, iris_file: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     there = ("env", "-C", str(tmp_path / "elsewhere"))
