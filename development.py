@@ -74,19 +74,22 @@ def command(service: "Service", address: Any, is_tls: bool, example: dict[str, A
     words = ["curl"]
     if is_tls:
         words.append("-k")  # a certificate is for another name than the loopback's
+    scheme = "https" if is_tls else "http"
     if isinstance(address, tuple):
         host = "127.0.0.1" if address[0] in ("0.0.0.0", "::") else address[0]
-        url = f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{address[1]}"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}"
     else:
-        host, url = "localhost", "http://localhost"
+        host, url = "localhost", f"{scheme}://localhost"
         words += ["--unix-socket", os.fsdecode(address)]
     settings = service.settings
     if settings.auth == "basic":
         file = fitting_netrc(settings.users_file, host, service.run_in_thread)
         words += ["--netrc-file", str(file)] if file else ["-u", "NAME"]
-    body = _printable(json.dumps(orjson.loads(orjson.dumps(example)), ensure_ascii=False))  # as the server writes it
+    body = json.dumps(orjson.loads(orjson.dumps(example)), ensure_ascii=False)  # NaN is null in the server's JSON
     fetch = ""
-    if len(body) > MAX_EXAMPLE:
+    if len(body) <= MAX_EXAMPLE:
+        body = _printable(body)
+    else:
         body = "@example.json"
         fetch = f"{shlex.join([*words, f'{url}/model'])} | python3 -c {shlex.quote(FETCH)} > example.json && \\\n  "
     post = ["-H", "Content-Type: application/json", "-d", body, f"{url}/predict"]
@@ -107,7 +110,7 @@ def fitting_netrc(users_file: Path, host: str, run_in_thread: Callable[..., Any]
     `python -m auth demo` makes it beside the users file. Logs a warning if the users file has another password by now.
     """
     path = users_file.with_name("demo.netrc").absolute()
-    with suppress(OSError, UsersFileError, netrc.NetrcParseError):
+    with suppress(OSError, ValueError, UsersFileError, netrc.NetrcParseError):  # ValueError: not UTF-8
         if not path.exists():
             return None
         found = netrc.netrc(str(path)).authenticators(host)

@@ -129,6 +129,7 @@ def test_command_is_printed_once_and_stale_password_is_reported(tmp_path: Path, 
         (f'machine 127.0.0.1 login gone password "{PASSWORD}"', "127.0.0.1", None),
         (f'machine 127.0.0.1 login metrics password "{PASSWORD}"', "127.0.0.1", None),  # another role
         ("machine", "127.0.0.1", None),
+        ("machine 127.0.0.1 login predict password \xff\xfe", "127.0.0.1", None),
         (None, "127.0.0.1", False),
     ],
 )
@@ -137,7 +138,7 @@ def test_netrc_is_used_only_if_it_fits(
 ) -> None:
     users = write_users(tmp_path / "users.json")
     if content is not None:
-        (tmp_path / "demo.netrc").write_text(content)
+        (tmp_path / "demo.netrc").write_bytes(content.encode("latin-1"))
     assert fitting_netrc(users, host) == (tmp_path / "demo.netrc" if fits else None)
     assert ("no longer fits" in caplog.text) == (fits is None)
 
