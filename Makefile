@@ -39,7 +39,7 @@ bench:
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done
-	for name in requirements requirements/dev requirements/onnx requirements/keras requirements/families; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	for name in requirements requirements/dev requirements/onnx requirements/keras requirements/families requirements/browser; do $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make lock" $$name.in -o $$name.txt || exit 1; done
 
 	# torch without hashes, and without what only its builds for NVIDIA's GPUs need: builds differ, the version does not.
@@ -61,6 +61,12 @@ $(VENV)/run.done: requirements.txt
 
 $(VENV)/dev.done: $(VENV)/run.done requirements/dev.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+# .ci/browser makes it in an environment of its own: make VENV=.browser .browser/browser.done
+$(VENV)/browser.done: $(VENV)/dev.done requirements/onnx.txt requirements/browser.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/onnx.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/browser.txt
 	@touch $@
 
 # In separate calls, since one hash makes pip ask for all.

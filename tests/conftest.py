@@ -33,7 +33,8 @@ from settings import Settings, usable_cores
 ROOT = Path(__file__).parent.parent
 PASSWORD = "correct horse"  # of every test user
 CHEAP = generate_password_hash(PASSWORD, method="pbkdf2:sha256:1")  # a real hash without the cost
-collect_ignore = [] if "TEST_IMAGE" in os.environ else ["containers"]  # .ci/containers builds the image
+# .ci/containers builds the image, and .ci/browser has an environment of its own.
+collect_ignore = ["containers"] * ("TEST_IMAGE" not in os.environ) + ["browser"] * (not find_spec("playwright"))
 
 
 # For tests of the whole server; under gthread, which few use, in `make test-all` only. Without speedups/ under nothing
