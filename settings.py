@@ -22,7 +22,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # By default, in this order.
-EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback", "development")
+EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback", "endpoints.docs", "development")
 ROOT = Path(__file__).resolve().parent
 
 

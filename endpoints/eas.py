@@ -18,6 +18,7 @@ from web.decoding import NPY, check_length, decode_call, parse_json, read_body
 from web.errors import json_response
 
 if TYPE_CHECKING:
+    from endpoints.openapi import Api
     from server import Service
 
 
@@ -40,6 +41,15 @@ def init_app(app: Flask, service: "Service") -> None:
     add_prediction(app, blueprint, "/", predict)
     add_prediction(app, blueprint, "/predict", predict)
     app.register_blueprint(blueprint)
+    app.extensions.setdefault("on_openapi", []).append(describe)
+
+
+def describe(api: "Api") -> None:
+    """Describe the routes."""
+    for path in ("/", "/predict"):
+        about = "A list of rows alone is answered by a list alone. Any Content-Type is taken, or none."
+        answer = {"application/json": {"schema": {"type": ["object", "array"]}}}
+        api.add_prediction(path, "Predict, for PAI-EAS", about, body=api.body() | api.arrays, answer=answer)
 
 
 def _parse(body: bytes) -> Any:

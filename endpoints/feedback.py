@@ -34,6 +34,7 @@ from worker_slot import WorkerSlot, slot_of
 if TYPE_CHECKING:
     from flask import Flask
 
+    from endpoints.openapi import Api
     from server import Answer, Service
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,18 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.serving.on_describe.append(feedback.describe)
     app.after_request(feedback.add_receipt)
     app.extensions.setdefault("on_metrics", []).append(feedback.expose)  # without telemetry, nobody calls it
+    app.extensions.setdefault("on_openapi", []).append(describe_api)  # nor this, without endpoints.docs
     app.add_url_rule("/feedback", view_func=require("feedback")(feedback.feedback), methods=["POST"])
+
+
+def describe_api(api: "Api") -> None:
+    """Describe the route. An entry that is wrong does not make the request wrong, so it has no schema."""
+    entries = {"type": "array", "maxItems": MAX_ENTRIES}
+    schema = {"type": "object", "required": ["feedback"], "properties": {"feedback": entries}}
+    example = {"feedback": [{"receipt": "the X-Feedback of an answer", "truth": [0]}]}
+    body = {"application/json": {"schema": schema, "example": example}}
+    summary = "How predictions turned out: for each receipt, the true value of each row"
+    api.add("POST", "/feedback", summary, role="feedback", body=body, answer=api.json_object, statuses=[503])
 
 
 class Feedback:

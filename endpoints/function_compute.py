@@ -22,6 +22,7 @@ from web.errors import json_response
 from worker_slot import slot_of
 
 if TYPE_CHECKING:
+    from endpoints.openapi import Api
     from server import Service
     from settings import Settings
 
@@ -110,3 +111,11 @@ def init_app(app: Flask, service: "Service") -> None:
     add_route(app, blueprint, "/initialize", initialize, "POST")
     add_route(app, blueprint, "/pre-stop", pre_stop, "GET")
     app.register_blueprint(blueprint)
+    app.extensions.setdefault("on_openapi", []).append(describe)
+
+
+def describe(api: "Api") -> None:
+    """Describe the routes."""
+    api.add_prediction("/invoke", "Predict, for an event of Function Compute", body=api.body())
+    api.add("POST", "/initialize", "Answers once the model is ready", statuses=[503])
+    api.add("GET", "/pre-stop", "Answers once the requests under way are answered")

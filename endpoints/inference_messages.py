@@ -14,12 +14,13 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from flask import Response
 from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, UnsupportedMediaType
 
 from endpoints import tensors
 from model.answers import ModelFailed
-from model.columns import json_form
+from model.columns import json_form, rows_as_lists
 from model.signature import BadRows, Column, Signature
 from web.decoding import parse_json
 from web.errors import json_response
@@ -279,6 +280,14 @@ def describe_inputs(signature: Signature) -> list[dict[str, Any]]:
     datatype = "BYTES" if signature.layout == "texts" else tensors.DATATYPES[signature.precision]
     row = [-1 if size is None else size for size in signature.row_shape]
     return [{"name": WHOLE, "datatype": (datatypes or [datatype])[0], "shape": [-1, *row]}]
+
+
+def example_request(signature: Signature, rows: list[Any]) -> dict[str, Any]:
+    """Write rows as a request, with the inputs of `describe_inputs`."""
+    inputs, lists = describe_inputs(signature), rows_as_lists(rows, signature.columns or ())
+    values = [lists] if len(inputs) == 1 else [list(column) for column in zip(*lists, strict=True)]
+    given = [(data, list(np.shape(np.array(data, dtype=object)))) for data in values]
+    return {"inputs": [i | {"shape": shape, "data": data} for i, (data, shape) in zip(inputs, given, strict=True)]}
 
 
 def _datatype_of_column(column: Column, dtype: str) -> str:

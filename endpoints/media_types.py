@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 JSON, JSON_LINES, CSV = "application/json", "application/jsonlines", "text/csv"
 TYPES = JSON, JSON_LINES, CSV, NPY
+# For endpoints.docs: the bodies besides JSON and arrays, and the answers.
+LINES: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in (JSON_LINES, CSV)}
+ANSWERS: dict[str, Any] = {kind: {} for kind in TYPES}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ content of a request.
 """
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from flask import Blueprint, Flask, Request, g, request
@@ -25,6 +25,7 @@ from endpoints.inference_messages import (
     Call,
     Output,
     describe_inputs,
+    example_request,
     name_tensors,
     read_call,
     unpack,
@@ -36,6 +37,11 @@ from model.signature import BadRows
 from web.decoding import LARGE_BODY
 from web.errors import json_response, problem
 
+if TYPE_CHECKING:
+    from endpoints.openapi import Api
+
+INPUT = {"type": "object", "required": ["name", "shape", "datatype"]}
+REQUEST = {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array", "items": INPUT}}}
 VERSION = "0.1.0"  # of the server, as in pyproject.toml
 EXTENSIONS = ["binary_tensor_data", "classification", "parameters"]  # of the protocol
 ATTEMPTS = 3  # to get several outputs from one and the same version
@@ -56,6 +62,7 @@ def init_app(app: Flask, service: Any) -> None:
         blueprint.add_url_rule(rule, "model", metadata)
         blueprint.add_url_rule(f"{rule}/ready", "model_ready", views.model_ready)
         blueprint.add_url_rule(f"{rule}/infer", "infer", infer, methods=["POST"])
+    app.extensions.setdefault("on_openapi", []).append(views.describe_api)
     blueprint.before_request(lambda: g.record.update(protocol="v2"))
     blueprint.register_error_handler(Exception, views.error)
     app.register_blueprint(blueprint)
@@ -124,6 +131,21 @@ class OpenInference:
         if request.path == "/v2" or request.path.startswith("/v2/"):
             return self.error(error)
         return problem(self.service.explain(error))
+
+    def describe_api(self, api: "Api") -> None:
+        """Describe the routes, with the example as tensors."""
+        error = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
+        about: dict[str, Any] = {"problem": error, "answer": api.json_object}
+        api.add("GET", "/v2", "Name, version and extensions of the server", role="predict", **about)
+        api.add("GET", "/v2/health/live", "The process answers", **about)
+        api.add("GET", "/v2/health/ready", "The model is loaded", statuses=[503], **about)
+        example = example_request(api.model.signature, api.model.about["example"]["data"])
+        body = {"application/json": {"schema": REQUEST, "example": example}}
+        for end, version in {"": {}, "/versions/<version>": {"version": api.model.version}}.items():
+            path, about = f"/v2/models/<name>{end}", about | {"name": self.name} | version
+            api.add("GET", path, "Inputs and outputs of the model", role="predict", statuses=[404, 503], **about)
+            api.add("GET", f"{path}/ready", "The model is served", statuses=[404, 503], **about)
+            api.add_prediction(f"{path}/infer", "Predictions, as tensors", body=body, statuses=[404], **about)
 
     def _check_name(self, name: str) -> None:
         if name != self.name:

@@ -45,13 +45,17 @@ def add_route(app: Flask, blueprint: Blueprint, path: str, view: View, method: s
 
     A platform lets its users choose paths, and they may choose the server's own.
     """
-    for rule in app.url_map.iter_rules():
-        if rule.rule == path and method in (rule.methods or ()):
-            endpoint: str = rule.endpoint
-            app.view_functions[endpoint] = view
-            return endpoint
+    if endpoint := endpoint_of(app, path, method):
+        app.view_functions[endpoint] = view
+        return endpoint
     blueprint.add_url_rule(path, view_func=view, methods=[method])
     return f"{blueprint.name}.{view.__name__}"
+
+
+def endpoint_of(app: Flask, path: str, method: str) -> str | None:
+    """Return the endpoint that answers a method at a path as it is written in a route, None if there is none yet."""
+    rules = (rule for rule in app.url_map.iter_rules() if rule.rule == path and method in (rule.methods or ()))
+    return next((str(rule.endpoint) for rule in rules), None)
 
 
 def runner(service: "Service", body: bytes) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from endpoints.routes import add_health, add_prediction, add_route
 from web.errors import json_response
 
 if TYPE_CHECKING:
+    from endpoints.openapi import Api
     from server import Service
 
 CUSTOM_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
@@ -52,3 +53,13 @@ def init_app(app: Flask, service: "Service") -> None:
     add_health(app, blueprint, "/ping")
     add_route(app, blueprint, "/execution-parameters", execution_parameters, "GET")
     app.register_blueprint(blueprint)
+    app.extensions.setdefault("on_openapi", []).append(describe)
+
+
+def describe(api: "Api") -> None:
+    """Describe the routes."""
+    about = 'JSON as for POST /predict, or {"instances": rows}; JSON lines, CSV and arrays. Answered by Accept.'
+    body, answer = api.body() | media_types.LINES | api.arrays, media_types.ANSWERS
+    api.add_prediction("/invocations", "Predict, for SageMaker", about, body=body, answer=answer, statuses=[406])
+    api.add("GET", "/ping", "The model is loaded and has answered its sample", statuses=[503])
+    api.add("GET", "/execution-parameters", "How batch transform should send", answer=api.json_object)

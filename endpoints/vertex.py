@@ -24,6 +24,7 @@ from model.signature import Signature
 from web.decoding import parse_json, read_body
 
 if TYPE_CHECKING:
+    from endpoints.openapi import Api
     from server import Service
 
 HEALTH_ROUTE = "/v1/endpoints/<endpoint>/deployedModels/<model>"
@@ -44,9 +45,20 @@ def init_app(app: Flask, service: "Service") -> None:
             return answer_request(service, current, body=body)
         return media_types.predict(service, read_json, body)
 
-    add_prediction(app, blueprint, service.settings.aip_predict_route or PREDICT_ROUTE, predict)
-    add_health(app, blueprint, service.settings.aip_health_route or HEALTH_ROUTE)
+    predict_route = service.settings.aip_predict_route or PREDICT_ROUTE
+    health_route = service.settings.aip_health_route or HEALTH_ROUTE
+    add_prediction(app, blueprint, predict_route, predict)
+    add_health(app, blueprint, health_route)
     app.register_blueprint(blueprint)
+
+    def describe(api: "Api") -> None:
+        about = "rawPredict also brings JSON lines, CSV, arrays and the Open Inference Protocol. Answered by Accept."
+        body, answer = api.body("instances") | media_types.LINES | api.arrays, media_types.ANSWERS
+        summary = "Predict, for Vertex AI"
+        api.add_prediction(predict_route, summary, about, body=body, answer=answer, statuses=[406])
+        api.add("GET", health_route, "The model is loaded and has answered its sample", statuses=[503])
+
+    app.extensions.setdefault("on_openapi", []).append(describe)
 
 
 def _is_inference(body: bytes) -> bool:

@@ -63,12 +63,20 @@ def init_app(app: "Flask", service: "Service") -> None:
         if record["error_type"] == "auth":
             metrics.count_rejected(status)
 
+    app.extensions.setdefault("on_openapi", []).append(describe)
+
     @app.get("/metrics")
     @require("metrics")
     def expose() -> Response:
         accept = request.headers.get("Accept", "")
         body, content_type = service.run_in_thread(metrics.expose, accept, service.serving.describe())
         return Response(body, content_type=content_type)
+
+
+def describe(api: Any) -> None:
+    """Describe the route, where endpoints.docs is on."""
+    answer: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
+    api.add("GET", "/metrics", "The metrics of all workers, summed", role="metrics", answer=answer)
 
 
 def shipping_progress(journal_dir: Path, expected: bool = False) -> "Progress | None":

@@ -371,7 +371,7 @@ WRONG_VALUES = [
 ]
 
 TYPES = "text/plain text/json application/x-www-form-urlencoded application/x-ndjson application/jsonp"
-NOWHERE = "/ /predict/ /predictions /predict/../model /%00 /%ff /SECRETVALUE /static/server.py /predict;x"
+NOWHERE = "/predict/ /predictions /predict/../model /%00 /%ff /SECRETVALUE /static/server.py /predict;x"
 WRONG_HTTP = [
     *(
         bad(f"content type {kind}", GOOD, 415, "-H 'Content-Type: application/json'", Content_Type=kind)
