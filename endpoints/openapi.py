@@ -148,7 +148,7 @@ class Api:
         """Return the body of POST /predict, or one that has its rows under another key."""
         options: Schema = {"method": {"enum": list(self.model.methods), "default": "predict"}}
         if key != "data":
-            options = {"parameters": {"type": "object", "properties": options, "additionalProperties": False}}
+            options = {"parameters": {"type": ["object", "null"], "properties": options, "additionalProperties": False}}
         schema: Schema = {"type": "object", "required": [key], "properties": {key: ref("Rows")} | options}
         schema["additionalProperties"] = False
         if key == "data":
