@@ -18,7 +18,7 @@ import orjson
 from flask import Blueprint, Flask, Response, g, make_response, redirect, render_template, request
 
 from auth import require
-from endpoints.openapi import OF_PREDICTIONS, Api, categories
+from endpoints.openapi import Api, categories
 from endpoints.routes import endpoint_of
 from model.loaded import LoadedModel
 from processes import run_hooks
@@ -66,14 +66,10 @@ class Docs:
     def page(self) -> Response:
         """GET /docs: the API as a page."""
         model, nonce = self._model(), secrets.token_urlsafe(16)
-        document, base = self._describe(model), request.url_root.rstrip("/")
-        user, columns = g.user.name if "user" in g else "", model.signature.columns or ()
-        html = render_template(
-            "docs.html",
-            **{"about": model.about, "columns": columns[:MAX_COLUMNS], "hidden": len(columns) - MAX_COLUMNS},
-            **{"routes": _routes(document, base, user), "base": base, "user": user, "nonce": nonce},
-            categories=categories,
-        )
+        user, base = g.user.name if "user" in g else "", request.url_root.rstrip("/")
+        routes, named = _routes(self._describe(model), base, user), [c for c in model.signature.columns or () if c.name]
+        shown = {"model": model, "routes": routes, "columns": named[:MAX_COLUMNS], "hidden": len(named) - MAX_COLUMNS}
+        html = render_template("docs.html", **shown, base=base, user=user, nonce=nonce, categories=categories)
         return _secured(make_response(html), nonce)
 
     def root(self) -> Any:
@@ -103,30 +99,18 @@ def _describe_core(api: Api) -> None:
     """Describe the endpoints of server.py and this module, without the pages for people."""
     others = ", ".join(f'"{method}"' for method in api.model.methods if method != "predict")
     about = f'Beside "data" the body may have "method": {others}.' if others else ""
-    api.add_prediction(
-        "/predict", "Predict: one prediction for each row, in order.", about, body=api.body() | api.arrays
-    )
-    api.add(
-        "GET",
-        "/model",
-        "What is served: version, columns, methods, an example",
-        role="predict or admin",
-        answer=api.json_object,
-    )
-    api.add("GET", "/healthz", "The process answers", answer=api.json_object)
-    api.add("GET", "/readyz", "The model is loaded and has answered its sample", answer=api.json_object, statuses=[503])
-    api.add(
-        "GET",
-        "/openapi.json",
-        "This API, as OpenAPI 3.1",
-        role="predict",
-        answer=api.json_object,
-        statuses=OF_PREDICTIONS,
-    )
+    api.add_prediction("/predict", "One prediction for each row, in order", about, body=api.body() | api.arrays)
+    for path, role, statuses, summary in (
+        ("/model", "predict or admin", (), "What is served: version, columns, methods, an example"),
+        ("/healthz", "", (), "The process answers"),
+        ("/readyz", "", (503,), "The model is loaded and has answered its sample"),
+        ("/openapi.json", "predict", (503,), "This API, as OpenAPI 3.1"),
+    ):
+        api.add("GET", path, summary, role=role, answer=api.json_object, statuses=statuses)
 
 
 def _routes(document: dict[str, Any], base: str, user: str) -> list[dict[str, Any]]:
-    """Return what the page shows of each operation: its curl, and of one that takes JSON the example."""
+    """Return what the page shows of each operation: its curl, and of one that takes JSON the first example."""
     routes = []
     for written, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -136,25 +120,20 @@ def _routes(document: dict[str, Any], base: str, user: str) -> list[dict[str, An
             words = ["curl", *(["-u", user] if user and operation["security"] else [])]
             if content := operation.get("requestBody", {}).get("content", {}).get("application/json"):
                 examples = [each["value"] for each in content.get("examples", {}).values()] or [content["example"]]
-                body = _written(examples[0])
-                compact = orjson.dumps(examples[0]).decode()
+                data = orjson.dumps(examples[0]).decode()
                 words += [
                     "-H",
                     "Content-Type: application/json",
                     "-d",
-                    compact if len(compact) <= MAX_SHOWN else "@body.json",
+                    data if len(data) <= MAX_SHOWN else "@body.json",
                 ]
+                # Objects a member a line; lists of numbers not, which may be long.
+                body = orjson.dumps(examples[0], option=orjson.OPT_INDENT_2).decode() if "[{" in data else data
             elif method != "get":
                 words += ["-X", method.upper()]
             curl = shlex.join([*words, base + path])
             routes.append({"method": method.upper(), "path": path, "curl": curl, "body": body, "operation": operation})
     return routes
-
-
-def _written(value: Any) -> str:
-    """Write JSON for people: objects a member a line, long lists of numbers not."""
-    has_objects = b"[{" in orjson.dumps(value)
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2 if has_objects else 0).decode()
 
 
 def _secured(response: Response, nonce: str = "") -> Response:

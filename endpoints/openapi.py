@@ -94,7 +94,7 @@ class Api:
         """Describe what a method at a path does; a path may have variables, written as Flask writes them.
 
         Args:
-            summary, description: for people; the second is Markdown.
+            summary, description: for people.
             role: that a user needs; "" if it is open.
             body, answer: media type → its schema; of a body that is JSON also its `example` or `examples`.
             statuses: of errors, besides those that each body and role have.
@@ -120,13 +120,7 @@ class Api:
         self._paths.setdefault(written, {})[method.lower()] = operation
 
     def add_prediction(
-        self,
-        path: str,
-        summary: str,
-        description: str = "",
-        *,
-        statuses: Sequence[int] = (),
-        **more: Any,
+        self, path: str, summary: str, description: str = "", *, statuses: Sequence[int] = (), **more: Any
     ) -> None:
         """Describe a POST that predicts, as `add` does; by default it answers as POST /predict."""
         more = {"answer": {"application/json": {"schema": ref("Prediction")}}, "description": description} | more
@@ -170,8 +164,11 @@ def rows_schema(signature: Signature, closed: frozenset[int] = frozenset()) -> S
 
     Not said in it: rows of which a size is open all have the same one; and which dates there are.
     """
-    if signature.layout in ("texts", "numbers"):
-        return _array({"type": "string" if signature.layout == "texts" else "number"})
+    if signature.layout == "texts":
+        return _array({"type": "string"})
+    number = _value_schema({int, float}, signature.precision)
+    if signature.layout == "numbers":
+        return _array(number)
     if (shape := signature.describe().get("shape")) is not None:
         kind = signature.describe()["type"]
         item = _value_schema({bool} if kind == "boolean" else ACCEPTED[kind], signature.precision)
@@ -179,7 +176,7 @@ def rows_schema(signature: Signature, closed: frozenset[int] = frozenset()) -> S
             item = _array(item, size)
         return _array(item)
     if signature.columns is None:
-        return _array(_array({"type": "number"}))
+        return _array(_array(number))
     columns = [_column_schema(c, signature, at in closed) for at, c in enumerate(signature.columns)]
     names = [column.name for column in signature.columns]
     if len({repr(column) for column in columns}) == 1 and None in names:
@@ -225,9 +222,8 @@ def categories(column: Column) -> list[Any]:
 
 def _value_schema(accepted: set[type], dtype: str) -> Schema:
     """Return the schema of values of some types that become a dtype of numpy, or of pandas."""
-    types = [
-        name for name, kind in JSON_TYPES.items() if kind in accepted and (name != "integer" or float not in accepted)
-    ]
+    kinds = accepted - ({int} if float in accepted else set())  # "number" has the whole ones
+    types = [name for name, kind in JSON_TYPES.items() if kind in kinds]
     schema: Schema = {"type": types[0] if len(types) == 1 else types}
     if re.fullmatch("u?int[0-9]+", dtype) and "integer" in types:
         schema |= {"minimum": int(np.iinfo(dtype).min), "maximum": int(np.iinfo(dtype).max)}

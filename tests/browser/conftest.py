@@ -1,8 +1,9 @@
-"""What the tests of pages share: Debian's Chromium, pages that note what no reader should meet, and axe.
+"""What the tests of pages share: Chromium, pages that note what no reader should meet, and axe.
 
 A package (`__init__.py`), since the tests here also use what is in tests/conftest.py, which is another `conftest`.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import PASSWORD, Server
 from playwright.sync_api import Browser, Page, sync_playwright
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),

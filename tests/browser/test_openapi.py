@@ -116,7 +116,7 @@ def test_document_of_each_kind_of_model_is_valid_and_its_example_is_answered(
         (iris, [], {"auth": "off", "worker_class": "gthread", "extensions": "-speedups"}),
         (frame, ["--auth", f"everyone:{PASSWORD}"], {"max_rows": 20}),
         (text, [], {"auth": "off"}),
-        # A schema cannot say that a tensor has as many values as its shape, nor what the fields of CSV are. And the path /
+        # No schema says that a tensor has as many values as its shape, nor what the fields of CSV are. And the path /
         # of eas takes GET as well, which leads people to the page.
         (
             iris,

@@ -325,6 +325,18 @@ def test_other_spellings_of_a_closed_path_are_nothing_either(path: str, behind: 
     check_problem(status, headers, body.decode())
 
 
+def test_page_of_the_api_is_passed_on_and_names_https(behind: Behind) -> None:
+    status, headers, _ = behind.front.ask("GET", "/")
+    assert (status, headers.get_all("Location")) == (302, ["docs"])
+    status, headers, page = behind.front.ask("GET", "/docs", Host="models.example", Authorization=basic("predict"))
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert len(headers.get_all("Content-Security-Policy")) == len(headers.get_all("Strict-Transport-Security")) == 1
+    assert b" https://models.example/predict\n" in page.replace(b"<", b"\n")
+    status, headers, document = behind.front.ask("GET", "/openapi.json", Authorization=basic("predict"))
+    assert (status, json.loads(document)["openapi"]) == (200, "3.1.1")
+    assert behind.front.ask("GET", "/docs")[0] == 401
+
+
 def test_request_id_is_the_same_in_answer_journal_and_log(behind: Behind) -> None:
     sane = f"order:{uuid.uuid4().hex}"
     for given, kept in ((sane, True), ("", False), ('a"b', False), ("x" * 129, False), ("caf\xe9", False)):

@@ -174,6 +174,6 @@ def test_message_of_tfrequest_is_refused_with_the_way_out(
 
 def test_both_are_off_by_default(serve: Any, iris_file: Path) -> None:
     client = serve(iris_file)
-    assert [ask(client, path, IRIS_ROWS).status_code for path in ("/invoke", "/", "/predict")] == [404, 404, 415]
+    assert [ask(client, path, IRIS_ROWS).status_code for path in ("/invoke", "/", "/predict")] == [404, 405, 415]
     assert client.http.post("/initialize").status_code == 404
     assert client.http.get("/pre-stop").status_code == 404
