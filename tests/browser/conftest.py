@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import PASSWORD, Server
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ARGUMENTS = (
@@ -27,6 +27,7 @@ SCREENS = [(1280, 800, "light"), (1280, 800, "dark"), (360, 740, "light"), (360,
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A running Chromium; each page gets an empty profile in it."""
+    expect.set_options(timeout=60_000)  # milliseconds; machines are busy
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS])
         yield running
