@@ -63,6 +63,18 @@ def test_markup_in_names_is_shown_and_not_run(serve: Any) -> None:
     assert "<b>:80" not in page
 
 
+def test_wide_model_has_a_page_that_can_be_read(serve: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    names = [f"column {number}" for number in range(400)]
+    client: Client = serve(
+        LogisticRegression().fit(pandas.DataFrame([[0.0] * 400, [1.0] * 400], columns=names), [0, 1])
+    )
+    shown = text_of(client.get("/docs").text)
+    assert "-d @body.json http://localhost/predict" in shown
+    assert "And 300 more" in shown
+    assert shown.count("column 399") == 1  # in the body
+
+
 def test_browser_runs_nothing_but_the_script_of_the_page(serve: Any, iris_file: Path) -> None:
     client: Client = serve(iris_file)
     answers = [client.get("/docs") for _ in range(2)]
