@@ -12,17 +12,19 @@ import hashlib
 import ipaddress
 import json
 import logging
+import mmap
 import re
 import secrets
 import shlex
+import stat
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ ROLES = ("predict", "admin", "monitor", "metrics", "feedback")
 HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$]+\$[0-9a-f]+")
 
 MAX_WAITING = 32  # passwords that wait to be checked; callers with others are asked to come back
+RESERVED = 8  # of those places, for addresses from which a password was right before
 MAX_CACHED = 10_000  # Authorization headers whose password was verified; about 2 MB
 PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
 FAILURES_ALLOWED = 10  # wrong passwords in a row from one address …
@@ -113,13 +116,49 @@ class User:
     roles: frozenset[str]
 
 
+class Verified:
+    """What was verified since gunicorn's master started: in memory that its workers share and inherit, never on disk.
+
+    Format: places of 32 bytes, each a digest under a random key of this object, at a place that its own bytes give. One
+    that is overwritten, or half written, is not found: what it stood for is verified again.
+    """
+
+    def __init__(self) -> None:
+        """Make the memory; to be called before the fork."""
+        self.key = secrets.token_bytes(32)
+        self._places = mmap.mmap(-1, 32 * 2**15)
+
+    def add(self, *parts: str) -> None:
+        """Remember some strings."""
+        at, digest = self._find(parts)
+        self._places[at : at + 32] = digest
+
+    def __contains__(self, parts: tuple[str, ...]) -> bool:
+        at, digest = self._find(parts)
+        return self._places[at : at + 32] == digest
+
+    def _find(self, parts: tuple[str, ...]) -> tuple[int, bytes]:
+        digest = hashlib.blake2b(repr(parts).encode(), key=self.key, digest_size=32).digest()
+        return int.from_bytes(digest[:2]) % 2**15 * 32, digest
+
+
+_shared: Verified | None = None  # by gunicorn's workers
+
+
+def before_fork() -> None:
+    """Let the workers of this gunicorn, and those that replace them, share what they verified."""
+    global _shared
+    _shared = Verified()
+
+
 class Users:
     """The users of a running server, and the Authorization headers whose password was verified.
 
     Checking a hash takes tens of milliseconds and 32 MB by design; a good password must not cost that at each request.
-    So a verified header is cached, as a digest under a random key of this process, for as long as the user's hash in
-    the file stays the same. Hashes are checked one at a time on a native thread, and an address with many failures has
-    to wait, so that a flood of wrong passwords costs good callers little. A cached header never has to wait.
+    So a verified header is cached, as a digest under a random key, for as long as the user's hash in the file stays the
+    same; other workers find it in what they share. Hashes are checked one at a time on a native thread, and an address
+    with many failures has to wait, so that a flood of wrong passwords costs good callers little. Addresses from which
+    one was right before go first. A cached header never has to wait.
     """
 
     def __init__(self, path: Path, run_in_thread: Callable[..., Any]) -> None:
@@ -128,10 +167,12 @@ class Users:
         self._etag: tuple[int, ...] = ()  # of the file when it was last read
         self._log_limit = LogLimit(log)
         self._users: dict[str, User] = {}
-        self._key = secrets.token_bytes(32)
+        self._dummy_hash = "scrypt:32768:8:1$salt$00"  # an unknown name is checked as slowly as most that are known
+        self._shared = _shared or Verified()
         self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
         self._forgiven: dict[str, float] = {}  # network → time from which none of its failures counts any more
         self._checking = threading.Semaphore(1)
+        self._next_stranger = threading.Semaphore(1)  # the others wait behind it; addresses that are known pass them
         self._waiting: Counter[bytes] = Counter()  # digest of a header → callers that wait for its check
         self._rejected: set[bytes] = set()  # those of them whose password was wrong
         self.refresh()
@@ -148,31 +189,40 @@ class Users:
         Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many passwords wait to be checked.
         """
         digest, network = self._digest(header), _network(address)
+        user = self._users.get(name)
+        if user and (header, user.password) in self._shared:
+            return self._cache(digest, user)
         self._reject_throttled(network)
-        if digest not in self._waiting and len(self._waiting) >= MAX_WAITING:
+        is_known = (network,) in self._shared
+        if digest not in self._waiting and len(self._waiting) >= MAX_WAITING - (0 if is_known else RESERVED):
             raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
         self._waiting[digest] += 1
         try:
-            with self._checking:
+            with nullcontext() if is_known else self._next_stranger, self._checking:
                 if user := self.cached(header):  # verified while this caller waited
                     return user
                 self._reject_throttled(network)
                 user = self._users.get(name)
-                expected = user.password if user else _dummy_hash()
+                expected = user.password if user else self._dummy_hash
                 good = digest not in self._rejected and self._run_in_thread(check_password_hash, expected, password)
                 if not user or not good:
                     self._rejected.add(digest)  # for the others that wait with the same header
                     self._count_failure(network)
                     return None
-                self._verified[digest] = user
-                if len(self._verified) > MAX_CACHED:
-                    del self._verified[next(iter(self._verified))]
-                return user
+                self._shared.add(header, user.password)
+                self._shared.add(network)
+                return self._cache(digest, user)
         finally:
             self._waiting[digest] -= 1
             if not self._waiting[digest]:
                 del self._waiting[digest]
                 self._rejected.discard(digest)
+
+    def _cache(self, digest: bytes, user: User) -> User:
+        self._verified[digest] = user
+        if len(self._verified) > MAX_CACHED:
+            del self._verified[next(iter(self._verified))]
+        return user
 
     def refresh(self) -> None:
         """Read the users file again if it has changed. If it cannot be used, the last good users stay."""
@@ -188,10 +238,16 @@ class Users:
         self._etag = etag
         self._log_limit.reset()
         self._verified = {digest: user for digest, user in self._verified.copy().items() if user.name in self._users}
+        costs = Counter(user.password.partition("$")[0] for user in self._users.values())
+        for cost, _ in costs.most_common(1):
+            self._dummy_hash = f"{cost}$salt$00"
         log.info("read %s: %d users", self._path, len(self._users))
+        if found.st_mode & stat.S_IROTH:
+            mode = found.st_mode & 0o777
+            log.warning("%s has mode %o: anyone here can read its hashes and guess passwords", self._path, mode)
 
     def _digest(self, header: str) -> bytes:
-        return hashlib.blake2b(self._key + header.encode()).digest()  # a quarter of a microsecond less than key=
+        return hashlib.blake2b(self._shared.key + header.encode()).digest()  # a quarter of a microsecond less than key=
 
     def _reject_throttled(self, network: str) -> None:
         wait = self._forgiven.get(network, 0.0) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
@@ -218,12 +274,6 @@ def _network(address: str) -> str:
     return without_port
 
 
-@cache
-def _dummy_hash() -> str:
-    """Make the hash that an unknown name is checked against, so that it takes as long as a known one."""
-    return generate_password_hash(secrets.token_hex(16))
-
-
 def read_users(path: Path) -> dict[str, User]:
     """Read a users file. Raises: UsersFileError, it is not of the form above; the message holds no hash."""
     users = {}
@@ -242,6 +292,11 @@ def read_users(path: Path) -> dict[str, User]:
 
 def _read_entries(path: Path) -> dict[str, Any]:
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            raise UsersFileError(f"{path} is not a file")
+        if mode & stat.S_IWOTH:
+            raise UsersFileError(f"{path} has mode {mode & 0o777:o}, so anyone here can add users: chmod 600 {path}")
         entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsersFileError(f"{path}: {error}") from None

@@ -15,8 +15,8 @@ _here = os.path.dirname(os.path.abspath(__file__))
 if _here not in sys.path:  # it was started in another directory, with -c
     sys.path.insert(0, _here)
 
+import auth
 import log_format
-from auth import UsersFileError, read_users
 from settings import Settings, SettingsError, usable_cores
 
 log_format.set_up(os.environ.get("LOG_FORMAT", ""))  # before the settings are read, which logs the platform
@@ -101,8 +101,9 @@ def on_starting(server):
     try:
         _settings.check_files()
         if _settings.auth == "basic":
-            read_users(_settings.users_file)
-    except (SettingsError, UsersFileError) as error:
+            auth.read_users(_settings.users_file)
+            auth.before_fork()
+    except (SettingsError, auth.UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)
     if not os.path.samefile(".", _here):

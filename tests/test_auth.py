@@ -29,7 +29,17 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
 
 import auth
-from auth import FAILURES_ALLOWED, MAX_WAITING, SECONDS_PER_RETRY, Users, UsersFileError, has_role, read_users, require
+from auth import (
+    FAILURES_ALLOWED,
+    MAX_WAITING,
+    RESERVED,
+    SECONDS_PER_RETRY,
+    Users,
+    UsersFileError,
+    has_role,
+    read_users,
+    require,
+)
 from settings import Settings
 
 ROW = [5.1, 3.5, 1.4, 0.2]
@@ -284,7 +294,12 @@ def test_wrong_password_is_hashed_every_time(counted: CountedUsers) -> None:
 def test_unknown_user_costs_what_a_known_one_does(counted: CountedUsers) -> None:
     assert not counted.verify("mallory")
     ((checked_against, _),) = counted.thread.calls
-    # By the same method and parameters as `python -m auth add` uses.
+    assert checked_against.split("$")[0] == CHEAP.split("$")[0]  # the method and parameters of most users
+    costly = {f"user {n}": entry(generate_password_hash("x")) for n in range(3)}
+    counted.change(predict=entry(), admin=entry(), **costly)
+    counted.checks()
+    assert not counted.verify("mallory")
+    ((checked_against, _),) = counted.thread.calls
     assert checked_against.split("$")[0] == generate_password_hash("x").split("$")[0]
 
 
@@ -298,10 +313,8 @@ def test_added_user_can_log_in_and_removed_one_cannot(counted: CountedUsers) -> 
     assert counted.verify("bob", "b")
     assert not counted.verify()
     assert (counted.roles("bob", "b"), counted.roles("predict")) == ({"admin"}, frozenset())
-    counted.change(predict=entry())  # added again
-    counted.checks()
-    assert counted.verify()
-    assert counted.checks() == 1, "the cache did not forget the removed user"
+    counted.change(predict=entry(cheap_hash("another")))  # added again
+    assert not counted.verify()
 
 
 def test_changed_password_takes_the_old_one_out_of_the_cache_at_once(counted: CountedUsers) -> None:
@@ -436,6 +449,102 @@ def test_unreadable_users_file_keeps_the_last_good_users_until_it_can_be_read() 
         assert counted.verify("late")
 
 
+@pytest.mark.parametrize(("mode", "starts", "warns"), [(0o600, 1, 0), (0o640, 1, 0), (0o644, 1, 1), (0o602, 0, 0)])
+def test_users_file_that_others_may_write_is_not_used_and_one_that_they_may_read_is_warned_of(
+    counted: CountedUsers, caplog: pytest.LogCaptureFixture, mode: int, starts: bool, warns: bool
+) -> None:
+    entries = json.loads(counted.path.read_text())
+    counted.path.chmod(mode)
+    counted.path.write_text(json.dumps(entries | {"mallory": entry()}))
+    for _ in range(3):
+        counted.users.refresh()
+    assert counted.verify(), "the old users stay"
+    assert counted.verify("mallory") == starts
+    levels = [record.levelname for record in caplog.records if f" mode {mode:o}" in record.getMessage()]
+    assert levels == ["WARNING"] * warns + ["ERROR"] * (not starts)
+    if not starts:
+        with pytest.raises(UsersFileError, match=f"mode 602, so anyone here can add users: chmod 600 {counted.path}"):
+            read_users(counted.path)  # as the master does before it starts
+
+
+def test_pipe_in_place_of_the_users_file_keeps_the_last_good_users(counted: CountedUsers) -> None:
+    counted.path.unlink()
+    os.mkfifo(counted.path)  # to open it would wait for a writer, and with it the worker's loop
+    counted.users.refresh()
+    assert counted.verify()
+
+
+# --- what workers share
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CountedUsers, CountedUsers]:
+    """The users as two workers of one gunicorn have them."""
+    monkeypatch.setattr(auth, "_shared", None)
+    auth.before_fork()
+    one, other = CountedUsers(tmp_path / "users.json"), CountedUsers(tmp_path / "users.json")
+    return one, other
+
+
+def test_password_that_one_worker_verified_is_not_hashed_by_another(
+    workers: tuple[CountedUsers, CountedUsers],
+) -> None:
+    one, other = workers
+    assert one.verify()
+    assert other.verify()
+    assert (one.checks(), other.checks()) == (1, 0)
+    assert not other.verify(password="wrong")
+    assert not other.verify("admin", password="wrong")
+    assert other.checks() == 2
+
+
+def test_worker_that_is_new_lets_a_verified_password_in_though_its_queue_is_full(
+    workers: tuple[CountedUsers, CountedUsers],
+) -> None:
+    one, other = workers
+    assert one.verify()
+    for n in range(MAX_WAITING):
+        other.users._waiting[str(n).encode()] = 1
+    assert other.verify()
+    with pytest.raises(ServiceUnavailable):
+        other.verify("admin")
+
+
+def test_changed_or_removed_user_is_not_verified_by_what_workers_share(
+    workers: tuple[CountedUsers, CountedUsers],
+) -> None:
+    one, other = workers
+    assert one.verify()
+    other.change(predict=entry(cheap_hash("new")))
+    assert not other.verify()
+    other.change(admin=entry())
+    assert not other.verify()
+    assert other.checks() == 2
+
+
+def test_torn_entry_of_what_workers_share_is_hashed_again(workers: tuple[CountedUsers, CountedUsers]) -> None:
+    one, other = workers
+    assert one.verify()
+    places = one.users._shared._places
+    at = next(at for at in range(len(places)) if places[at]) // 32 * 32
+    for byte in range(at, at + 32):
+        places[byte] ^= 1
+    for byte in range(len(places)):
+        if at <= byte < at + 32 or not places[byte]:
+            continue
+        places[byte] ^= 1  # the address
+    assert other.verify()
+    assert other.checks() == 1
+
+
+def test_what_workers_share_holds_no_password_and_no_header(workers: tuple[CountedUsers, CountedUsers]) -> None:
+    one, _ = workers
+    assert one.verify()
+    content = one.users._shared._places[:]
+    for text in (PASSWORD, "predict", basic("predict"), CHEAP, "192.0.2.1"):
+        assert text.encode() not in content
+
+
 # --- floods
 
 
@@ -566,12 +675,12 @@ def test_waiting_is_bounded_and_does_not_keep_out_those_who_are_known(counted: C
 
     def call(n: int) -> bool:
         try:
-            return counted.verify(password=f"wrong {n}", address=f"192.0.2.{n}")
+            return counted.verify(password=f"wrong {n}", address=f"198.51.100.{n}")
         except ServiceUnavailable as refusal:
             refused.append(refusal)
             raise
 
-    flood = threading.Thread(target=at_once, args=(MAX_WAITING + 10, call))
+    flood = threading.Thread(target=at_once, args=(MAX_WAITING - RESERVED + 10, call))
     flood.start()
     try:
         deadline = time.monotonic() + 10
@@ -584,6 +693,29 @@ def test_waiting_is_bounded_and_does_not_keep_out_those_who_are_known(counted: C
         go_on.set()
         flood.join(30)
     assert counted.verify(), "the places were not given back"
+
+
+def test_address_that_is_known_is_checked_before_strangers(counted: CountedUsers) -> None:
+    assert counted.verify("admin", address="192.0.2.1")
+    counted.thread.hold = lambda: time.sleep(0.05)
+    strangers = MAX_WAITING - RESERVED
+    flood = threading.Thread(
+        target=at_once,
+        args=(strangers, lambda n: counted.verify(password=f"wrong {n}", address=f"198.51.100.{n}")),
+    )
+    counted.checks()
+    flood.start()
+    try:
+        deadline = time.monotonic() + 30
+        while len(counted.users._waiting) < strangers and time.monotonic() < deadline:  # from inside: the queue is full
+            time.sleep(0.001)
+        before = len(counted.thread.calls)
+        assert counted.verify("monitor", address="192.0.2.1")
+        # The check under way, one stranger that was next, and its own; the threads may take a moment to wait.
+        assert len(counted.thread.calls) - before <= 6
+    finally:
+        flood.join(60)
+    assert counted.checks() == strangers + 1
 
 
 def test_hash_check_that_fails_gives_its_place_back(counted: CountedUsers) -> None:
