@@ -12,11 +12,23 @@ class _JsonFormatter(logging.Formatter):  # by the names of cloud.google.com/log
         return json.dumps(content | {"logger": record.name, "process": record.process})
 
 
+class _TextFormatter(logging.Formatter):
+    """Keeps what a library or a caller wrote from looking like a line of its own, or from steering a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _escape(super().format(record))
+
+
+def _escape(text: str) -> str:
+    printable = (each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+    return "".join(printable).replace("\n", "\n  ")  # only the first line of a record begins at the margin
+
+
 def set_up(form: str) -> None:
     """Set up the logs of this process, and of those that it forks; those of gunicorn as well."""
     text = "[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s"
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if form == "json" else logging.Formatter(text, "%Y-%m-%d %H:%M:%S %z"))
+    handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter(text, "%Y-%m-%d %H:%M:%S %z"))
     logging.basicConfig(level="INFO", handlers=[handler])
 
     def pass_on(record: logging.LogRecord) -> bool:
@@ -24,6 +36,8 @@ def set_up(form: str) -> None:
             record.msg = ": ".join(str(record.msg).split(": ")[:2])
         if form == "json":
             handler.handle(record)
+        elif record.exc_info:  # gunicorn's handler would format it as it is
+            record.exc_text = _escape(logging.Formatter().formatException(record.exc_info))
         return form != "json"  # whether gunicorn's own handler gets it, which only knows text
 
     logging.getLogger("gunicorn.error").addFilter(pass_on)

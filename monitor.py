@@ -83,8 +83,9 @@ class RequestLog:
 class Journal:
     """An append-only log of JSON lines, in segments, bounded in bytes.
 
-    Format: a directory of files `<nanoseconds when opened, 20 digits>-<pid>.jsonl`, so names sort by age. Each line is
-    one JSON object and holds at least `time` (seconds since 1970), `record_id` (unique) and `pid`; the line of a
+    Format: a directory of files `<nanoseconds when opened, 20 digits>-<pid>.jsonl`, so names sort by age; when the
+    clock has gone back, the number is one more than the highest. Each line is one JSON object and holds at least `time`
+    (seconds since 1970), `record_id` (unique) and `pid`; the line of a
     request holds what `log_monitor` was given. A line with `dropped` instead says how many records were lost and
     why; one with `event` what happened to the service (`rollback`: its guard took a canary back, and the `reason`).
     A line that does not parse was torn by a full disk or a power failure; the next one begins on a line of its own.
@@ -150,7 +151,9 @@ class Journal:
     def _open_segment(self) -> None:
         self.close()
         self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{time.time_ns():020d}-{self._pid}.jsonl"
+        numbers = [path.name[:20] for path in segments(self._directory)]
+        opened = max(time.time_ns(), *(int(number) + 1 for number in numbers if number.isdecimal()), 0)
+        path = self._directory / f"{opened:020d}-{self._pid}.jsonl"
         new = path.with_suffix(".new")  # until it is locked: a segment that is not locked counts as finished
         fd = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o640)
         try:
@@ -161,13 +164,11 @@ class Journal:
             new.unlink(missing_ok=True)
             raise
         self._fd, self._size, self._torn = fd, 0, False
-        if lost := self._make_room():
-            log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
-            self._lose(FULL, lost)
+        self._make_room()
 
-    def _make_room(self) -> int:
-        """Remove the oldest finished segments until a new one fits; return how many records went."""
-        lost, sizes = 0, {}
+    def _make_room(self) -> None:
+        """Remove the oldest finished segments until a new one fits."""
+        lost, earlier, sizes = 0, 0, {}
         for path in segments(self._directory):
             with suppress(OSError):  # here and below: another worker makes room as well, and counts
                 sizes[path] = path.stat().st_size
@@ -177,15 +178,18 @@ class Journal:
                 break
             with suppress(OSError):
                 if not is_locked(path):
-                    # A torn line was counted as lost by its writer; a line with `dropped` stands for several records.
-                    count = sum(record.get("dropped", 1) for _, record in read_lines(path) if record is not None)
+                    # A torn line was counted as lost by its writer.
+                    dropped = [record.get("dropped", 0) for _, record in read_lines(path) if record is not None]
                     path.unlink()
-                    lost += count
+                    lost, earlier = lost + dropped.count(0), earlier + sum(dropped)
                     excess -= size
-        return lost
+        if lost or earlier:
+            log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
+            self._lose(FULL, lost, earlier)
 
-    def _lose(self, reason: str, count: int) -> None:
-        self._lost[reason] += count
+    def _lose(self, reason: str, count: int, earlier: int = 0) -> None:
+        """Count lost records; those lost `earlier`, whose line went as well, only for the line that replaces it."""
+        self._lost[reason] += count + earlier
         run_hooks(self.on_loss, reason, count)
 
     def close_if_removed(self) -> None:

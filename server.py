@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Response, g, request
 from werkzeug.exceptions import Forbidden, HTTPException, InternalServerError, ServiceUnavailable, UnprocessableEntity
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -41,7 +41,7 @@ from monitor import BLANK, Journal, RequestLog
 from processes import run_hooks
 from settings import Settings
 from web.body import BodyReader
-from web.decoding import read_rows
+from web.decoding import Decoder
 from web.errors import json_response, problem
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class Service:
         names = settings.request_id_headers  # → each WSGI variable, and whether its value ends at the first slash
         self._request_ids = [("HTTP_" + n.rstrip("/").upper().replace("-", "_"), n.endswith("/")) for n in names]
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
+        self.decoder = Decoder(self.bodies, settings.max_rows, self.serving.loaded, self._in_thread)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
         self.recorded = {"predict"}  # endpoints whose requests are recorded
@@ -142,8 +143,7 @@ class Service:
 
     def predict(self) -> Response:
         """POST /predict: answer rows with the model's predictions."""
-        current: Request = request._get_current_object()  # type: ignore[attr-defined]
-        return self.respond(*read_rows(current, self.bodies, self.settings.max_rows, self.run_in_thread))
+        return self.respond(*self.decoder.read_rows(request._get_current_object()))  # type: ignore[attr-defined]
 
     def respond(self, rows: Any, method: str) -> Response:
         """Answer rows as POST /predict does."""
@@ -194,6 +194,8 @@ class Service:
         if version and not has_role("admin"):
             raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
         model, record["variant"] = self.serving.choose(routing_key, version)
+        if version or routing_key:  # the caller chose, so the guard of a canary does not count this
+            record["routed_by"] = "version" if version else "key"
         record["model_version"] = model.version
         if method not in model.methods:
             raise BadRows(f"this model has no method {method[:80]!r}; it has {', '.join(model.methods)}")

@@ -14,6 +14,7 @@ from werkzeug.exceptions import BadRequest, UnsupportedMediaType
 
 from endpoints.media_types import per_row
 from endpoints.routes import add_prediction, runner
+from model.limits import Limits
 from web.decoding import NPY, check_length, decode_call, parse_json, read_body
 from web.errors import json_response
 
@@ -31,7 +32,7 @@ def init_app(app: Flask, service: "Service") -> None:
             return service.predict()
         body = read_body(request.environ, service.bodies)
         run = runner(service, body)
-        call = run(_parse, body)
+        call = run(_parse, body, service.decoder.limits())
         rows, method = decode_call(call)
         check_length(rows, service.settings.max_rows)
         if type(call) is not list:
@@ -52,10 +53,10 @@ def describe(api: "Api") -> None:
         api.add_prediction(path, "Predict, for PAI-EAS", about, body=api.body() | api.arrays, answer=answer)
 
 
-def _parse(body: bytes) -> Any:
+def _parse(body: bytes, limits: Limits) -> Any:
     """Decode JSON. Raises: BadRequest; UnsupportedMediaType, it is a message of the client's TFRequest."""
     try:
-        return parse_json(body)
+        return parse_json(body, limits)
     except BadRequest:
         # PredictRequest of TensorFlow Serving begins with its field 1, 2 or 3, each of which has a length.
         if body[:1] in (b"\n", b"\x12", b"\x1a") and body.strip()[:1] not in (b"{", b"["):

@@ -23,11 +23,12 @@ from auth import require
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures
 from endpoints.ledger import ACCEPTED, DUPLICATE, TOO_OLD, Entry, Ledger
 from endpoints.receipts import BadReceipt, Issuer, KeyFile, verify
+from endpoints.routes import runner
 from endpoints.row_counts import RowCounts
 from endpoints.truths import BadTruth, Known, compare, kind_of, labels_of
-from model.batching import call_directly
+from model.limits import Limits
 from processes import LogLimit, replace_file
-from web.decoding import LARGE_BODY, parse_json, read_body, require_json
+from web.decoding import parse_json, read_body, require_json
 from web.errors import json_response
 from worker_slot import WorkerSlot, slot_of
 
@@ -153,8 +154,10 @@ class Feedback:
         current = request._get_current_object()  # type: ignore[attr-defined]
         require_json(current)
         body = read_body(current.environ, service.bodies)
-        run = service.run_in_thread if len(body) > LARGE_BODY else call_directly
-        content = run(parse_json, body, FORM)
+        run = runner(service, body)
+        # An entry is an object with two lists, in which a row of several outputs is one more.
+        limits = Limits(MAX_ENTRIES, 4 * MAX_ENTRIES + 2 * service.settings.max_rows)
+        content = run(parse_json, body, limits, FORM)
         given = content.get("feedback") if isinstance(content, dict) else None
         if not isinstance(given, list):
             raise UnprocessableEntity(f"the body is not an object with a list, feedback; {FORM}")

@@ -79,7 +79,7 @@ def init_app(app: Flask, service: "Service") -> None:
     def invoke() -> Response:
         body = read_body(request.environ, service.bodies)
         run = runner(service, body)
-        rows, method = run(decode_json, body)
+        rows, method = run(decode_json, body, service.decoder.limits())
         check_length(rows, service.settings.max_rows)
         return service.respond(rows, method)
 

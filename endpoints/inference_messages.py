@@ -21,6 +21,7 @@ from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, UnsupportedMe
 from endpoints import tensors
 from model.answers import ModelFailed
 from model.columns import json_form, rows_as_lists
+from model.limits import Limits
 from model.signature import BadRows, Column, Signature
 from web.decoding import parse_json
 from web.errors import json_response
@@ -118,7 +119,7 @@ def unpack(body: bytes, encoding: str, max_bytes: int) -> bytes:
     return unpacked
 
 
-def read_call(body: bytes, json_length: str | None, max_rows: int) -> Call:
+def read_call(body: bytes, json_length: str | None, limits: Limits) -> Call:
     """Decode a request; with `json_length`, the value of that header, tensors follow as bytes behind its JSON.
 
     Raises: BadRequest, it is not JSON; BadRows, it is not a request, or its tensors are not of the form they name.
@@ -128,7 +129,7 @@ def read_call(body: bytes, json_length: str | None, max_rows: int) -> Call:
         if not re.fullmatch(r"[0-9]{1,18}", json_length) or int(json_length) > length:
             raise BadRequest(f"{JSON_LENGTH} is not a number of bytes up to the body's length, {length}")
         length = int(json_length)
-    call = parse_json(body[:length]) if length else None
+    call = parse_json(body[:length], limits) if length else None
     if type(call) is not dict:
         raise BadRequest('the body is not an object such as {"inputs": [{"name", "shape", "datatype", "data"}]}')
     parameters = _parameters(call, "the request")
@@ -137,7 +138,7 @@ def read_call(body: bytes, json_length: str | None, max_rows: int) -> Call:
         raise BadRows("id is not a string")
     binary = _flag(parameters, "binary_data_output", "the request")
     outputs = _read_outputs(call.get("outputs", []), binary)
-    inputs = _read_inputs(call.get("inputs"), None if json_length is None else memoryview(body)[length:], max_rows)
+    inputs = _read_inputs(call.get("inputs"), None if json_length is None else memoryview(body)[length:], limits.rows)
     return Call(identifier, inputs, outputs)
 
 

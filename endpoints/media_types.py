@@ -16,6 +16,7 @@ from werkzeug.http import parse_options_header
 from endpoints.lines import csv_rows, encode_csv, encode_json_lines, parse_csv, parse_json_lines
 from endpoints.routes import runner
 from model.answers import ModelFailed
+from model.limits import Limits
 from model.signature import Signature
 from web.decoding import NPY, check_length, decode_call, decode_npy, parse_json, read_body
 
@@ -51,7 +52,7 @@ def predict(service: "Service", read_json: Callable[[Any], Call], body: bytes | 
     asked = asked_type(given)
     body = read_body(request.environ, service.bodies) if body is None else body
     run = runner(service, body)
-    call = run(_decode, body, given, read_json, service.settings.max_rows)
+    call = run(_decode, body, given, read_json, service.decoder.limits())
     rows = partial(run, call.adapt, call.rows) if call.adapt else call.rows
     answer = service.infer(rows, call.method)
     return current_app.response_class(run(encode, answer, asked, call.key), content_type=asked)
@@ -85,15 +86,15 @@ def asked_type(given: str) -> str:
     return asked
 
 
-def _decode(body: bytes, given: str, read_json: Callable[[Any], Call], max_rows: int) -> Call:
+def _decode(body: bytes, given: str, read_json: Callable[[Any], Call], limits: Limits) -> Call:
     if given == CSV:
         records, lines = parse_csv(body)
         call = Call(records, adapt=partial(csv_rows, lines))
     elif given == JSON:
-        call = read_json(parse_json(body))
+        call = read_json(parse_json(body, limits))
     else:
         call = Call(decode_npy(body) if given == NPY else parse_json_lines(body))
-    check_length(call.rows, max_rows)
+    check_length(call.rows, limits.rows)
     return call
 
 

@@ -11,6 +11,7 @@ content of a request.
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -32,6 +33,7 @@ from endpoints.inference_messages import (
     write_answer,
 )
 from model.answers import ModelFailed
+from model.limits import OPEN
 from model.loaded import LoadedModel, RowsRefused
 from model.signature import BadRows
 from web.decoding import LARGE_BODY
@@ -201,14 +203,15 @@ def _read(service: Any, current: Request, body: bytes | None) -> Call:
     environ, settings = current.environ, service.settings
     encoding = environ.get("HTTP_CONTENT_ENCODING", "")
     packed: bytes = service.bodies.read(environ) if body is None else body
+    limits = replace(service.decoder.limits(), values=OPEN)  # a tensor's values may stand in one list
 
     def decode() -> Call:
         unpacked = unpack(packed, encoding, settings.max_body_bytes)
-        return read_call(unpacked, current.headers.get(JSON_LENGTH), settings.max_rows)
+        return read_call(unpacked, current.headers.get(JSON_LENGTH), limits)
 
     if not encoding and len(packed) <= LARGE_BODY:
         return decode()
-    call: Call = service.run_in_thread(decode)
+    call: Call = service.decoder.decode_large(decode)
     return call
 
 

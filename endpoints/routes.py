@@ -60,4 +60,4 @@ def endpoint_of(app: Flask, path: str, method: str) -> str | None:
 
 def runner(service: "Service", body: bytes) -> Callable[..., Any]:
     """Return what decodes this body, and encodes its answer: for a large one a native thread, beside the event loop."""
-    return service.run_in_thread if len(body) > LARGE_BODY else call_directly
+    return service.decoder.decode_large if len(body) > LARGE_BODY else call_directly

@@ -20,6 +20,7 @@ from endpoints.inference_messages import JSON_LENGTH
 from endpoints.lines import as_integer
 from endpoints.open_inference import answer_request
 from endpoints.routes import add_health, add_prediction, runner
+from model.limits import Limits
 from model.signature import Signature
 from web.decoding import parse_json, read_body
 
@@ -41,7 +42,7 @@ def init_app(app: Flask, service: "Service") -> None:
             return answer_request(service, current)
         body = read_body(current.environ, service.bodies)
         run = runner(service, body)
-        if (current.is_json or not current.mimetype) and run(_is_inference, body):
+        if (current.is_json or not current.mimetype) and run(_is_inference, body, service.decoder.limits()):
             return answer_request(service, current, body=body)
         return media_types.predict(service, read_json, body)
 
@@ -61,9 +62,9 @@ def init_app(app: Flask, service: "Service") -> None:
     app.extensions.setdefault("on_openapi", []).append(describe)
 
 
-def _is_inference(body: bytes) -> bool:
+def _is_inference(body: bytes, limits: Limits) -> bool:
     """Return whether a body is JSON of the Open Inference Protocol: an object with inputs, and no instances."""
-    call = parse_json(body) if b'"inputs"' in body else None
+    call = parse_json(body, limits) if b'"inputs"' in body else None
     return type(call) is dict and "inputs" in call and "instances" not in call
 
 

@@ -14,7 +14,7 @@ class Fails:
 
     def predict(self, rows):
         if rows[0][0] == 7:
-            raise OSError("the disk is gone")
+            raise OSError("the disk is gone\\n[2026-01-01 00:00:00 +0000] [1] [INFO] forged\\r\\x1b[2Jred\\u202e")
         return [row[0] for row in rows]
 """
 SECRET = "it's-a-secret"
@@ -33,6 +33,14 @@ def test_every_line_is_an_object_and_a_traceback_is_in_one(tmp_path: Path, monke
     from fails_module import Fails  # type: ignore[import-not-found]  # just written
 
     joblib.dump(Fails(), tmp_path / "model.joblib")
+    with gunicorn(tmp_path, log_format="text", model_path=tmp_path / "model.joblib") as running:
+        assert running.predict([[7]])[0] == 500
+        log = running.log.read_text("utf-8")
+    # What the model raised cannot look like a line of the log, nor steer a terminal.
+    assert (
+        "\n  OSError: the disk is gone\n  [2026-01-01 00:00:00 +0000] [1] [INFO] forged\\r\\x1b[2Jred\\u202e\n" in log
+    )
+    assert all(character.isprintable() or character == "\n" for character in log)
     with gunicorn(tmp_path, log_format="json", model_path=tmp_path / "model.joblib") as running:
         assert running.predict([[7]])[0] == 500
         assert running.stop() == 0

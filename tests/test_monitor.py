@@ -246,6 +246,8 @@ def test_journal_keeps_within_its_bound_drops_the_oldest_and_counts_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path, BOUND)
+    losses: list[int] = []
+    journal.on_loss.append(lambda _, count: losses.append(count))
     longest = 0
     for n in range(5000):  # about nine times the bound, so that counts of counts are dropped as well
         journal.append({"n": n})
@@ -260,6 +262,23 @@ def test_journal_keeps_within_its_bound_drops_the_oldest_and_counts_them(
     assert [record["n"] for record in account.present] == list(range(5000 - left, 5000))
     assert all(path.stat().st_size <= SEGMENT + 1000 for path in segments(tmp_path))
     assert "dropped" in caplog.text
+    assert sum(losses) == 5000 - left, "what metrics count: each loss once"
+
+
+def test_clock_that_goes_back_does_not_have_the_newest_records_dropped(tmp_path: Path, clock: SimpleNamespace) -> None:
+    journal = Journal(tmp_path, BOUND)
+    ahead = 10**18
+    clock.time_ns = lambda: time.time_ns() + ahead
+    for n in range(5000):
+        if n == 2500:
+            ahead = 0
+        journal.append({"n": n})
+        if n % 100 == 0:
+            account = Account(tmp_path)
+            assert [record["n"] for record in account.present][-1] == n
+    account = Account(tmp_path)
+    assert [record["n"] for record in account.present] == list(range(5000 - len(account.present), 5000))
+    assert account.total == 5000
 
 
 def test_segment_of_a_live_writer_is_never_dropped(tmp_path: Path) -> None:

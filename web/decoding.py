@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import orjson
 from flask import Request
 from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMediaType
 
+from model.limits import Limits
 from web.body import BodyReader
 
 NPY = "application/x-npy"
@@ -20,23 +22,42 @@ FORM = 'send {"data": [[…], …]}'
 LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes to a native thread
 
 
-def read_rows(
-    request: Request, bodies: BodyReader, max_rows: int, run_in_thread: Callable[..., Any]
-) -> tuple[Any, str]:
-    """Read a request's body and decode it, by its content type. Raises: HTTPException, what is wrong.
+class Decoder:
+    """Decodes the bodies of a service's requests. Of large ones one at a time: what is made of them is larger still."""
 
-    Returns:
-        The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
-    """
-    environ = request.environ
-    require_json(request, NPY)
-    body = read_body(environ, bodies)
-    if environ["CONTENT_TYPE"] == NPY:
-        rows, method = decode_npy(body), request.args.get("method", "predict")
-    else:
-        rows, method = run_in_thread(decode_json, body) if len(body) > LARGE_BODY else decode_json(body)
-    check_length(rows, max_rows)
-    return rows, method
+    def __init__(
+        self, bodies: BodyReader, max_rows: int, models: Callable[[], list[Any]], run_in_thread: Callable[..., Any]
+    ) -> None:
+        """`models` returns those that are loaded; `run_in_thread` calls a function on a native thread."""
+        self._bodies, self._max_rows, self._models, self._run_in_thread = bodies, max_rows, models, run_in_thread
+        self._one_at_a_time = threading.Semaphore(1)
+
+    def read_rows(self, request: Request) -> tuple[Any, str]:
+        """Read a request's body and decode it, by its content type. Raises: HTTPException, what is wrong.
+
+        Returns:
+            The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
+        """
+        environ = request.environ
+        require_json(request, NPY)
+        body = read_body(environ, self._bodies)
+        if environ["CONTENT_TYPE"] == NPY:
+            rows, method = decode_npy(body), request.args.get("method", "predict")
+        elif len(body) > LARGE_BODY:
+            rows, method = self.decode_large(decode_json, body, self.limits())
+        else:
+            rows, method = decode_json(body)
+        check_length(rows, self._max_rows)
+        return rows, method
+
+    def limits(self) -> Limits:
+        """Return what a request may hold."""
+        return Limits.of(self._max_rows, [model.signature for model in self._models()])
+
+    def decode_large(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a function makes of a large body, on a native thread."""
+        with self._one_at_a_time:
+            return self._run_in_thread(function, *arguments)
 
 
 def require_json(request: Request, *others: str) -> None:
@@ -58,19 +79,24 @@ def check_length(rows: Any, max_rows: int) -> None:
         raise UnprocessableEntity(f"data has {len(rows)} rows; this server takes {max_rows} in one request")
 
 
-def parse_json(body: bytes, form: str = FORM) -> Any:
-    """Decode a body as strict JSON; `form` shows callers what to send. Raises: BadRequest, empty, or not JSON."""
+def parse_json(body: bytes, limits: Limits | None = None, form: str = FORM) -> Any:
+    """Decode a body as strict JSON; `form` shows callers what to send.
+
+    Raises: BadRequest, empty, or not JSON; BadRows, a large one holds more than the limits.
+    """
     if not body:
         raise BadRequest(f"the body is empty; {form}")
+    if limits and len(body) > LARGE_BODY:
+        limits.check(body)
     try:
         return orjson.loads(body.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         raise BadRequest(_explain_json(body, error)) from None
 
 
-def decode_json(body: bytes) -> tuple[Any, str]:
+def decode_json(body: bytes, limits: Limits | None = None) -> tuple[Any, str]:
     """Decode the JSON of `decode_call`. Raises: as that, and as `parse_json`."""
-    return decode_call(parse_json(body))
+    return decode_call(parse_json(body, limits))
 
 
 def decode_call(call: Any) -> tuple[Any, str]:
@@ -120,6 +146,8 @@ def decode_npy(body: bytes) -> Any:
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     try:
         shape, by_columns, dtype = readers[npy.read_magic(file)](file)
+        if not all(type(size) is int for size in shape):  # True is one for numpy's reader, and not for reshape
+            raise TypeError
     except Exception:  # a header is parsed as Python's literals; it may hold anything
         raise BadRequest("the body is not an array in numpy's format (numpy.save), version 1 or 2") from None
     if dtype.kind not in "iuf" or dtype.itemsize > 8 or dtype.subdtype:

@@ -27,7 +27,9 @@ def init_app(app: "Flask", service: "Service") -> None:
     settings = service.settings
     if settings.model_path is None:
         service.serving.source = StoreWatcher(settings.model_dir, settings.journal_dir)
-        service.every_second.append(partial(Guard(settings.journal_dir, settings.model_dir).watch, service))
+        guard = Guard(settings.journal_dir, settings.model_dir)
+        service.every_second.append(partial(guard.watch, service))
+        service.serving.on_describe.append(partial(guard.describe, service))
     service.serving.on_update.append(partial(publish_status, slot_of(app, service)))
 
 

@@ -9,6 +9,9 @@ canary is rolled back
 - for time, if significantly (`SIGMAS` standard errors) more than 1 % of its answers took longer than 1.5 times the
   stable version's p99 plus 5 ms.
 
+Only requests that reached a version by chance are counted: with `X-Routing-Key` or `X-Model-Version` a caller chooses
+the version, and one with bad rows could have every canary taken back. If too few come by chance, `GET /model` says so.
+
 Both are counted over the same window of time, so that an incident that affects both is held against neither. The window
 begins with the last change of the routing, and again once the canary has had `MAX_CANARY_REQUESTS`, or the two together
 `MAX_REQUESTS`. Four standard errors, not two, since the rule is evaluated again and again: of 300 canaries equal to
@@ -31,6 +34,7 @@ as many labelled rows once more.
 
 import logging
 import math
+import os
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
@@ -69,6 +73,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.chosen = 0  # other requests, whose caller chose the version
         self.faults = 0
         self.times = array("d")  # seconds, of those that were answered
 
@@ -76,6 +81,9 @@ class Tally:
         """Count one record of a request. Raises: KeyError, TypeError or ValueError, it is not one."""
         failed = record["error_type"] in FAULTS or record.get("status") == UNPROCESSABLE
         answered, taken = record["success"], float(record["response_time"])
+        if record.get("routed_by"):
+            self.chosen += 1
+            return
         self.requests += 1
         self.faults += failed
         if answered:
@@ -139,6 +147,17 @@ def judge(stable: Tally, canary: Tally) -> str:
     return ""
 
 
+def _why_not(stable: Tally, canary: Tally) -> str:
+    """Return why the two cannot be compared though there were requests enough, or ""."""
+    if min(stable.requests, canary.requests) >= MIN_REQUESTS or stable.chosen + canary.chosen < MIN_REQUESTS:
+        return ""
+    return (
+        f"cannot judge the canary: by chance {stable.requests} requests reached the stable version and "
+        f"{canary.requests} the canary, and {MIN_REQUESTS} of each are needed; {stable.chosen + canary.chosen} others "
+        "came with X-Routing-Key or X-Model-Version"
+    )
+
+
 def judge_predictions(stable: Labelled, canary: Labelled, measure: str) -> str:
     """Return why the canary should be rolled back for its predictions, by the rule above, or "".
 
@@ -190,7 +209,8 @@ class Guard:
     def __init__(self, directory: Path, store: Path) -> None:
         """`directory` is the service's JOURNAL_DIR, with the journal, the lock and a rollback of this host."""
         self._directory, self._store = directory, Store(store)
-        self.lock = FileLock(directory / "guard.lock")
+        self.lock = FileLock(directory / "guard.lock")  # its content is what the guard that holds it has to say
+        self._noted: str | None = None
         self._tail: Tail | None = None  # of the journal, while this process guards
         self._window: tuple[str, str] | None = None  # the routing that is evaluated, and the stable version that serves
         self._tallies: dict[tuple[str, str], Tally] = {}  # by variant and version
@@ -202,7 +222,7 @@ class Guard:
         routing = guarded(service.serving.routes)
         if routing is None or routing.local_rollback(self._directory):
             self.lock.release()  # for a worker that serves the canary
-            self._tail = None
+            self._tail = self._noted = None
         elif self.lock.acquire():
             tail = self._tail = self._tail or Tail(self._directory, changed_at(routing))
             reason = service.run_in_thread(lambda: self.evaluate(routing, tail.read()))
@@ -210,6 +230,12 @@ class Guard:
                 log.warning("the guard rolls back canary %s: %s", routing.canary, reason)
                 event = {"event": "rollback", "model_version": routing.canary, "variant": "canary", "reason": reason}
                 service.journal.append(event)
+
+    def describe(self, service: "Service", found: dict[str, Any]) -> None:
+        """Add to what GET /model shows whether the guard of this host can judge the canary."""
+        if guarded(service.serving.routes):
+            with suppress(OSError, UnicodeDecodeError):
+                found["guard"] = (self._directory / "guard.lock").read_text("utf-8") or None
 
     def evaluate(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
         """Count new records; roll the canary back if it is worse, and return why, else ""."""
@@ -222,10 +248,17 @@ class Guard:
                 elif record["time"] >= since:
                     self._tallies[record["variant"], record["model_version"]].add(record)
         stable, canary = self._tallies.values()
+        self._note(_why_not(stable, canary))
         reason = judge(stable, canary) or self._judge_predictions()
         if reason or canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
             self._window = None  # the next evaluation begins another
         return reason if reason and self._roll_back(routing, reason) else ""
+
+    def _note(self, why_not: str) -> None:
+        if self._noted != why_not and self.lock.fd is not None:
+            os.truncate(self.lock.fd, 0)
+            os.pwrite(self.lock.fd, why_not.encode(), 0)
+            self._noted = why_not
 
     def _begin(self, routing: Routing) -> None:
         """Count from zero if the routing changed, or the stable version that serves; requests in a new window too."""

@@ -104,22 +104,26 @@ class Routing:
         """Read the routing of a store; without a file it is the empty one. Raises: ModelLoadError, it is not valid."""
         path = directory / ROUTING
         try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+                raise ValueError("it is not a file")
             given = orjson.loads(path.read_bytes())
             previous = given.get("previous", [])
             canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
-            weight = float(canary["weight"])
+            weight, generation = float(canary["weight"]), int(given.get("generation", 0))
             names = [given["stable"], *previous, *filter(None, [canary["version"]])]
             if not isinstance(previous, list) or not all(map(_VERSION.fullmatch, names)):
                 raise ValueError("it contains an invalid version name")
             if not 0 <= weight <= 100:
                 raise ValueError("the canary's weight is not from 0 to 100")
+            if not 0 <= generation < 2**53:  # GET /model shows it, and JSON has no larger ones
+                raise ValueError("the generation is not a number that grows with each change")
             return cls(
                 given["stable"],
                 tuple(previous),
                 canary["version"],
                 weight,
                 canary["guard"] is True,
-                int(given.get("generation", 0)),
+                generation,
                 *(str(given.get(name, "")) for name in ("changed", "by", "why")),
             )
         except FileNotFoundError:

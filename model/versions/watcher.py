@@ -35,7 +35,7 @@ class StoreWatcher:
 
     def update(self, serving: Serving) -> Update | None:
         """Load what the routing asks for; None if nothing has changed. Raises: ModelLoadError, it cannot be used."""
-        etags = self._etags()
+        etags = serving.run_in_thread(self._etags)  # each reading of the store: it may hang
         if etags == self._seen and (serving.routes or serving.errors):  # neither at first, also after a fork
             return None
         self._seen = etags
@@ -43,7 +43,7 @@ class StoreWatcher:
         routing = self._routing(serving, errors)
         stable = self._stable(serving, routing, errors)
         canary = self._canary(serving, routing, errors)
-        if not self._is_wanted(routing):
+        if not self._is_wanted(serving, routing):
             return None  # the next update serves what is wanted now
         if stable is None:
             return None, errors
@@ -68,7 +68,7 @@ class StoreWatcher:
     def _routing(self, serving: Serving, errors: list[str]) -> Routing:
         """Return the routing; at boot, if it cannot be read, the one that was served last. Raises: ModelLoadError."""
         try:
-            return self._read()
+            return self._read(serving)
         except ModelLoadError as error:
             if not serving.routes:
                 with suppress(ModelLoadError):
@@ -79,8 +79,8 @@ class StoreWatcher:
                         return last
             raise
 
-    def _read(self) -> Routing:
-        routing = Routing.read(self._directory)
+    def _read(self, serving: Serving) -> Routing:
+        routing: Routing = serving.run_in_thread(Routing.read, self._directory)
         if not routing.stable:
             raise ModelLoadError(
                 f"{self._directory} holds no version to serve. Make the demo model with "
@@ -118,10 +118,10 @@ class StoreWatcher:
             errors.append(str(error))
             return kept
 
-    def _is_wanted(self, routing: Routing) -> bool:
+    def _is_wanted(self, serving: Serving, routing: Routing) -> bool:
         """Return whether what was loaded is still asked for: it may have been rolled back while it loaded."""
         try:
-            now = self._read()
+            now = self._read(serving)
         except ModelLoadError:  # which the next update reports, if this one has not
             return True
         return now.stable == routing.stable and routing.canary in ("", now.canary)

@@ -129,6 +129,21 @@ BAD_ARRAYS: dict[str, tuple[bytes, int, str]] = {
         422,
         "no r",
     ),
+    "true for a size": (
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (True, 4)}", b"\0" * 32),
+        400,
+        "numpy's format",
+    ),
+    "65 dimensions": (
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (" + "1, " * 64 + "4)}", b"\0" * 32),
+        422,
+        "too many dimensions",
+    ),
+    "3000 dimensions": (
+        with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (" + "1, " * 3000 + "4)}", b"\0" * 32),
+        422,
+        "too many dimensions",
+    ),
     "header that calls": (with_header("__import__('os').getpid()"), 400, "numpy's format"),
     "deep header": (with_header("(" * 5000), 400, "numpy's format"),
     "long header": (with_header(" " * 60000), 400, "numpy's format"),

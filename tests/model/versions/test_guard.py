@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from model.versions.guard import (
     judge_predictions,
 )
 from model.versions.store import Routing, Store, write_json
+from model.versions.watcher import StoreRoutes
 from monitor import Journal, log_monitor, segments
 
 Answers = tuple[float, float, float]  # the share that fails, the median in seconds, and sigma of a log-normal spread
@@ -250,6 +252,8 @@ def test_good_canary_stays(guard: Guard, store: Store) -> None:
         ({"variant": ""}, False),
         ({"time": 1e9}, False),
         ({"error_type": "client", "success": False}, False),
+        ({"routed_by": "key"}, False),  # the caller chose the canary
+        ({"routed_by": "version"}, False),
     ],
     ids=str,
 )
@@ -259,6 +263,40 @@ def test_only_the_canarys_own_records_since_the_change_count(
     routing = Routing.read(store.directory)
     reason = guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD, **changes))
     assert bool(reason) is counts
+
+
+def test_caller_who_chooses_the_canary_for_bad_rows_does_not_have_it_taken_back(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    chosen = requests("canary", 2000, (1.0, 0.5, 0.5), routed_by="key")
+    for _ in range(5):
+        assert guard.evaluate(routing, requests("stable", 400) + requests("canary", 50) + chosen) == ""
+    reason = guard.evaluate(routing, requests("canary", 400, BAD))  # a canary at fault still goes
+    assert re.fullmatch(r"\d\d\.\d % of its 650 requests failed, of stable's 0\.\d %", reason)
+
+
+def test_guard_that_cannot_judge_says_so_in_what_is_served(guard: Guard, store: Store) -> None:
+    routing = Routing.read(store.directory)
+    stable, canary = (SimpleNamespace(version=version) for version in ("1", "2"))
+    routes = StoreRoutes(stable, canary, routing)  # type: ignore[arg-type]  # of a model only its version is looked at
+    service: Any = SimpleNamespace(serving=SimpleNamespace(routes=routes))
+
+    def said(of: Guard) -> Any:
+        found: dict[str, Any] = {}
+        of.describe(service, found)
+        return found.get("guard")
+
+    other = Guard(guard._directory, store.directory)  # another worker's
+    assert said(other) is None
+    assert guard.lock.acquire()
+    guard.evaluate(routing, requests("stable", 300) + requests("canary", 30))
+    assert said(other) is None, "there were too few requests to say anything"
+    guard.evaluate(routing, requests("canary", 300, routed_by="key"))
+    assert said(other) == (
+        "cannot judge the canary: by chance 300 requests reached the stable version and 30 the canary, and 200 of each "
+        "are needed; 300 others came with X-Routing-Key or X-Model-Version"
+    )
+    guard.evaluate(routing, requests("canary", 300))
+    assert said(other) is None
 
 
 def test_change_of_the_routing_begins_anew(guard: Guard, store: Store) -> None:

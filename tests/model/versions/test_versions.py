@@ -24,6 +24,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pandas as pd
+import orjson
 import pytest
 from conftest import ROOT
 from sklearn.datasets import load_iris
@@ -947,6 +948,7 @@ def test_routing_of_odd_values_is_a_load_error_or_sound(store: Store) -> None:
     texts += [json.dumps(sound | {"canary": canary | {name: odd}}) for name in canary for odd in ODD]
     texts += [json.dumps(sound).replace("5", number) for number in ("1e400", "NaN", "Infinity", "1" * 400, "1" * 5000)]
     texts += [json.dumps(sound).replace("3", number) for number in ("1e400", "NaN", "Infinity", "1" * 400, "1" * 5000)]
+    texts += [json.dumps(sound | {"generation": number}) for number in (1e300, 2**53, -1)]
     texts += ["[" * 100_000, '{"a":' * 100_000, '{"stable": "\\ud800"}', json.dumps(sound).replace('""', '"\\ud800"')]
     outcomes = set()
     for text in texts:
@@ -958,14 +960,21 @@ def test_routing_of_odd_values_is_a_load_error_or_sound(store: Store) -> None:
         else:
             assert all(isinstance(name, str) for name in (routing.stable, *routing.previous))
             assert 0 <= routing.weight <= 100
-            json.dumps(routing.to_json(), allow_nan=False, ensure_ascii=False).encode()
+            orjson.dumps(routing.to_json())  # as GET /model does
             outcomes.add("sound")
     assert outcomes == {"refused", "sound"}
 
 
 def test_routing_that_is_a_directory_is_a_load_error(store: Store) -> None:
     (store.directory / "routing.json").mkdir(parents=True)
-    with pytest.raises(ModelLoadError, match="IsADirectoryError"):
+    with pytest.raises(ModelLoadError, match="it is not a file"):
+        Routing.read(store.directory)
+
+
+def test_routing_that_is_a_pipe_is_a_load_error(store: Store) -> None:
+    store.directory.mkdir(parents=True)
+    os.mkfifo(store.directory / "routing.json")  # to open it would wait for a writer
+    with pytest.raises(ModelLoadError, match="it is not a file"):
         Routing.read(store.directory)
 
 
