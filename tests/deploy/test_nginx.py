@@ -13,11 +13,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,30 @@ def test_app_that_is_not_there_is_a_502_to_try_again(tmp_path: Path) -> None:
         assert status == 502
         check_problem(502, headers, body.decode())
         assert headers["Retry-After"] == "5"
+
+
+def test_overloaded_app_is_not_asked_again(tmp_path: Path) -> None:
+    asked: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "app.sock"))
+        (tmp_path / "app.sock").chmod(0o666)
+        listener.listen()
+
+        def answer() -> None:
+            with suppress(OSError):  # closed at the end
+                while True:
+                    with listener.accept()[0] as connection:
+                        asked.append(connection.recv(65536))
+                        connection.sendall(b"HTTP/1.1 503 Busy\r\nConnection: close\r\nContent-Length: 4\r\n\r\nbusy")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with nginx(tmp_path / "nginx", one_host(tmp_path / "app.sock")) as front:
+            status, _, body = front.ask("POST", "/predict", BODY, **CALL)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(30)
+    assert (status, body) == (503, b"busy")
+    assert len(asked) == 1
 
 
 def test_answer_that_the_model_is_not_there_is_the_apps_own(tmp_path: Path) -> None:

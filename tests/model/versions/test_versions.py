@@ -23,8 +23,8 @@ from typing import Any
 
 import joblib
 import numpy as np
-import pandas as pd
 import orjson
+import pandas as pd
 import pytest
 from conftest import ROOT
 from sklearn.datasets import load_iris
