@@ -204,7 +204,7 @@ class Users:
                 self._reject_throttled(network)
                 user = self._users.get(name)
                 expected = user.password if user else self._dummy_hash
-                good = digest not in self._rejected and self._run_in_thread(check_password_hash, expected, password)
+                good = digest not in self._rejected and self._run_in_thread(_is_right, expected, password)
                 if not user or not good:
                     self._rejected.add(digest)  # for the others that wait with the same header
                     self._count_failure(network)
@@ -272,6 +272,12 @@ def _network(address: str) -> str:
     with suppress(ValueError):  # IPv4, a unix socket's "", or what a proxy made up
         return str(ipaddress.IPv6Network((without_port, 64), strict=False))
     return without_port
+
+
+def _is_right(expected: str, password: str) -> bool:
+    with suppress(ValueError, OverflowError):  # someone wrote a hash whose parameters do not exist
+        return check_password_hash(expected, password)
+    return False
 
 
 def read_users(path: Path) -> dict[str, User]:

@@ -179,9 +179,10 @@ class Journal:
             with suppress(OSError):
                 if not is_locked(path):
                     # A torn line was counted as lost by its writer.
-                    dropped = [record.get("dropped", 0) for _, record in read_lines(path) if record is not None]
+                    records = [record for _, record in read_lines(path) if record is not None]
+                    counts = [count for record in records if type(count := record.get("dropped")) is int]
                     path.unlink()
-                    lost, earlier = lost + dropped.count(0), earlier + sum(dropped)
+                    lost, earlier = lost + len(records) - len(counts), earlier + sum(counts)
                     excess -= size
         if lost or earlier:
             log.warning("the journal is full (%d bytes): dropped its %d oldest records", self._max_bytes, lost)
