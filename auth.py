@@ -142,13 +142,7 @@ class Verified:
         return int.from_bytes(digest[:2]) % 2**15 * 32, digest
 
 
-_shared: Verified | None = None  # by gunicorn's workers
-
-
-def before_fork() -> None:
-    """Let the workers of this gunicorn, and those that replace them, share what they verified."""
-    global _shared
-    _shared = Verified()
+shared: Verified | None = None  # by all workers of a gunicorn, whose master makes it
 
 
 class Users:
@@ -168,7 +162,7 @@ class Users:
         self._log_limit = LogLimit(log)
         self._users: dict[str, User] = {}
         self._dummy_hash = "scrypt:32768:8:1$salt$00"  # an unknown name is checked as slowly as most that are known
-        self._shared = _shared or Verified()
+        self._shared = shared or Verified()
         self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
         self._forgiven: dict[str, float] = {}  # network → time from which none of its failures counts any more
         self._checking = threading.Semaphore(1)

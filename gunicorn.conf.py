@@ -102,7 +102,7 @@ def on_starting(server):
         _settings.check_files()
         if _settings.auth == "basic":
             auth.read_users(_settings.users_file)
-            auth.before_fork()
+            auth.shared = auth.Verified()
     except (SettingsError, auth.UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
     _check_addresses(server)

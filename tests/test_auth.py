@@ -480,8 +480,7 @@ def test_pipe_in_place_of_the_users_file_keeps_the_last_good_users(counted: Coun
 @pytest.fixture
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[CountedUsers, CountedUsers]:
     """The users as two workers of one gunicorn have them."""
-    monkeypatch.setattr(auth, "_shared", None)
-    auth.before_fork()
+    monkeypatch.setattr(auth, "shared", auth.Verified())
     one, other = CountedUsers(tmp_path / "users.json"), CountedUsers(tmp_path / "users.json")
     return one, other
 
