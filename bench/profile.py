@@ -42,7 +42,7 @@ STAGES = {
         ("server", "Service.choose"),
     ],
     "read the body": [("web.body", "BodyReader.read")],
-    "decode JSON": [("server", "read_rows"), ("web.decoding", "decode_json")],
+    "decode JSON": [("web.decoding", "Decoder.read_rows"), ("web.decoding", "decode_json")],
     "validate the rows": [("model.signature", "Signature.validate")],
     "queue for the model": [("model.batching", "Batcher.submit"), ("model.loaded", "LoadedModel.predict")],
     "rows to array": [("model.signature", "Signature.assemble")],

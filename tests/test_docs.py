@@ -60,6 +60,16 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
+def test_attacks_name_tests_that_exist() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| [^|]+ \| (`[^|]+) \|$", (ROOT / "docs/security.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 15
+    for row in rows:
+        for name, word in re.findall(r"`([\w/]+\.py)`(?: `(\w+)`)?", row):
+            assert re.search(rf"def test_\w*{word}", (ROOT / "tests" / name).read_text("utf-8")), row
+
+
 def test_readme_stays_short() -> None:
     assert len(README.splitlines()) <= 150
 
