@@ -18,7 +18,7 @@ from endpoints.routes import runner
 from model.answers import ModelFailed
 from model.limits import Limits
 from model.signature import Signature
-from web.decoding import NPY, check_length, decode_call, decode_npy, parse_json, read_body
+from web.decoding import LARGE_BODY, NPY, check_length, decode_call, decode_npy, parse_json, read_body
 
 if TYPE_CHECKING:
     from server import Answer, Service
@@ -93,6 +93,8 @@ def _decode(body: bytes, given: str, read_json: Callable[[Any], Call], limits: L
     elif given == JSON:
         call = read_json(parse_json(body, limits))
     else:
+        if given == JSON_LINES and len(body) > LARGE_BODY:
+            limits.check(body)
         call = Call(decode_npy(body) if given == NPY else parse_json_lines(body))
     check_length(call.rows, limits.rows)
     return call

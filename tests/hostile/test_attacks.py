@@ -75,6 +75,16 @@ def test_json_of_many_small_parts_is_refused_before_it_is_decoded(everywhere: Cl
     assert peak < 4 * len(body), "the client has it twice, the server once, and then its pieces"
 
 
+def test_json_lines_of_many_small_parts_are_refused_as_well(everywhere: Client) -> None:
+    for line in (b"[[]]\n", b"[" + b",".join([b"1.5"] * 1000) + b"]\n"):
+        answer = everywhere.post(line * (2**20 // len(line)), "/invocations", Content_Type="application/jsonlines")
+        assert answer.status_code == 422
+        assert "the body has more" in answer.json["detail"]
+    rows = b"[5.1, 3.5, 1.4, 0.2]\n" * 20_000
+    answer = everywhere.post(rows, "/invocations", Content_Type="application/jsonlines")
+    assert answer.data.splitlines() == [b"0"] * 20_000
+
+
 def test_tensors_and_feedback_of_many_small_parts_are_refused_as_well(everywhere: Client) -> None:
     for body, path, user in (
         (b'{"inputs":' + filled(b"[]", 2**20)[8:], "/v2/models/model/infer", "predict"),
