@@ -470,7 +470,10 @@ def test_users_file_that_others_may_write_is_not_used_and_one_that_they_may_read
 def test_pipe_in_place_of_the_users_file_keeps_the_last_good_users(counted: CountedUsers) -> None:
     counted.path.unlink()
     os.mkfifo(counted.path)  # to open it would wait for a writer, and with it the worker's loop
-    counted.users.refresh()
+    reading = threading.Thread(target=counted.users.refresh, daemon=True)
+    reading.start()
+    reading.join(10)
+    assert not reading.is_alive()
     assert counted.verify()
 
 

@@ -222,7 +222,7 @@ def test_flood_from_many_addresses_does_not_lock_out_who_was_verified_when_a_wor
 
 
 HANGS = """
-
+import ctypes
 from model.versions.store import Routing
 
 def init_app(app, service):
@@ -254,4 +254,5 @@ def test_storage_that_hangs_stops_no_answer(tmp_path: Path, iris_file: Path) -> 
         times, statuses = good.ask(3.0)
         assert statuses == {200}
         assert times[-1] < 10
+        assert "ERROR" not in server.log.read_text(), "it is meant to hang"
         (store.directory / "hang").unlink()
