@@ -2,7 +2,10 @@
 
 import json
 import logging
+import time
 from datetime import UTC, datetime
+
+PERIOD, MAX_LINES = 10.0, 10  # seconds in which gunicorn logs so many warnings and errors of one kind
 
 
 class _JsonFormatter(logging.Formatter):  # by the names of cloud.google.com/logging/docs/structured-logging
@@ -31,9 +34,23 @@ def set_up(form: str) -> None:
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter(text, "%Y-%m-%d %H:%M:%S %z"))
     logging.basicConfig(level="INFO", handlers=[handler])
 
+    logged: dict[str, tuple[float, int]] = {}  # kind of line → when its period began, and how many there were
+
+    def is_too_much(record: logging.LogRecord) -> bool:  # callers without a password can cause lines
+        now, kind = time.monotonic(), str(record.msg)[:24]
+        began, count = logged.get(kind, (now, 0))
+        if now - began >= PERIOD:
+            if count > MAX_LINES:
+                record.msg = f"{record.msg} ({count - MAX_LINES} more like this were left out)"
+            began, count = now, 0
+        logged[kind] = began, count + 1
+        return count >= MAX_LINES
+
     def pass_on(record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("Invalid request from ip="):  # without what is wrong, which may hold a password
             record.msg = ": ".join(str(record.msg).split(": ")[:2])
+        if record.levelno >= logging.WARNING and is_too_much(record):
+            return False
         if form == "json":
             handler.handle(record)
         elif record.exc_info:  # gunicorn's handler would format it as it is

@@ -1,12 +1,14 @@
 """The lines of the server's log: JSON or text, and without what a request's malformed lines hold."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import joblib
 import pytest
-from conftest import gunicorn
+from conftest import ROOT, gunicorn
 
 MODULE = """
 class Fails:
@@ -69,6 +71,30 @@ def test_malformed_line_of_a_request_is_not_logged(tmp_path: Path, iris_file: Pa
     assert log.count("Invalid request from ip=127.0.0.1: ") == len(MALFORMED) + 1
     assert "Invalid HTTP Header" in log  # what is wrong
     assert "secret" not in log
+
+
+MANY_LINES = """
+import logging, time, log_format
+log_format.PERIOD = 1.0
+log_format.set_up("json")
+log = logging.getLogger("gunicorn.error")
+for number in range(50):
+    log.warning(f"Invalid request from ip=192.0.2.{number}: Invalid method")
+    log.error("Error handling request %s", number)
+    log.warning("Worker (pid:%s) was sent SIGKILL!", number) if number < 5 else log.setLevel("INFO")
+    log.info("Booting worker with pid: %s", number)
+time.sleep(1.1)
+log.warning("Invalid request from ip=192.0.2.7: Invalid method")
+"""
+
+
+def test_lines_that_callers_cause_are_limited_and_the_others_counted() -> None:
+    command = [sys.executable, "-c", MANY_LINES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    messages = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    counts = [sum(each.startswith(kind) for each in messages) for kind in ("Invalid", "Error", "Worker", "Booting")]
+    assert counts == [11, 10, 5, 50]
+    assert messages[-1] == "Invalid request from ip=192.0.2.7: Invalid method (40 more like this were left out)"
 
 
 def test_unknown_form_stops_the_start(tmp_path: Path, iris_file: Path) -> None:
