@@ -5,7 +5,7 @@ registered with its deadline, and once a second the reading side of the connecti
 which ends the read at once under every worker class. For a body that has arrived this costs two dict operations.
 """
 
-import os
+import _socket
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +16,8 @@ from flask import Response
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.wsgi import get_content_length
 
-CHUNK_SIZE = 2**14  # bytes that are read at a time
+CHUNK_SIZE = 2**14  # bytes that are read at a time, at most
+MIN_CHUNK_SIZE = 64  # at first, if the body comes in chunks: each of them may be one byte, which takes 10 µs
 LINGER = 2.0  # seconds for which a rejected body is read on, so that the caller finishes sending and sees the answer
 
 
@@ -73,19 +74,27 @@ class BodyReader:
         gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
         Raises: RequestTimeout, BadRequest; the connection is of no further use then.
         """
-        token, left, yielded = object(), length, time.monotonic()
+        token, left, stream, declared = object(), length, environ["wsgi.input"], _length(environ)
+        size, now = MIN_CHUNK_SIZE if declared is None else CHUNK_SIZE, time.monotonic()
+        yielded = now
         deadline = self._seconds + 1 + seconds  # the second under way may be nearly over
         self._reads[token] = (deadline, environ)
         try:
-            while left > 0 and (chunk := environ["wsgi.input"].read(min(left, CHUNK_SIZE))):
+            # gunicorn's `read` takes 1,024 bytes of a body at least, its `readline` no more than it is asked for.
+            while left > 0 and (chunk := (stream.readline if size < 1024 else stream.read)(min(left, size))):
                 left -= len(chunk)
                 yield chunk
                 if self._seconds >= deadline:
                     break
-                if (now := time.monotonic()) - yielded > 0.01:
-                    time.sleep(0.0001)  # not 0: gevent would then run other ready callbacks before it looks at sockets
-                    yielded = now
-            complete = length - left >= (_length(environ) or 0)
+                before, now = now, time.monotonic()
+                if declared is None:
+                    size = min(2 * size, CHUNK_SIZE) if now - before < 0.0005 else max(size // 2, MIN_CHUNK_SIZE)
+                if now - yielded > 0.002:
+                    # Not 0: gevent would then run other ready callbacks before it looks at sockets. And bodies that
+                    # take this long for a few bytes leave at least half of the time to others, however many they are.
+                    time.sleep(0.0001 if size >= 1024 else 0.004 * min(len(self._reads), 50))
+                    now = yielded = time.monotonic()
+            complete = length - left >= (declared or 0)
         except Exception:  # whatever the server raises for a bad chunk or a lost connection
             complete = False
         finally:
@@ -117,6 +126,12 @@ def _shutdown(environ: dict[str, Any], how: int) -> None:
 
 
 def shut_down(connection: Any, how: int) -> None:
-    """Shut down a side of a connection: on a duplicate, since a TLS socket would forget its keys."""
-    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
-        duplicate.shutdown(how)
+    """Shut down a side of a connection as the kernel does it.
+
+    A TLS socket's own method would forget its keys, and gevent's raise an error in who reads. That needs no descriptor:
+    there may be none left, because of those connections that are to be ended.
+    """
+    with suppress(OSError, AttributeError):  # it is closed; gevent's then has no socket
+        while not isinstance(connection, _socket.socket):
+            connection = connection._sock
+        _socket.socket.shutdown(connection, how)
