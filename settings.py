@@ -119,6 +119,7 @@ class Settings:
     worker_timeout: int = _setting(_number(0, 86_400, "seconds"), 30)  # for a blocked event loop; 0: for ever
     trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
     request_id_headers: tuple[str, ...] = _setting(_headers, ("X-Request-ID",))  # the first that has one; / cuts there
+    fast_path: bool = _setting(_switch, True)  # for simple requests; 0: gunicorn reads all (speedups/fast_path.py)
 
     # What it consists of: + adds a module to the default list, - takes one away, names without a sign replace the list
     extensions: tuple[str, ...] = _setting(_extensions, EXTENSIONS)

@@ -4,13 +4,16 @@
 
 gunicorn's own wait until idle connections have been so for `keepalive` seconds or the drain is over: with a load
 balancer in front each stop would take the whole drain. And they close the listener without taking what waits in its
-queue, which the kernel then resets. gunicorn: overrides `handle`, `handle_exit`, `notify`, `server_class` and
-`timeout_ctx` of its gevent worker, `murder_pending` and `set_accept_enabled` of its gthread worker.
+queue, which the kernel then resets. While they run, idle connections can take all places. gunicorn: overrides `handle`,
+`handle_exit`, `handle_request`, `notify`, `server_class` and `timeout_ctx` of its gevent worker, `murder_pending` and
+`set_accept_enabled` of its gthread worker.
 """
 
+import errno
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,18 +27,22 @@ from web.body import shut_down
 
 
 class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no types
-    """Serves each connection in a greenlet. `idle` has the connections that wait for the head of a request."""
+    """Serves each connection in a greenlet.
+
+    `idle` has the connections that wait for the head of a request, the longest first, and since when they do.
+    """
 
     def init_process(self) -> None:
         """Begin without connections."""
-        self.idle: set[Any] = set()
+        self.idle: dict[Any, float] = {}
         self._client_of: dict[Any, Any] = {}  # by greenlet
         self.server_class = self._server
+        self.worker_connections //= len(self.sockets)  # gunicorn lets each listener have as many
         super().init_process()
 
     def _server(self, listener: Any, spawn: Any, **others: Any) -> Any:
         """Make what accepts connections, as gunicorn does itself."""
-        tls = {"ssl_context": others["ssl_context"]} if "ssl_context" in others else {}
+        tls = {"ssl_context": others["ssl_context"], "do_handshake_on_connect": False} if self.cfg.is_ssl else {}
         name = listener.getsockname()
         still_named = SimpleNamespace(getsockname=lambda: name)  # when it is closed, and connections are still served
         server = _Server(listener, partial(self.handle, still_named), spawn=spawn, **tls)
@@ -44,24 +51,40 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         return server
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve a connection."""
+        """Serve a connection. When there is hardly a place left, the longest idle one makes room for the next."""
         greenlet = gevent.getcurrent()
         self._client_of[greenlet] = client
+        if len(self._client_of) > 0.9 * self.worker_connections and (longest := next(iter(self.idle), None)):
+            del self.idle[longest]
+            shut_down(longest, socket.SHUT_RD)
         try:
-            super().handle(listener, client, addr)
+            if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails, fails there again
+                with suppress(OSError), self.timeout_ctx():
+                    client.do_handshake()
+            self.serve(listener, client, addr)
         finally:
             del self._client_of[greenlet]
 
+    def serve(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve the requests of a connection."""
+        super().handle(listener, client, addr)
+
     @contextmanager
     def timeout_ctx(self) -> Iterator[None]:
-        """Wait for the head of this greenlet's next request for at most `keepalive` seconds."""
+        """Wait for the head of this greenlet's next request; `notify` ends that after `keepalive` seconds."""
         client = self._client_of[gevent.getcurrent()]
-        self.idle.add(client)
+        self.idle[client] = time.monotonic()
         try:
-            with gevent.Timeout(self.cfg.keepalive, False):
-                yield
+            yield
         finally:
-            self.idle.discard(client)
+            self.idle.pop(client, None)
+
+    def handle_request(self, *arguments: Any) -> Any:
+        """Answer a request."""
+        try:
+            return super().handle_request(*arguments)
+        except TimeoutError as error:  # nothing of the answer was taken (gunicorn.conf.py); no trouble of ours
+            raise ConnectionResetError(errno.ECONNRESET, "the answer was not taken") from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop, at SIGTERM."""
@@ -69,14 +92,14 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         gevent.spawn(self._close_idle)  # not in the signal's handler, which may interrupt anything
 
     def notify(self) -> None:
-        """Report to the master that this worker lives, once a second; while it stops, close what is idle by now."""
+        """Report to the master that this worker lives, once a second, and close what has been idle for too long."""
         super().notify()
-        if not self.alive:
-            self._close_idle()
+        self._close_idle((self.cfg.keepalive or 20.0) if self.alive else 0.0)  # with 0, for TLS handshakes only
 
-    def _close_idle(self) -> None:
-        """End the wait for further requests; one that has arrived is still read, and answered."""
-        for client in list(self.idle):
+    def _close_idle(self, seconds: float = 0.0) -> None:
+        """End longer waits for further requests; one that has arrived is still read, and answered."""
+        now = time.monotonic()
+        for client in [client for client, since in self.idle.items() if now - since >= seconds]:
             shut_down(client, socket.SHUT_RD)
 
 

@@ -41,6 +41,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     from model.formats import sklearn
 
     switch_on("slim_flask", "slim", app)
+    app.extensions.setdefault("on_fast_path_difference", [])  # hooks, called when the fast path turns itself off
     if import_sklearn not in sklearn.before_import:  # there may be several applications in a process
         sklearn.before_import.append(import_sklearn)
         sklearn.after_load.append(skip_validation)

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import gevent
+import gunicorn
 from gunicorn.http.body import Body, LengthReader
 from gunicorn.http.errors import InvalidResponseHeader
 from gunicorn.http.message import HeaderPolicy
@@ -25,7 +26,12 @@ from gunicorn.http.unreader import SocketUnreader
 from gunicorn.http.wsgi import base_environ, create
 from gunicorn.util import hop_headers, http_date, write_error
 
+from processes import run_hooks
+
 from . import UnexpectedInternals
+
+TESTED = ("27.0.0", "27.0.1")  # versions of gunicorn with which the tests of this file pass
+WATCH = 1000  # of so many heads one is read by gunicorn too
 
 # A path without escapes, perhaps a query; then fields of printable ASCII.
 HEAD = re.compile(
@@ -56,26 +62,55 @@ _date = lru_cache(maxsize=1)(http_date)  # as HTTP writes a second
 def is_possible(cfg: Any, log: Any) -> bool:
     """Return whether gunicorn is configured to do no more with a request than it does by default.
 
-    Raises: UnexpectedInternals, or any other error, if gunicorn reads a request otherwise than it is read here.
+    Raises: UnexpectedInternals, or any other error, if gunicorn is a version that was not tested, or reads a request
+    otherwise than it is read here.
     """
     is_default = all(each.get() == type(each)().get() for each in (cfg.settings[name] for name in SETTINGS))
     more = cfg.is_ssl or cfg.statsd_host or log.access_log_enabled or os.environ.get("SCRIPT_NAME")
     if more or not is_default or not cfg.keepalive:
         return False
+    if gunicorn.__version__ not in TESTED:
+        raise UnexpectedInternals(f"gunicorn {gunicorn.__version__}, which was not tested")
     head = b"POST /a?b=c HTTP/1.1\r\nHost: d:1\r\nContent-Length: 2\r\nX-Forwarded-Proto: https\r\nX-E: f\r\n\r\n"
     server, addr = ("127.0.0.1", 2), ("127.0.0.1", 3)
-    _, expected = create(next(RequestParser(cfg, iter([head]), addr)), None, addr, server, cfg)
-    environ = parse_head(head, *of_connection(cfg, server, addr)) or {}
-    # Objects of one request; and the last, which gunicorn's asynchronous workers set later.
-    ignored = dict.fromkeys(("gunicorn.socket", "wsgi.early_hints", "wsgi.errors", "wsgi.input", "wsgi.multithread"))
-    if environ | ignored != expected | ignored:
-        raise UnexpectedInternals("gunicorn.http.wsgi.create")
+    if found := differences(head, parse_head(head, *of_connection(cfg, server, addr)) or {}, server, addr, cfg):
+        raise UnexpectedInternals(f"gunicorn.http.wsgi.create: {', '.join(found)}")
     unreader = SocketUnreader(None)
     unreader.unread(b"body, next")
     body = Body(LengthReader(unreader, 4))
     if (body.read(9), body.failed, unreader.take_buffered()) != (b"body", False, b", next"):
         raise UnexpectedInternals("gunicorn.http.body")
     return True
+
+
+def differences(head: bytes, environ: dict[str, Any], server: Any, addr: Any, cfg: Any) -> list[str]:
+    """Return what gunicorn makes otherwise of a head of which `parse_head` made an environ, by name."""
+    try:
+        request = next(RequestParser(cfg, iter([head]), addr))
+        _, expected = create(request, None, addr, server, cfg)
+    except Exception as error:  # gunicorn rejects it, or waits for more
+        return [type(error).__name__]
+    # Objects of one request; and the last, which gunicorn's asynchronous workers set later.
+    ignored = dict.fromkeys(("gunicorn.socket", "wsgi.early_hints", "wsgi.errors", "wsgi.input", "wsgi.multithread"))
+    expected, found = expected | ignored, environ | ignored
+    expected["the body's length"] = getattr(request.body.reader, "length", None)
+    found["the body's length"] = int(environ.get("CONTENT_LENGTH", 0))
+    expected["the connection's end"] = request.should_close()
+    found["the connection's end"] = not keeps_alive(environ)
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def watch(worker: Any, head: bytes, environ: dict[str, Any], server: Any, addr: Any) -> None:
+    """Compare a head that was taken with what gunicorn makes of it; if that differs, take none any more."""
+    if worker.has_fast_path and (found := differences(head, environ, server, addr, worker.cfg)):
+        worker.has_fast_path = False
+        worker.log.error("the fast path is off: gunicorn reads a request otherwise: %s", ", ".join(found)[:500])
+        run_hooks(getattr(worker.wsgi, "extensions", {}).get("on_fast_path_difference", ()))
+
+
+def keeps_alive(environ: dict[str, Any]) -> bool:
+    """Return whether a request leaves its connection open."""
+    return str(environ.get("HTTP_CONNECTION", "")).lower() != "close"
 
 
 def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
@@ -89,18 +124,18 @@ def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
     base["gunicorn.socket"], data = client, b""
     while True:
         if not data:
-            worker.idle.add(client)
+            worker.idle[client] = time.monotonic()
             try:
-                with gevent.Timeout(worker.cfg.keepalive, False):
-                    data = client.recv(RECV_SIZE)
+                data = client.recv(RECV_SIZE)
             finally:
-                worker.idle.discard(client)
+                worker.idle.pop(client, None)
             if not data:
                 return b""
-        environ = parse_head(data, base, schemes)
+        environ = parse_head(data, base, schemes) if worker.has_fast_path else None
         if environ is None:
             return data
-        length, data = int(environ.get("CONTENT_LENGTH", 0)), data[data.index(b"\r\n\r\n") + 4 :]
+        end = data.index(b"\r\n\r\n") + 4
+        head, data, length = data[:end], data[end:], int(environ.get("CONTENT_LENGTH", 0))
         stream: Any = io.BytesIO(data[:length])
         if arrives_later := len(data) < length:
             unreader = SocketUnreader(client)
@@ -108,6 +143,8 @@ def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
             stream = Body(LengthReader(unreader, length))
         environ["wsgi.input"] = stream
         worker.yield_to_hub()
+        if worker.nr % WATCH == 0:
+            gevent.spawn(watch, worker, head, environ.copy(), server, addr)
         if not _respond(worker, client, environ) or getattr(stream, "failed", False):
             return b""
         data = data[length:]
@@ -123,7 +160,7 @@ def _respond(worker: Any, client: Any, environ: dict[str, Any]) -> bool:
     if worker.nr >= worker.max_requests and worker.alive:
         worker.log.info("Autorestarting worker after current request.")
         worker.alive = False
-    keep_alive = worker.alive and environ.get("HTTP_CONNECTION") != "close"
+    keep_alive = worker.alive and keeps_alive(environ)
     status, headers = "", []
     body: Any = None
 
@@ -179,7 +216,7 @@ def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> di
     found, scheme = FIELD.findall(fields), ""
     for name, value in found:
         name, value = name.upper(), value.strip(" ")
-        if name in UNSUPPORTED_HEADERS or (name == "CONNECTION" and value not in ("keep-alive", "close")):
+        if name in UNSUPPORTED_HEADERS or (name == "CONNECTION" and value.lower() not in ("keep-alive", "close")):
             return None
         if name in schemes:
             if scheme:

@@ -2,8 +2,8 @@
 
     worker_class = "speedups.gevent_worker.Worker"          # in gunicorn.conf.py
 
-fast_path.py and threadpool.py say what they earn. gunicorn: overrides `handle`, `handle_request`, `init_process` and
-`load_wsgi` of its worker.
+fast_path.py and threadpool.py say what they earn. gunicorn: overrides `handle`, `handle_request` and `load_wsgi` of its
+worker.
 """
 
 import time
@@ -20,22 +20,22 @@ from . import switch_on
 class Worker(GeventWorker):
     """Serves a connection's requests as long as they are simple; from the first that is not, GeventWorker does."""
 
-    def init_process(self) -> None:
-        """Decide, once, whether simple requests may take the fast path."""
-        self._has_fast_path = switch_on("fast_path", "is_possible", self.cfg, self.log)
-        self._checked, self._iteration = 0.0, None
-        super().init_process()
+    has_fast_path = False  # whether simple requests may take it
+    _round, _round_ends, _paused = -1.0, 0.0, 0
 
     def load_wsgi(self) -> None:
-        """Load the application, and let its service run what takes long on native threads."""
+        """Load the application, and switch on what speeds it up."""
         super().load_wsgi()
-        if service := getattr(self.wsgi, "extensions", {}).get("service"):
+        service = getattr(self.wsgi, "extensions", {}).get("service")
+        if service is None or service.settings.fast_path:
+            self.has_fast_path = bool(switch_on("fast_path", "is_possible", self.cfg, self.log))
+        if service is not None:
             switch_on("threadpool", "install", service)
 
-    def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve a connection."""
-        if not self._has_fast_path:
-            super().handle(listener, client, addr)
+    def serve(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve the requests of a connection."""
+        if not self.has_fast_path:
+            super().serve(listener, client, addr)
             return
         from .fast_path import serve
 
@@ -43,7 +43,7 @@ class Worker(GeventWorker):
         try:
             client.setblocking(1)  # whatever socket.setdefaulttimeout says
             unread = serve(self, listener.getsockname(), client, addr)
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except (BrokenPipeError, ConnectionResetError, TimeoutError) as error:
             self.log.debug("connection lost: %s", error)
         except (Exception, SystemExit):  # SystemExit: gunicorn aborts a worker that hangs
             self.log.exception("error on a connection")
@@ -51,7 +51,7 @@ class Worker(GeventWorker):
             if not unread:
                 close(client)
         if unread:
-            super().handle(listener, _Unread(client, unread), addr)
+            super().serve(listener, _Unread(client, unread), addr)
 
     def handle_request(self, *arguments: Any) -> Any:
         """Answer a request that gunicorn has read."""
@@ -59,30 +59,36 @@ class Worker(GeventWorker):
         return super().handle_request(*arguments)
 
     def yield_to_hub(self) -> None:
-        """Let other connections have their turn if none has had one for 10 ms.
+        """Let others have their turn, if this connection has had one in this round of the loop, which lasts for 2 ms.
 
         gevent stays with one connection as long as there is something to read. A caller that sends request after
-        request without waiting for answers would keep the worker to itself, until gunicorn considered it hung.
+        request without waiting for answers would keep the worker to itself, until gunicorn considered it hung. Several
+        such callers leave at least half of the time to others, however many they are.
         """
-        now = time.monotonic()
-        if now - self._checked > 0.01:
-            self._checked = now
-            loop = gevent.get_hub().loop
-            if getattr(loop, "iteration", None) == self._iteration:  # libuv's loop does not count them
-                gevent.sleep(0.0001)  # not 0: then gevent would run other ready callbacks before it looks at sockets
-            self._iteration = getattr(loop, "iteration", None)
+        loop, greenlet, now = gevent.get_hub().loop, gevent.getcurrent(), time.monotonic()
+        number = getattr(loop, "iteration", now // 0.01)  # libuv's loop does not count its rounds
+        if number == self._round and now > self._round_ends and getattr(greenlet, "served_in", None) == number:
+            self._paused += 1
+            try:  # not 0: then gevent would run other ready callbacks before it looks at sockets
+                gevent.sleep(min(0.004 * (self._paused - 1), 1.0) or 0.0001)
+            finally:
+                self._paused -= 1
+            number, now = getattr(loop, "iteration", now // 0.01 + 1), time.monotonic()
+        if number != self._round:
+            self._round, self._round_ends = number, now + 0.002
+        greenlet.served_in = number
 
 
 class _Unread:
     """A socket of which some was read already: that comes first."""
 
-    def __init__(self, sock: Any, data: bytes) -> None:
-        self._sock, self._data = sock, data
+    def __init__(self, client: Any, data: bytes) -> None:
+        self._client, self._data = client, data
 
     def recv(self, *arguments: Any) -> bytes:
         """Return what was read before; then what the socket has."""
         data, self._data = self._data, b""
-        return data or self._sock.recv(*arguments)
+        return data or self._client.recv(*arguments)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
+        return getattr(self._client, name)

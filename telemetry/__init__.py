@@ -38,6 +38,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     metrics, slot = Metrics(settings.journal_dir, settings.ships), slot_of(app, service)
     # Whatever comes first, this or an extension that has metrics of its own, makes the list.
     metrics.on_expose = app.extensions.setdefault("on_metrics", metrics.on_expose)
+    app.extensions.setdefault("on_fast_path_difference", []).append(metrics.count_fast_path_difference)
     service.observers.append(metrics.count_request)
     service.serving.on_batch.append(metrics.count_batch)
     service.serving.on_load_failure.append(metrics.count_load_failure)

@@ -101,6 +101,10 @@ class Metrics:
         self._load_failures = counter(
             "prediction_model_load_failures", "Versions that could not be loaded, in each worker"
         )
+        self._differences = counter(
+            "prediction_fast_path_differences",
+            "Requests that gunicorn reads otherwise than the fast path, which is then off",
+        )
         rejected = counter("prediction_auth_failures", "Requests rejected for their password or role", ("status",))
         self._rejected = {status: rejected.labels(status) for status in AUTH_STATUSES}
         dropped = counter("prediction_records_dropped", "Records lost before they could be shipped", ("reason",))
@@ -155,6 +159,10 @@ class Metrics:
     def count_load_failure(self) -> None:
         """Count a version that could not be loaded."""
         self._load_failures.inc()
+
+    def count_fast_path_difference(self) -> None:
+        """Count a request that gunicorn reads otherwise than the fast path."""
+        self._differences.inc()
 
     def count_rejected(self, status: int) -> None:
         """Count a request without the right password or role."""

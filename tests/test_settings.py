@@ -55,6 +55,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "platform": ("cloud-run", "cloud-run"),
         "graceful_timeout": ("10", 10),
         "keepalive": ("900", 900),
+        "fast_path": ("0", False),
         "worker_timeout": ("0", 0),
         "request_id_headers": ("X-Request-ID, X-Trace/", ("X-Request-ID", "X-Trace/")),
         "trusted_proxies": ("2", 2),

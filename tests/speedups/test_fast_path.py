@@ -1,6 +1,7 @@
 """The fast path for simple requests: it reads each as gunicorn does, and hands over the rest as it came."""
 
 import json
+import random
 import re
 import socket
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gevent.socket
 import pytest
 from conftest import Gunicorn, basic, gunicorn, read_all, records
 from gunicorn.config import Config
@@ -22,6 +24,7 @@ from gunicorn.http.body import LengthReader
 from gunicorn.http.errors import InvalidResponseHeader
 from gunicorn.http.message import HeaderPolicy
 from gunicorn.http.parser import RequestParser
+from gunicorn.workers.base import Worker as BaseWorker
 from gunicorn.workers.ggevent import GeventWorker
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +46,7 @@ from speedups.gevent_worker import Worker
 ROW = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 SERVER, CALLER = ("127.0.0.1", 5000), ("192.0.2.7", 4321)  # a caller that is not trusted to state its scheme
 PROXY = ("127.0.0.1", 4321)
+CFG = Config()
 
 
 def head_of(*fields: str, line: str = "POST /predict HTTP/1.1", host: str = "Host: localhost:5000") -> bytes:
@@ -58,6 +62,7 @@ SIMPLE = [
     head_of("content-length:5", "x-odd:   a: b,  c  ", "X-Empty:", "X-Blank:   "),
     head_of("Connection: keep-alive", "User-Agent: curl/8 (x; y)"),
     head_of("Connection: close"),
+    *(head_of(f"Connection: {each}") for each in ("Keep-Alive", "KEEP-ALIVE", "Close")),
     head_of("X-Forwarded-Proto: https", "X-Forwarded-For: 10.0.0.1, 10.0.0.2"),
     head_of("X-Forwarded-Proto: http"),
     head_of("X-Forwarded-Ssl: on", host="Host: example.com"),
@@ -111,14 +116,13 @@ NOT_SIMPLE = [
 
 def parsed_here(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> dict[str, Any] | None:
     """Return the environ that the fast path makes."""
-    return parse_head(sent, *of_connection(Config(), server, addr))
+    return parse_head(sent, *of_connection(CFG, server, addr))
 
 
 def parsed_by_gunicorn(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> tuple[dict[str, Any], bool]:
     """Return the environ that gunicorn makes, and whether it would close the connection afterwards."""
-    cfg = Config()
-    request = next(RequestParser(cfg, iter([sent]), addr))
-    _, environ = wsgi.create(request, None, addr, server, cfg)
+    request = next(RequestParser(CFG, iter([sent]), addr))
+    _, environ = wsgi.create(request, None, addr, server, CFG)
     return environ | {"wsgi.multithread": True}, request.should_close()  # which its asynchronous workers set
 
 
@@ -133,7 +137,7 @@ def check_same(sent: bytes, addr: Any = CALLER, server: Any = SERVER) -> None:
     assert {k: v for k, v in mine.items() if k not in ignored} == {
         k: v for k, v in theirs.items() if k not in only_theirs | ignored
     }
-    assert closes == (mine.get("HTTP_CONNECTION") == "close")
+    assert closes == (mine.get("HTTP_CONNECTION", "").lower() == "close")
 
 
 @pytest.mark.parametrize("addr", [CALLER, PROXY, ""], ids=["caller", "proxy", "unix"])
@@ -191,6 +195,159 @@ def test_no_byte_makes_a_request_simple_that_gunicorn_would_read_otherwise(sent:
     changed = sent[:at] + put + sent[at + data.draw(st.integers(0, 1)) :]
     if parsed_here(changed, *ends) is not None:
         check_same(changed, *ends)
+
+
+NAMES = ("Accept", "Accept-Encoding", "Authorization", "User-Agent", "X-Forwarded-For", "X-Request-ID", "Cookie", "Via")
+ODD = (
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b":",
+    b"\t",
+    b"\0",
+    b"\xe9",
+    b"",
+    b"\r\n ",
+    b"Host: b\r\n",
+    b"Content-Length: 1\r\n",
+)
+
+
+def made_head(choose: random.Random) -> bytes:
+    """Return a head as a client may send it; a third have something odd at one place."""
+    path = "".join(f"/{choose.choice(('predict', 'model', 'a-b', 'v1.0', '~x_'))}" for _ in range(choose.randint(1, 4)))
+    query = choose.choice(("", "", "?a=b", "?a=%2F&b=1+2", "?=", "?a=b&a=c"))
+    fields = [
+        *(
+            f"{name}:{' ' * choose.randint(0, 2)}{value_of(choose)}"
+            for name in choose.sample(NAMES, choose.randint(0, 5))
+        ),
+        *choose.choice(([], ["Connection: keep-alive"], ["Connection: Keep-Alive"], ["connection: close"])),
+        *choose.choice(([], [f"Content-Length: {choose.randint(0, 10**9)}"], ["Content-Type: application/json"])),
+        *choose.choice(([], [], [], ["X-Forwarded-Proto: https"], ["X-Forwarded-Ssl: on"])),
+    ]
+    choose.shuffle(fields)
+    host = f"Host: {choose.choice(('localhost', 'a.example:8080', '10.0.0.1:80'))}"
+    sent = head_of(*fields, line=f"{choose.choice(('GET', 'POST'))} {path}{query} HTTP/1.1", host=host)
+    if choose.random() < 1 / 3:
+        at = choose.randrange(len(sent))
+        sent = sent[:at] + choose.choice((*ODD, choose.randbytes(1))) + sent[at + choose.randint(0, 2) :]
+    return sent
+
+
+def value_of(choose: random.Random) -> str:
+    """Return a field's value."""
+    return "".join(map(chr, choose.choices(range(32, 127), k=choose.randint(0, 40))))
+
+
+@pytest.mark.long
+def test_none_of_20_000_heads_is_read_otherwise_than_by_gunicorn() -> None:
+    choose, taken = random.Random(18), 0
+    for _ in range(20_000):
+        sent, ends = made_head(choose), choose.choice([(CALLER, SERVER), (PROXY, SERVER), ("", "/run/server.sock")])
+        if parsed_here(sent, *ends) is not None:
+            taken += 1
+            check_same(sent, *ends)
+    assert taken > 12_000
+
+
+# --- whole connections, in this process
+
+CHUNKED = head_of("Transfer-Encoding: chunked") + b"3\r\nabc\r\n2;a=b\r\nde\r\n0\r\n\r\n"
+CONNECTIONS = {
+    "all simple": head_of("Content-Length: 5", "X-A: 1") + b"\r\n\r\nx" + head_of(line="GET /a?b=c HTTP/1.1"),
+    "others between": head_of("Content-Length: 2") + b"{}" + CHUNKED + head_of("Connection: Keep-Alive", "X-B: 2"),
+    "one that ends it": head_of("Content-Length: 3", "Connection: Close") + b"[1]" + head_of("X-C: 3"),
+    "one that is malformed": head_of("Content-Length: 1") + b"1" + head_of("X-A : 1") + head_of("X-D: 4"),
+}
+
+
+def echo(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    """Answer with what a request consists of."""
+    known = {name: value for name, value in environ.items() if isinstance(value, str)}
+    body = json.dumps([sorted(known.items()), environ["wsgi.input"].read().decode()]).encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+def make_worker(has_fast_path: bool) -> Worker:
+    """Return a worker without a process that answers by `echo`."""
+    worker = Worker.__new__(Worker)
+    worker.cfg, worker.wsgi, worker.has_fast_path = CFG, echo, has_fast_path
+    worker.nr, worker.max_requests, worker.alive, worker.worker_connections = 0, sys.maxsize, True, 1000
+    worker.idle, worker._client_of = {}, {}
+    names = ("access", "debug", "error", "exception", "info", "warning")
+    worker.log = SimpleNamespace(**{name: lambda *arguments: None for name in names})
+    return worker
+
+
+def talk(worker: Worker, *pieces: bytes) -> list[Any]:
+    """Send pieces over a connection, each when the one before has been read; return the answers."""
+    ours, theirs = gevent.socket.socketpair()
+    listener = SimpleNamespace(getsockname=lambda: SERVER)
+    serving, reading = gevent.spawn(worker.handle, listener, theirs, CALLER), gevent.spawn(read_all, ours)
+    with suppress(BrokenPipeError):  # the connection has ended
+        for piece in pieces:
+            ours.sendall(piece)
+            gevent.sleep(0.0001)
+        ours.shutdown(socket.SHUT_WR)
+    received = reading.get()
+    ours.close()
+    serving.join()
+    found = re.findall(rb"HTTP/1.1 (\d+).*?\r\n\r\n(\[.*?\](?=HTTP|$))?", received, re.DOTALL)
+    return [(status, re.search(rb"Connection: ([a-z-]+)", received)[1], body) for status, body in found]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_connection_cut_at_any_byte_is_answered_as_gunicorn_alone_answers_it(name: str) -> None:
+    sent = CONNECTIONS[name]
+    expected = talk(make_worker(False), sent)
+    assert len(expected) >= 1
+    for cut in range(len(sent) + 1):
+        assert talk(make_worker(True), sent[:cut], sent[cut:]) == expected, (cut, sent[:cut])
+
+
+def test_one_in_a_thousand_heads_is_read_by_gunicorn_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[Any] = []
+    monkeypatch.setattr(fast_path, "watch", lambda worker, *request: watched.append(request))
+    worker, sent = make_worker(True), [head_of(f"X-A: {number}") for number in range(4)]
+    worker.nr = fast_path.WATCH - 2
+    talk(worker, *sent)
+    assert fast_path.WATCH == 1000
+    assert [head for head, *_ in watched] == [sent[2]]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"QUERY_STRING": "a=b"},
+        {"HTTP_X_NEW": ""},
+        {"HTTP_HOST": None},
+        {"CONTENT_LENGTH": "3"},
+        {"HTTP_CONNECTION": "close"},
+    ],
+)
+def test_head_that_gunicorn_reads_otherwise_ends_the_fast_path(changed: dict[str, Any]) -> None:
+    sent, worker, lines, counted = head_of("Content-Length: 2"), make_worker(True), [], []  # type: ignore[var-annotated]
+    worker.log.error = lambda line, *arguments: lines.append(line % arguments)
+    hooks = {"on_fast_path_difference": [lambda: counted.append(1)]}
+    worker.wsgi = SimpleNamespace(extensions=hooks)  # type: ignore[assignment]
+    environ = parsed_here(sent)
+    assert environ is not None
+    fast_path.watch(worker, sent, environ.copy(), SERVER, CALLER)
+    assert (worker.has_fast_path, lines) == (True, [])
+    for _ in range(2):
+        environ = {name: value for name, value in (environ | changed).items() if value is not None}
+        fast_path.watch(worker, sent, environ, SERVER, CALLER)
+    assert (worker.has_fast_path, len(lines), counted) == (False, 1, [1])
+    assert next(iter(changed)) in lines[0]
+
+
+def test_head_that_gunicorn_rejects_ends_the_fast_path() -> None:
+    worker = make_worker(True)
+    fast_path.watch(worker, head_of("X-A : 1"), {}, SERVER, CALLER)
+    assert not worker.has_fast_path
 
 
 # --- what is sent
@@ -424,6 +581,67 @@ def test_bytes_after_a_body_that_was_given_up_are_no_request(
     assert not [record for record in found if record["request_id"] == "smuggled"]
 
 
+DRIFTED_APPLICATION = """
+import server
+from speedups import fast_path
+
+parse_head, fast_path.WATCH = fast_path.parse_head, 1
+
+def drifted(data, base, schemes):
+    environ = parse_head(data, base, schemes)
+    if environ and environ.get("HTTP_X_DRIFT"):
+        environ["HTTP_X_DRIFT"] += "!"
+    return environ
+
+fast_path.parse_head = drifted
+app = server.app
+"""
+
+
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    """Return what comes over a connection until something has."""
+    received = b""
+    while end not in received:
+        received += connection.recv(4096)
+    return received
+
+
+def test_fast_path_that_has_drifted_turns_itself_off_and_is_counted(tmp_path: Path, iris_file: Path) -> None:
+    (tmp_path / "drifted.py").write_text(DRIFTED_APPLICATION)
+    with gunicorn(tmp_path, "drifted:app", model_path=iris_file) as running:
+
+        def metric() -> str:
+            text = running.ask("GET", "/metrics", Authorization=basic("metrics"))[2].decode()
+            (line,) = re.findall("^prediction_fast_path_differences_total .*", text, re.MULTILINE)
+            return line.split()[1]  # type: ignore[no-any-return]
+
+        assert metric() == "0.0"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+            for _ in range(3):  # on a connection that is open already, too
+                connection.sendall(head_of("X-Drift: 1", line="GET /healthz HTTP/1.1"))
+                assert read_until(connection, b"ok").startswith(b"HTTP/1.1 200")
+                running.wait_until(lambda: "fast path is off" in running.log.read_text(), 30)
+        assert (
+            running.log.read_text().count("the fast path is off: gunicorn reads a request otherwise: HTTP_X_DRIFT") == 1
+        )
+        assert metric() == "1.0"
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_setting_turns_the_fast_path_off(value: str, tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, fast_path=value) as running:
+        answer = running.raw(head_of("Connection: close", line="GET /healthz HTTP/1.1"))
+        # gunicorn puts its own headers first
+        assert (answer.index(b"Server: ") < answer.index(b"Content-Type: ")) == (value == "0")
+
+
+def test_version_of_gunicorn_that_was_not_tested_reads_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_possible(CFG, SimpleNamespace(access_log_enabled=False))
+    monkeypatch.setattr("gunicorn.__version__", "27.99.0")
+    with pytest.raises(speedups.UnexpectedInternals, match=r"27\.99\.0"):
+        is_possible(CFG, SimpleNamespace(access_log_enabled=False))
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("accesslog", "-"), ("certfile", "a"), ("keepalive", 0), ("statsd_host", "localhost:8125"), ("logconfig", "a")],
@@ -513,20 +731,21 @@ def test_gunicorn_that_has_changed_reads_all_requests(
         monkeypatch.delattr(speedups, "fast_path")
     worker = Worker.__new__(Worker)
     worker.cfg, worker.log = Config(), SimpleNamespace(access_log_enabled=False)
-    monkeypatch.setattr(GeventWorker, "init_process", lambda self: None)
-    worker.init_process()
-    assert not worker._has_fast_path
+    worker.wsgi = echo
+    monkeypatch.setattr(BaseWorker, "load_wsgi", lambda self: None)
+    worker.load_wsgi()
+    assert not worker.has_fast_path
     assert caplog.text.count("fast_path is left off") == 1
     given = []
     monkeypatch.setattr(GeventWorker, "handle", lambda self, *arguments: given.append(arguments))
-    worker.handle("listener", "client", CALLER)
+    worker.serve("listener", "client", CALLER)
     assert given == [("listener", "client", CALLER)]
 
 
 def test_worker_on_a_loop_that_does_not_count_its_rounds_still_yields(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, naps = Worker.__new__(Worker), []
-    worker._checked, worker._iteration = 0.0, None
+    worker, naps, until = Worker.__new__(Worker), [], time.monotonic() + 0.5
     monkeypatch.setattr("gevent.get_hub", lambda: SimpleNamespace(loop=object()))
     monkeypatch.setattr("gevent.sleep", naps.append)
-    worker.yield_to_hub()
-    assert len(naps) == 1
+    while not naps and time.monotonic() < until:
+        worker.yield_to_hub()
+    assert naps
