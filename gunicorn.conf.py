@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import socket
 import ssl
 import sys
@@ -48,8 +49,9 @@ preload_app = _settings.preload
 # gthread only: requests at once in one worker. Under gevent a connection costs next to nothing.
 threads = 32
 
-# Connections of one worker, idle ones counted too; one more waits in the kernel without an answer.
-worker_connections = 4000
+# Connections of one worker, idle ones counted too; one more waits in the kernel without an answer. Each takes a file
+# descriptor, of which this leaves some for files: without any a worker could neither accept nor load.
+worker_connections = max(16, min(4000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64))
 
 # Seconds an idle connection is kept. It must be longer than the proxy in front keeps its own (nginx here, 10 s), or the
 # proxy sends a POST into a connection that is being closed.
@@ -137,6 +139,19 @@ def _check_addresses(server):
 
 
 def when_ready(server):
+    """Limit sends, and spare the workers after a freeze."""
+    _limit_sends(server)
+    _spare_frozen_workers(server)
+
+
+def _limit_sends(server):
+    """Let the kernel end a connection when nothing of an answer was taken for 10 s; it has this from its listener."""
+    for listener in server.LISTENERS:
+        if isinstance(listener.getsockname(), tuple) and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
+
+
+def _spare_frozen_workers(server):
     """Keep gunicorn from killing workers because a platform has stopped all processes for a while.
 
     gunicorn's master looks once a second which worker has not reported for `timeout` seconds. If it was stopped itself,
