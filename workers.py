@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,12 +52,10 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         return server
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve a connection. When there is hardly a place left, the longest idle one makes room for the next."""
+        """Serve a connection."""
         greenlet = gevent.getcurrent()
         self._client_of[greenlet] = client
-        if len(self._client_of) > 0.9 * self.worker_connections and (longest := next(iter(self.idle), None)):
-            del self.idle[longest]
-            shut_down(longest, socket.SHUT_RD)
+        self._make_room()
         try:
             if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails, fails there again
                 with suppress(OSError), self.timeout_ctx():
@@ -95,12 +94,21 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         """Report to the master that this worker lives, once a second, and close what has been idle for too long."""
         super().notify()
         self._close_idle((self.cfg.keepalive or 20.0) if self.alive else 0.0)  # with 0, for TLS handshakes only
+        self._make_room()
 
     def _close_idle(self, seconds: float = 0.0) -> None:
         """End longer waits for further requests; one that has arrived is still read, and answered."""
         now = time.monotonic()
         for client in [client for client, since in self.idle.items() if now - since >= seconds]:
             shut_down(client, socket.SHUT_RD)
+
+    def _make_room(self) -> None:
+        """If hardly a place is left, close the longest idle connections; not those of a second, which may begin."""
+        surplus = len(self._client_of) - int(0.9 * self.worker_connections)
+        for client, since in list(islice(self.idle.items(), max(surplus, 0))):
+            if time.monotonic() - since > 1.0:
+                del self.idle[client]
+                shut_down(client, socket.SHUT_RD)
 
 
 class _Server(StreamServer):  # type: ignore[misc]  # gevent has no types
