@@ -71,6 +71,14 @@ def unread_not_simple(connection: socket.socket) -> None:
     unread(connection, "GET /model?a='b'")
 
 
+def unread_large(connection: socket.socket) -> None:
+    """Read nothing of an answer that fits in no buffer."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    body = b'{"data": [%s], "method": "predict_proba"}' % b", ".join([b"[5.1, 3.5, 1.4, 0.2]"] * 80_000)
+    connection.sendall(head("POST /predict", "Content-Type: application/json", f"Content-Length: {len(body)}") + body)
+    time.sleep(600)
+
+
 def half_body(connection: socket.socket) -> None:
     """Send half a body, and wait until the server gives up."""
     connection.sendall(head("POST /predict", "Content-Type: application/json", "Content-Length: 1000") + b"[" * 500)
@@ -92,7 +100,7 @@ ATTACKS: dict[str, Callable[[socket.socket], None]] = {
     each.__name__: each
     for each in (
         *(chunks, pipeline, pipeline_not_simple, fall_silent, unread, unread_not_simple, half_body, half_handshake),
-        malformed,
+        *(malformed, unread_large),
     )
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Gunicorn, basic, free_port, gunicorn
+from conftest import Gunicorn, basic, free_port, gunicorn, records
 from nginx_tools import certificate
 
 pytestmark = pytest.mark.long
@@ -232,10 +232,9 @@ def test_answers_that_nobody_reads_end_their_connections(tmp_path: Path, iris_fi
 
 def test_stop_does_not_wait_for_answers_that_nobody_reads(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, model_path=iris_file, graceful_timeout=120) as running, ExitStack() as stack:
-        at_rest = descriptors(running)
-        stack.enter_context(attack("unread", running, 40, again=False))
-        running.wait_until(lambda: descriptors(running) >= at_rest + 40, 60)
-        time.sleep(3.0)
+        stack.enter_context(attack("unread_large", running, 8, basic("predict"), again=False))
+        running.wait_until(lambda: len(records(running.journal_dir)) >= 4, 90)
+        time.sleep(2.0)
         began = time.monotonic()
         assert running.stop(seconds=180) == 0
         print(f"stopped after {time.monotonic() - began:.1f} s")
