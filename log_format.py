@@ -5,6 +5,8 @@ import logging
 import time
 from datetime import UTC, datetime
 
+from processes import LogLimit
+
 PERIOD, MAX_LINES = 10.0, 10  # seconds in which gunicorn logs so many warnings and errors of one kind
 
 
@@ -58,3 +60,8 @@ def set_up(form: str) -> None:
         return form != "json"  # whether gunicorn's own handler gets it, which only knows text
 
     logging.getLogger("gunicorn.error").addFilter(pass_on)
+
+    # Python's own count, which shows a warning once, starts again each time that a library changes the filters.
+    limit = LogLimit(logging.getLogger("py.warnings"))
+    logging.getLogger("py.warnings").addFilter(lambda record: limit.is_due(record.getMessage().partition(": ")[0]))
+    logging.captureWarnings(True)

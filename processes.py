@@ -128,20 +128,27 @@ def after_fork(method: Callable[[], None]) -> None:
 class LogLimit:
     """Logs the same trouble once in a while: what fails at each request or each second would fill the log."""
 
-    def __init__(self, log: logging.Logger, seconds: float = 60.0) -> None:
+    def __init__(self, log: logging.Logger, seconds: float = 60.0, burst: int = 1) -> None:
         self._log, self._seconds = log, seconds
-        self._logged: dict[str, float] = {}  # trouble → when it was logged
+        self._slack = (burst - 1) * seconds if burst > 1 else 0.0
+        self._due: dict[str, float] = {}  # trouble → when it may be logged again, had it come once in `seconds`
 
-    def error(self, trouble: str, message: str, *arguments: Any, exc_info: bool = False) -> None:
-        """Log an error, unless one with the same `trouble` was logged less than `seconds` ago."""
+    def is_due(self, trouble: str) -> bool:
+        """Return whether to log this trouble now: once in `seconds`, or `burst` times after a calm."""
         now = time.monotonic()
-        if now - self._logged.get(trouble, -self._seconds) >= self._seconds:
-            self._logged[trouble] = now
+        if (due := max(self._due.get(trouble, now), now - self._slack)) > now:
+            return False
+        self._due[trouble] = due + self._seconds
+        return True
+
+    def error(self, trouble: str, message: str, *arguments: Any, exc_info: Any = False) -> None:
+        """Log an error, unless this `trouble` was logged too often lately."""
+        if self.is_due(trouble):
             self._log.error(message, *arguments, exc_info=exc_info)
 
     def reset(self) -> None:
         """Log the next error of each kind: the trouble is over."""
-        self._logged.clear()
+        self._due.clear()
 
 
 _hooks = LogLimit(logging.getLogger("hooks"))

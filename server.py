@@ -38,9 +38,10 @@ from model.loaded import LoadedModel, RowsRefused
 from model.serving import ModelNotReady, Serving, SingleFile
 from model.signature import BadRows
 from monitor import BLANK, Journal, RequestLog
-from processes import run_hooks
+from processes import LogLimit, run_hooks
 from settings import Settings
 from web.body import BodyReader
+from web.callers import caller_of
 from web.decoding import Decoder
 from web.errors import json_response, problem
 
@@ -104,7 +105,7 @@ class Service:
         self.serving = Serving(
             source,
             self._in_thread,
-            settings.max_waiting_rows,
+            settings.max_wait,
             allow_version_mismatch=settings.allow_version_mismatch,
             merge_requests=settings.merge_requests,
             extra_columns=settings.extra_columns,
@@ -131,6 +132,7 @@ class Service:
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = lambda rows, record: rows
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
         self._started_in: int | None = None
+        self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
         else:
@@ -203,7 +205,7 @@ class Service:
         rows = rows(model.signature) if callable(rows) else rows
         rows = model.signature.validate(self.before_predict(rows, record))
         record["rows"] = len(rows)
-        prediction = model.predict(rows, method)
+        prediction = model.predict(rows, method, *caller_of(request.environ, record["user"]))
         answer = self.after_predict(Answer(prediction, model.classes_for(method), model), record)
         run_hooks(self.on_answer, rows, answer, record)
         return answer
@@ -214,13 +216,14 @@ class Service:
         A blueprint with another form of errors calls this too. Alerts watch the types model, overload and internal. An
         exception's own words may hold a caller's values, or a library's: they go to the log, never out.
         """
-        request_id = g.record["request_id"]
+        request_id, user = g.record["request_id"], g.record["user"]
         if isinstance(error, HTTPException):
             http = error
         elif isinstance(error, BadRows):
             http = UnprocessableEntity(error.detail)
         elif isinstance(error, RowsRefused):
-            log.warning("request %s: the model refused its rows: %r", request_id, error.__cause__)
+            if self.log_limit.is_due(f"{user}: rows"):
+                log.warning("request %s: the model refused its rows: %r", request_id, error.__cause__)
             http = UnprocessableEntity(f"the model does not take the values of these rows (it raised {error})")
         elif isinstance(error, Overloaded):
             http = ServiceUnavailable(f"overloaded: {error}; try again", retry_after=1)
@@ -228,7 +231,7 @@ class Service:
             http = ServiceUnavailable(f"not ready: {error}", retry_after=5)
         else:
             who = "model" if isinstance(error, MODEL_FAULTS) else "server"
-            log.error("request %s: the %s failed", request_id, who, exc_info=error)
+            self.log_limit.error(f"{user}: {who}", "request %s: the %s failed", request_id, who, exc_info=error)
             http = InternalServerError(f"the {who} failed on this request; the server's log says why")
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")

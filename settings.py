@@ -139,8 +139,10 @@ class Settings:
     # How much at once
     max_rows: int = _setting(_number(1, 10_000_000, "rows"), 100_000)  # in one request
     merge_requests: str = _setting(_one_of("auto", "always", "never"), "auto")  # of several callers into one call
-    max_waiting_rows: int = _setting(_number(1, 10_000_000, "rows"), 50_000)  # in a worker, for the model; then 503
-    predict_timeout: float = _setting(_number(1, 86_400, "seconds", float), 30.0)  # of one call of the model
+    max_wait: float = _setting(_number(0, 3600, "seconds", float), 1.0)  # for the model, as expected; beyond that 503
+    predict_timeout: float = _setting(
+        _number(1, 86_400, "seconds", float), 30.0
+    )  # of one call, beyond what is expected
     max_body_bytes: int = _setting(_number(1, 2**31, "bytes"), 16 * 2**20)  # of one request
     body_timeout: float = _setting(_number(1, 3600, "seconds", float), 30.0)  # for a request's body to arrive
 

@@ -19,11 +19,12 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
-import gevent
+import gevent.monkey
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker as BaseGeventWorker
 from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
 
+from web import callers
 from web.body import shut_down
 
 
@@ -39,6 +40,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         self._client_of: dict[Any, Any] = {}  # by greenlet
         self.server_class = self._server
         self.worker_connections //= len(self.sockets)  # gunicorn lets each listener have as many
+        callers.poll = gevent.monkey.get_original("select", "poll")
         super().init_process()
 
     def _server(self, listener: Any, spawn: Any, **others: Any) -> Any:

@@ -3,7 +3,8 @@
     batcher = Batcher()
     batcher.submit(predict_batch, rows, "predict")
 
-Everything that is queued when the model is free goes into one call. There is no timer, so a lone caller does not wait.
+What is queued when the model is free goes into one call, as far as that takes 50 ms, or twice as long as one row. There
+is no timer, so a lone caller does not wait; and none is admitted whose turn would come too late.
 The first caller leads: it lets other ready callers queue up, runs the model for all of them, wakes them with their
 results, and wakes the head of those that came in the meantime as the next leader. The batcher has no thread of its own,
 and each caller waits on its own lock, so it works the same under gevent, under gthread and in plain threads.
@@ -11,23 +12,26 @@ and each caller waits on its own lock, so it works the same under gevent, under 
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from processes import run_hooks
 
 from .timings import SLOW, Timings
 
-MAX_BATCH_ROWS = 4096  # of one call of the model; a request with more goes in pieces, with others in between
 SOLO_THRESHOLD = 8  # calls in a row that no other caller joined
+PATIENCE = 0.05  # seconds that a caller waits before it is asked whether it is still there
+SUSPECT_SECONDS = 5.0  # for which a caller whose rows the model refused shares no calls
+MAX_SUSPECTS = 1000
 
 Run = Callable[[Sequence[Any], str], list[Any]]
 
 
 class Overloaded(Exception):
-    """More rows wait for the model than the bound allows."""
+    """The calls that wait for the model would take too long."""
 
 
 def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -42,10 +46,23 @@ class _Call:
     rows: Any
     key: Hashable  # only calls with equal keys are merged
     since: float
+    caller: Hashable
+    check: Callable[[], Any]
+    suspect: bool
+    seconds: float = 0.0  # that it adds to the wait of others
     wake: "threading.Lock | None" = None  # that a caller who does not lead waits for
     answered: bool = False
     result: Any = None
     error: Exception | None = None
+
+    def has_left(self, now: float) -> bool:
+        """Return whether the caller no longer waits for an answer; then its call is over."""
+        if now - self.since > PATIENCE:
+            try:
+                self.check()
+            except Exception as error:
+                self.error, self.answered = error, True
+        return self.answered
 
 
 class Batcher:
@@ -54,44 +71,67 @@ class Batcher:
     def __init__(
         self,
         run_in_thread: Callable[..., Any] = call_directly,
-        max_waiting: int = 50_000,
+        max_wait: float = 1.0,
         observers: Sequence[Callable[[int, float], None]] = (),
     ) -> None:
         """Make a batcher for one model.
 
         Args:
             run_in_thread: runs a function on a native thread and returns its result.
-            max_waiting: rows that may wait; a further caller is rejected, unless none wait.
+            max_wait: seconds that those who wait may take together, besides one call; a further caller is rejected.
             observers: called for each call of the model with its rows, and the seconds that the first of them waited.
         """
         self.timings = Timings()
-        self._run_in_thread, self._max_waiting, self._observers = run_in_thread, max_waiting, observers
+        self._run_in_thread, self._max_wait, self._observers = run_in_thread, max_wait, observers
         self._queue: deque[_Call] = deque()
-        self._waiting = 0  # rows in the queue
+        self._open: Counter[Hashable] = Counter()  # callers by their key, of those that wait or are being answered
+        self._expected = 0.0  # seconds that all of these will take
+        self._suspects: dict[Hashable, float] = {}  # caller → since when, the oldest first
         self._leader: _Call | None = None
-        self._lock = threading.Lock()  # of the three above; never held across a call of the model
+        self._lock = threading.Lock()  # of the five above; never held across a call of the model
         self._seconds = 0  # see `tick`
-        self._running_since: int | None = None
+        self._running_since: float | None = None
         self._alone = 0  # calls in a row that nobody joined
 
-    def submit(self, run: Run, rows: Any, method: str, shape: Hashable = None) -> Any:
+    def submit(
+        self,
+        run: Run,
+        rows: Any,
+        method: str,
+        shape: Hashable = None,
+        caller: Hashable = None,
+        check: Callable[[], Any] = bool,
+        is_first: bool = True,
+    ) -> Any:
         """Return the model's result for these rows, from one call together with the rows of concurrent callers.
 
         Args:
             run: called with a list of the rows of each caller and their common method; returns one result for each
-                caller. If it raises, it is called again for each caller alone.
-            rows: a list or array of at most `MAX_BATCH_ROWS` rows.
+                caller. If it raises, it is called again for each half of the callers.
+            rows: a list or array; of at most `timings.bound` rows, if the model can be called for fewer at a time.
             method: of the model.
             shape: only rows of the same shape are merged.
+            caller: who asks, if that is known: its next rows share no calls for a while after such as `run` raised at.
+            check: raises if the caller no longer waits for an answer; called if its turn did not come at once.
+            is_first: false if these are further rows of a request that was admitted.
 
-        Raises: Overloaded, too many rows wait; or what `run` raised at these rows alone.
+        Raises: Overloaded; what `check` raised; or what `run` raised at these rows alone.
         """
-        call = _Call(rows, (method, shape), time.perf_counter())
+        began = time.perf_counter()
+        suspect = bool(self._suspects) and began - self._suspects.get(caller, -SUSPECT_SECONDS) < SUSPECT_SECONDS
+        call = _Call(rows, object() if suspect else (method, shape), began, caller, check, suspect)
         with self._lock:
-            if self._waiting and self._waiting + len(rows) > self._max_waiting:
-                raise Overloaded(f"{self._waiting} rows wait for the model")
+            if is_first and self._expected > self._max_wait:
+                size, each = self.timings.bound(method)
+                if self._expected > self._max_wait + size * each:
+                    raise Overloaded(f"what waits for the model will take it {self._expected:.1f} seconds")
+            call.seconds = self.timings.expect(method, len(rows))
+            if self._open[call.key]:  # it need not take a call of its own
+                call.seconds = min(call.seconds, len(rows) * self.timings.bound(method)[1])
+            call.seconds = call.seconds if call.seconds < inf else 0.0
+            self._open[call.key] += 1
+            self._expected += call.seconds
             self._queue.append(call)
-            self._waiting += len(rows)
             if self._leader is None:
                 self._leader = call
             else:
@@ -107,9 +147,9 @@ class Batcher:
                 # before gevent patched it would block.
                 if self._alone < SOLO_THRESHOLD or self._alone % SOLO_THRESHOLD == 0:
                     time.sleep(0)
-                batch = self._take(call)
+                batch = self._take(call, method)
                 self._alone = 0 if len(batch) > 1 else self._alone + 1
-                self._answer(run, batch, method)
+                self._answer(run, [each for each in batch if not each.answered], method)
         finally:  # also if this caller is killed while it waits or leads
             self._leave(call, batch)
         if call.error is not None:
@@ -117,42 +157,55 @@ class Batcher:
         return call.result
 
     def tick(self) -> int:
-        """Return for how many whole seconds the present call of the model has been running.
+        """Return for how many whole seconds the present call of the model has been running, beyond what was expected.
 
         To be called once a second. The system's clocks go on while a platform has stopped this process; ticks do not.
         """
         self._seconds += 1
         since = self._running_since
-        return 0 if since is None else self._seconds - since - 1
+        return 0 if since is None else max(0, int(self._seconds - since - 1))
 
-    def _take(self, call: _Call) -> list[_Call]:
-        """Take this call off the queue, and the others that may go with it."""
-        batch, size = [call], len(call.rows)
+    def _take(self, call: _Call, method: str) -> list[_Call]:
+        """Take this call off the queue, the others that may go with it, and those whose callers are gone."""
+        batch, size, now = [], 0, time.perf_counter()
+        left: deque[_Call] = deque()
         with self._lock:
-            for other in self._queue:
-                if other is not call and other.key == call.key:
-                    if size + len(other.rows) > MAX_BATCH_ROWS:
-                        break  # in turn: a large request is not overtaken for ever
-                    batch.append(other)
-                    size += len(other.rows)
-            taken = set(batch)
-            self._queue = deque(each for each in self._queue if each not in taken)
-            self._waiting -= size
-        run_hooks(self._observers, size, time.perf_counter() - call.since)
+            most = self.timings.bound(method)[0] if len(self._queue) > 1 else 1
+            if self._queue[0] is not call:
+                self._queue.remove(call)
+                self._queue.appendleft(call)
+            for each in self._queue:
+                if each.has_left(now):
+                    batch.append(each)
+                elif each.key == call.key and (size + len(each.rows) <= most or not size):
+                    batch.append(each)
+                    size += len(each.rows)
+                else:
+                    left.append(each)
+                    if each.key == call.key:
+                        most = 0  # in turn: a large request is not overtaken for ever
+            self._queue = left
+        if size:
+            run_hooks(self._observers, size, now - call.since)
         return batch
 
     def _answer(self, run: Run, batch: list[_Call], method: str) -> None:
+        if not batch:
+            return
         size = sum(len(each.rows) for each in batch)
-        call = self._run_in_thread if self.timings.expect(method, size) > SLOW else call_directly
-        self._running_since = self._seconds
+        expected = self.timings.expect(method, size)
+        call = self._run_in_thread if expected > SLOW else call_directly
+        self._running_since = self._seconds + (expected if expected < inf else 0.0)
         try:
             results, seconds = call(_timed, run, [each.rows for each in batch], method)
         except Exception as error:
             if len(batch) > 1:  # the rows of one caller may have spoiled it for all
-                for each in batch:
-                    self._answer(run, [each], method)
+                half = len(batch) // 2
+                self._answer(run, batch[:half], method)
+                self._answer(run, batch[half:], method)
                 return
             batch[0].error = error
+            self._suspect(batch[0].caller)
         else:
             self.timings.note(method, size, seconds)
             for each, result in zip(batch, results, strict=True):
@@ -162,19 +215,31 @@ class Batcher:
         for each in batch:
             each.answered = True
 
+    def _suspect(self, caller: Hashable) -> None:
+        if caller is not None:
+            with self._lock:
+                self._suspects.pop(caller, None)
+                self._suspects[caller] = time.perf_counter()
+                if len(self._suspects) > MAX_SUSPECTS:
+                    del self._suspects[next(iter(self._suspects))]
+
     def _leave(self, call: _Call, batch: list[_Call]) -> None:
         """Wake the callers that were answered, and, if this caller led, the next leader."""
         with self._lock:
+            self._expected -= call.seconds
+            self._open[call.key] -= 1
+            if not self._open[call.key]:
+                del self._open[call.key]
             if not batch and call in self._queue:  # killed while it waited
                 self._queue.remove(call)
-                self._waiting -= len(call.rows)
             if self._leader is not call:
                 return
             others = [each for each in batch if each is not call]
-            again = [each for each in others if not each.answered]  # this caller was killed before it had answered them
-            self._queue.extendleft(reversed(again))
-            self._waiting += sum(len(each.rows) for each in again)
+            # If this caller was killed before it had answered them, they wait again.
+            self._queue.extendleft(reversed([each for each in others if not each.answered]))
             self._leader = self._queue[0] if self._queue else None
+            if self._queue and self._suspects:  # those and the others take turns
+                self._leader = next((each for each in self._queue if each.suspect != call.suspect), self._queue[0])
             woken = [each for each in others if each.answered]
             if self._leader is not None:
                 woken.append(self._leader)

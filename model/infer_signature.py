@@ -24,6 +24,8 @@ from .parts import ColumnFacts, inspect, raw_parts
 from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
+# scikit-learn's trees make float32 of all numbers themselves: what does not fit is known before they are called.
+SINGLE = ("sklearn.tree.", *(f"sklearn.ensemble._{name}" for name in ("forest", "gb", "iforest")))
 TRIAL_SECONDS = 10.0  # of each search; only models that are slow or have very many columns need more
 SAMPLE_DECIDES = "a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
 NUMBERS_OR_STRINGS = (
@@ -83,6 +85,8 @@ def infer_signature(
             else:
                 signature, rows = _with_guesses(model, signature, rows)
             check_units(model, signature, rows)
+            if type(model).__module__.startswith(SINGLE):
+                signature = replace(signature, precision="float32")
             return _with_nullable(model, signature, rows, nullable), rows
     raise ModelLoadError(f"{_explain(model, failure, sample)} ({type(failure).__name__}: {failure})") from failure
 

@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import orjson
 
 from . import formats, merging
 from .answers import ModelFailed, are_arrays, join, split, to_json
-from .batching import MAX_BATCH_ROWS, Batcher
+from .batching import Batcher
 from .formats import ModelLoadError
 from .formats.sklearn import estimators_in
 from .infer_signature import infer_signature
@@ -22,7 +23,13 @@ from .signature import BadRows, Signature
 log = logging.getLogger(__name__)
 
 # What a caller may ask for in "method", if the model has it.
+TIMED_ROWS, TIMED_BYTES, TIMED_SECONDS = 1024, 2**20, 0.05  # of the calls of a method that are timed at load, at most
+
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
+
+
+# Hooks of extensions, called with the estimator and its rows, on the thread on which it will be called.
+before_call: list[Callable[[Any, int], None]] = []
 
 
 class RowsRefused(Exception):
@@ -47,18 +54,25 @@ class LoadedModel:
     path: Path = Path()  # its file
     merges: bool = True  # the rows of several callers, or the pieces of a large request, may go into one call
 
-    def predict(self, rows: Any, method: str = "predict") -> Any:
+    def predict(
+        self, rows: Any, method: str = "predict", caller: Hashable = None, check: Callable[[], Any] = bool
+    ) -> Any:
         """Return predictions for rows that `signature.validate` returned, from one call with those of other callers.
 
-        See `to_json` for the result. Raises: Overloaded, BadRows, RowsRefused, ModelFailed.
+        Many rows are answered in pieces, with other callers in between, if that changes no answer. See `to_json` for
+        the result, `Batcher.submit` for `caller` and `check`. Raises: Overloaded, BadRows, RowsRefused, ModelFailed, or
+        what `check` raises.
         """
-        if not self.merges:
-            return self.batcher.submit(self._predict_batch, rows, method, object())  # a key that no other call has
-        shape = self.signature.batch_key(rows)
-        if len(rows) <= MAX_BATCH_ROWS:
-            return self.batcher.submit(self._predict_batch, rows, method, shape)
-        pieces = (rows[at : at + MAX_BATCH_ROWS] for at in range(0, len(rows), MAX_BATCH_ROWS))
-        return join([self.batcher.submit(self._predict_batch, piece, method, shape) for piece in pieces])
+        shape = self.signature.batch_key(rows) if self.merges else object()  # a key that no other call has
+        results, done = [], 0
+        while done < len(rows):
+            if done:
+                check()
+            size = self.batcher.timings.bound(method)[0] if self.merges and len(rows) > 1 else len(rows)
+            piece = rows[done : done + size] if size < len(rows) else rows
+            results.append(self.batcher.submit(self._predict_batch, piece, method, shape, caller, check, not done))
+            done += size
+        return join(results) if len(results) > 1 else results[0]
 
     def _predict_batch(self, parts: Sequence[Any], method: str) -> list[Any]:
         """Call the model once for the rows of several callers; return a result for each of them."""
@@ -67,6 +81,8 @@ class LoadedModel:
 
     def call(self, inputs: Any, method: str = "predict") -> Any:
         """Call the estimator's method on what `signature.parse` returned. Raises: RowsRefused, ModelFailed."""
+        for hook in before_call:
+            hook(self.estimator, len(inputs))
         try:
             result = getattr(self.estimator, method)(inputs)
         except (ValueError, TypeError) as error:
@@ -95,6 +111,19 @@ class LoadedModel:
     def classes_for(self, method: str) -> Any:
         """Return the classes in the order of the columns of the method's result, or None if it has no such columns."""
         return self.classes if method in self.methods_by_class else None
+
+    def time_calls(self) -> None:
+        """Time calls of several sizes, so that no request is refused, or cut, because nothing is known of them yet."""
+        row = self.about["example"]["data"]
+        for method in self.methods:
+            rows, spent = 1, 0.0
+            while rows <= TIMED_ROWS and rows * len(orjson.dumps(row)) <= TIMED_BYTES and spent < TIMED_SECONDS:
+                with suppress(BadRows, RowsRefused, ModelFailed):  # it may not take a row by itself, or twice
+                    validated, began = self.signature.validate(row * rows), time.perf_counter()
+                    self._predict_batch([validated], method)
+                    self.batcher.timings.note(method, rows, time.perf_counter() - began)
+                    spent += time.perf_counter() - began
+                rows *= 4
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /model shows of the model, as JSON values."""
@@ -186,9 +215,7 @@ def _answer_sample(model: LoadedModel, rows: list[Any]) -> LoadedModel:
     answering: list[str] = []
     for method in model.methods:
         try:
-            inputs, began = model.signature.parse(rows), time.perf_counter()
-            answer = model.call(inputs, method)
-            model.batcher.timings.note(method, len(rows), time.perf_counter() - began)
+            answer = model.call(model.signature.parse(rows), method)
             orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         except (BadRows, ModelFailed, RowsRefused, TypeError) as error:
             if method == "predict":

@@ -111,7 +111,7 @@ class Serving:
         self,
         source: Source,
         run_in_thread: Callable[..., Any] = call_directly,
-        max_waiting_rows: int = 50_000,
+        max_wait: float = 1.0,
         **load_options: Any,
     ) -> None:
         """Remember the settings. Nothing is read before `start`; until then an extension may replace the source.
@@ -120,7 +120,7 @@ class Serving:
         `load_options` are handed on to `load_model`.
         """
         self.source, self.run_in_thread = source, run_in_thread
-        self._max_waiting_rows, self._load_options = max_waiting_rows, load_options
+        self._max_wait, self._load_options = max_wait, load_options
         self.routes: Routes | None = None
         self.errors: list[str] = []
         self.finished = threading.Event()  # the first load has ended, successfully or not
@@ -157,7 +157,7 @@ class Serving:
         return found
 
     def end_if_hung(self, timeout: float) -> None:
-        """End this process if a call of a model has been running for `timeout` seconds. To be called once a second.
+        """End this process if a call of a model takes `timeout` seconds longer than expected, once a second.
 
         A native thread cannot be stopped in any other way. gunicorn starts another worker; by itself it only notices an
         event loop that hangs, which this one does not.
@@ -195,10 +195,11 @@ class Serving:
 
     def _load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
         interval, started = sys.getswitchinterval(), time.monotonic()
-        batcher = Batcher(self.run_in_thread, self._max_waiting_rows, self.on_batch)
+        batcher = Batcher(self.run_in_thread, self._max_wait, self.on_batch)
         try:
             sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
             model = loader(batcher=batcher, **self._load_options)
+            model.time_calls()
         except ModelLoadError:
             raise
         except BaseException as error:  # a pickle runs code of its own, which may even raise SystemExit

@@ -137,7 +137,8 @@ class Signature:
         common = self._accepted_by_all
         if not common or not set(map(type, itertools.chain.from_iterable(rows))) <= common:
             self._check_each_column(rows)
-        return self._convert(rows) if self._converted else rows
+        rows = self._convert(rows) if self._converted else rows
+        return to_array(rows, self.precision) if self.precision == "float32" and self.is_one_array else rows
 
     def _wrong_lists(self, data: list[Any]) -> Iterator[dict[str, Any]]:
         """Yield the rows that are not lists of the right width. Raises: BadRows, the first one is not a row at all."""

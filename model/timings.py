@@ -1,32 +1,53 @@
-"""How long calls of a model take, so that slow ones run on a native thread."""
+"""How long calls of a model take: so that slow ones run on a native thread, and none gets more rows than it should."""
 
+from math import inf
 from typing import Any
 
 SLOW = 0.002  # seconds of a call, from which on it runs on a native thread; the hand-over costs 0.15 ms
+MAX_BATCH_ROWS = 4096  # of one call of the model …
+CALL_SECONDS = 0.05  # … and the seconds that it should take at most, or twice what one row takes
 # Weight of the newest call in the moving average. A disturbance only makes a call longer, so the average falls fast and
 # rises slowly.
 _WEIGHT_IF_LESS, _WEIGHT_IF_MORE = 0.5, 0.1
+_UNKNOWN = [inf] * 32
 
 
 class Timings:
-    """How long calls of a model take, by method and by powers of two of their rows: moving averages, in seconds."""
+    """Seconds per row of a model's calls, by method and by powers of two of their rows: moving averages.
+
+    In a larger call a row takes no longer than in a smaller one. So a size that was not seen yet takes as much per row
+    as a smaller one, at most; and an average of smaller calls that is below that of larger ones is out of date.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int], float] = {}
+        self._tables: dict[str, list[float]] = {}  # method → by the bits of the rows
+        self._bounds: dict[str, tuple[int, float]] = {}
 
     def note(self, method: str, rows: int, seconds: float) -> None:
         """Add a call to the averages."""
-        key = method, rows.bit_length()
-        before = self._seconds.get(key, seconds)
-        self._seconds[key] = before + (_WEIGHT_IF_LESS if seconds < before else _WEIGHT_IF_MORE) * (seconds - before)
+        table, at, each = self._tables.setdefault(method, _UNKNOWN.copy()), rows.bit_length(), seconds / rows
+        before = table[at] if table[at] < inf else min(each, *table[:at])
+        table[at] = before + (_WEIGHT_IF_LESS if each < before else _WEIGHT_IF_MORE) * (each - before)
+        for smaller in range(at):
+            if table[smaller] < table[at]:
+                table[smaller] += _WEIGHT_IF_MORE * (table[at] - table[smaller])
+        self._bounds.pop(method, None)
 
     def expect(self, method: str, rows: int) -> float:
-        """Return the seconds that a call will take; for a size not seen yet, the most it may take by the others."""
-        bits = rows.bit_length()
-        if (found := self._seconds.get((method, bits))) is not None:
-            return found
-        seen = [(size, seconds) for (name, size), seconds in list(self._seconds.items()) if name == method]
-        return min((seconds * 2 ** max(0, bits - size) for size, seconds in seen), default=float("inf"))
+        """Return the seconds that a call will take at most; infinity if none was seen that is as small."""
+        return rows * min(self._tables.get(method, _UNKNOWN)[: rows.bit_length() + 1])
+
+    def bound(self, method: str) -> tuple[int, float]:
+        """Return how many rows a call should have at most, and the seconds per row in such a call; 0 if not known."""
+        if (found := self._bounds.get(method)) is None:
+            table, found, each = self._tables.get(method, _UNKNOWN), (1, 0.0), inf
+            seconds = max(CALL_SECONDS, 2 * table[1])
+            for bits in range(1, MAX_BATCH_ROWS.bit_length() + 1):
+                each = min(each, table[bits])
+                if (rows := min(2**bits - 1, MAX_BATCH_ROWS, seconds / each)) >= 2 ** (bits - 1):
+                    found = int(rows), each if each < inf else 0.0
+            self._bounds[method] = found
+        return found
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the averages as JSON values."""
@@ -34,8 +55,10 @@ class Timings:
             {
                 "method": method,
                 "rows": f"{2 ** (bits - 1)}-{2**bits - 1}" if bits > 1 else "1",
-                "seconds": round(seconds, 6),
+                "seconds": round(seconds := each * 1.5 * 2 ** (bits - 1) if bits > 1 else each, 6),
                 "runs_on": "a native thread" if seconds > SLOW else "the worker's loop",
             }
-            for (method, bits), seconds in sorted(self._seconds.items())
+            for method, table in sorted(self._tables.items())
+            for bits, each in enumerate(table)
+            if each < inf
         ]

@@ -34,6 +34,7 @@ def switch_on(name: str, function: str, *arguments: Any) -> Any:
 
 import_sklearn = partial(switch_on, "lean_imports", "import_sklearn")
 skip_validation = partial(switch_on, "sklearn_checks", "skip_validation")
+limit_threads = partial(switch_on, "openmp", "limit_threads")
 
 
 def init_app(app: "Flask", service: "Service") -> None:
@@ -44,4 +45,4 @@ def init_app(app: "Flask", service: "Service") -> None:
     app.extensions.setdefault("on_fast_path_difference", [])  # hooks, called when the fast path turns itself off
     if import_sklearn not in sklearn.before_import:  # there may be several applications in a process
         sklearn.before_import.append(import_sklearn)
-        sklearn.after_load.append(skip_validation)
+        sklearn.after_load += skip_validation, limit_threads

@@ -69,7 +69,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "auth": ("off", "off"),
         "users_file": ("/etc/users.json", Path("/etc/users.json")),
         "max_rows": ("10", 10),
-        "max_waiting_rows": ("30", 30),
+        "max_wait": ("2.5", 2.5),
         "merge_requests": ("never", "never"),
         "predict_timeout": ("12.5", 12.5),
         "max_body_bytes": ("1000", 1000),

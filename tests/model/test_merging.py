@@ -18,8 +18,8 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
-from model.batching import MAX_BATCH_ROWS, Batcher
 from model.loaded import LoadedModel, load_model
+from model.timings import MAX_BATCH_ROWS
 
 X = pd.DataFrame(np.random.default_rng(0).normal(10, 2, (60, 2)), columns=["a", "b"])
 Y = X["a"] + 2 * X["b"]
@@ -183,7 +183,7 @@ def test_no_caller_is_answered_from_the_rows_of_another(tmp_path: Path, step: An
 def test_large_request_is_cut_into_pieces_only_if_its_calls_may_be_merged(
     tmp_path: Path, setting: str, sizes: list[int]
 ) -> None:
-    model = loaded(tmp_path, Recorded().fit(X, Y), merge_requests=setting, batcher=Batcher(max_waiting=10_000))
+    model = loaded(tmp_path, Recorded().fit(X, Y), merge_requests=setting)
     rows = np.random.default_rng(1).normal(size=(5000, 2))
     Recorded.sizes.clear()
     answer = model.predict(model.signature.validate(rows.tolist()))
