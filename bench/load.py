@@ -57,6 +57,16 @@ def fixed_rate(run: Running, bodies: list[Rows], rate: float, seconds: float, co
     return _open_loop(run, bodies, cores, seconds, "--rate", str(rate), "--seconds", str(seconds))
 
 
+def more_than_it_can(
+    run: Running, bodies: list[Rows], rate: float, seconds: float, connections: int, cores: str
+) -> dict[str, Any]:
+    """Ask so many times a second, each time on a free connection or not at all. Latencies are those of answers."""
+    arguments = ["--rate", str(rate), "--seconds", str(seconds), "--connections", str(connections), "--drop"]
+    found = _open_loop(run, bodies, cores, seconds, *arguments)
+    answered = found["requests"] - found["failed"] - found["unsent"] - found["unfinished"]
+    return found | {"rate": answered / found["elapsed"]}
+
+
 def fixed_count(run: Running, bodies: list[Rows], count: int, connections: int, cores: str) -> dict[str, Any]:
     """Ask so many times, each connection again as soon as it is answered."""
     found = _open_loop(run, bodies, cores, 60.0, "--count", str(count), "--connections", str(connections))

@@ -26,14 +26,14 @@ GRACE = 10.0  # seconds for what is still under way at the end
 class Generator:
     """Sends what is due, and notes what becomes of it."""
 
-    def __init__(self, port: int, requests: list[bytes]) -> None:
-        self.port, self.requests = port, requests
+    def __init__(self, port: int, requests: list[bytes], drops: bool = False) -> None:
+        self.port, self.requests, self.drops = port, requests, drops
         self.due: deque[float] = deque()
         self.free: deque[Connection] = deque()
         self.busy: set[Connection] = set()
         self.latencies: list[float] = []
         self.late: list[float] = []  # how late this generator was itself
-        self.failed = self.sent = 0
+        self.failed = self.sent = self.unsent = 0
         self.connecting: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
 
     async def run(self, connections: int, count: int, rate: float) -> dict[str, float]:
@@ -47,13 +47,24 @@ class Generator:
                 self.late.append(time.perf_counter() - due)
             self.due.append(due)
             self.send()
+            if self.drops:
+                self.unsent += len(self.due)
+                self.due.clear()
+                if wait <= 0:
+                    await asyncio.sleep(0)  # else a rate that is never reached would leave no time for answers
         end = loop.time() + GRACE
-        while len(self.latencies) + self.failed < count and loop.time() < end:
+        while len(self.latencies) + self.failed + self.unsent < count and loop.time() < end:
             await asyncio.sleep(0.002)
         now = time.perf_counter()
         unfinished = [*self.due, *(connection.due for connection in self.busy)]
         self.latencies += [now - due for due in unfinished]  # at least
-        figures = {"requests": count, "failed": self.failed, "unfinished": len(unfinished), "elapsed": now - began}
+        figures = {
+            "requests": count,
+            "unsent": self.unsent,
+            "failed": self.failed,
+            "unfinished": len(unfinished),
+            "elapsed": now - began,
+        }
         return figures | {
             "p50": percentile(self.latencies, 50),
             "p99": percentile(self.latencies, 99),
@@ -136,8 +147,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--count", type=int, default=0, help="requests, instead of seconds")
     parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--drop", action="store_true", help="what finds no free connection is not sent")
     given = parser.parse_args()
-    generator = Generator(given.port, [request.encode() for request in json.load(sys.stdin)])
+    generator = Generator(given.port, [request.encode() for request in json.load(sys.stdin)], given.drop)
     gc.disable()  # its pauses would count as the server's
     count = given.count or round(given.rate * given.seconds)
     # epoll, which asyncio would take, rounds a wait up to a millisecond; select does not.

@@ -78,7 +78,7 @@ class Batcher:
 
         Args:
             run_in_thread: runs a function on a native thread and returns its result.
-            max_wait: seconds that those who wait may take together, besides one call; a further caller is rejected.
+            max_wait: seconds that callers may take together, or two calls; a further one is rejected.
             observers: called for each call of the model with its rows, and the seconds that the first of them waited.
         """
         self.timings = Timings()
@@ -123,7 +123,7 @@ class Batcher:
         with self._lock:
             if is_first and self._expected > self._max_wait:
                 size, each = self.timings.bound(method)
-                if self._expected > self._max_wait + size * each:
+                if self._expected > 2 * size * each:  # one that is under way, and one that waits
                     raise Overloaded(f"what waits for the model will take it {self._expected:.1f} seconds")
             call.seconds = self.timings.expect(method, len(rows))
             if self._open[call.key]:  # it need not take a call of its own
