@@ -12,7 +12,7 @@ and each caller waits on its own lock, so it works the same under gevent, under 
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -23,7 +23,7 @@ from processes import run_hooks
 from .timings import SLOW, Timings
 
 SOLO_THRESHOLD = 8  # calls in a row that no other caller joined
-PATIENCE = 0.05  # seconds that a caller waits before it is asked whether it is still there
+PATIENCE = 0.25  # seconds that a caller waits before it is asked whether it is still there, which costs some 5 µs
 SUSPECT_SECONDS = 5.0  # for which a caller whose rows the model refused shares no calls
 MAX_SUSPECTS = 1000
 
@@ -48,20 +48,19 @@ class _Call:
     since: float
     caller: Hashable
     check: Callable[[], Any]
-    suspect: bool
+    suspect: bool = False  # it shares no call
     seconds: float = 0.0  # that it adds to the wait of others
     wake: "threading.Lock | None" = None  # that a caller who does not lead waits for
     answered: bool = False
     result: Any = None
     error: Exception | None = None
 
-    def has_left(self, now: float) -> bool:
+    def has_left(self) -> bool:
         """Return whether the caller no longer waits for an answer; then its call is over."""
-        if now - self.since > PATIENCE:
-            try:
-                self.check()
-            except Exception as error:
-                self.error, self.answered = error, True
+        try:
+            self.check()
+        except Exception as error:
+            self.error, self.answered = error, True
         return self.answered
 
 
@@ -84,7 +83,7 @@ class Batcher:
         self.timings = Timings()
         self._run_in_thread, self._max_wait, self._observers = run_in_thread, max_wait, observers
         self._queue: deque[_Call] = deque()
-        self._open: Counter[Hashable] = Counter()  # callers by their key, of those that wait or are being answered
+        self._open: dict[Hashable, int] = {}  # callers by their key, of those that wait or are being answered
         self._expected = 0.0  # seconds that all of these will take
         self._suspects: dict[Hashable, float] = {}  # caller → since when, the oldest first
         self._leader: _Call | None = None
@@ -117,26 +116,8 @@ class Batcher:
 
         Raises: Overloaded; what `check` raised; or what `run` raised at these rows alone.
         """
-        began = time.perf_counter()
-        suspect = bool(self._suspects) and began - self._suspects.get(caller, -SUSPECT_SECONDS) < SUSPECT_SECONDS
-        call = _Call(rows, object() if suspect else (method, shape), began, caller, check, suspect)
-        with self._lock:
-            if is_first and self._expected > self._max_wait:
-                size, each = self.timings.bound(method)
-                if self._expected > 2 * size * each:  # one that is under way, and one that waits
-                    raise Overloaded(f"what waits for the model will take it {self._expected:.1f} seconds")
-            call.seconds = self.timings.expect(method, len(rows))
-            if self._open[call.key]:  # it need not take a call of its own
-                call.seconds = min(call.seconds, len(rows) * self.timings.bound(method)[1])
-            call.seconds = call.seconds if call.seconds < inf else 0.0
-            self._open[call.key] += 1
-            self._expected += call.seconds
-            self._queue.append(call)
-            if self._leader is None:
-                self._leader = call
-            else:
-                call.wake = threading.Lock()
-                call.wake.acquire()
+        call = _Call(rows, (method, shape), time.perf_counter(), caller, check)
+        self._enter(call, method, is_first)
         batch: list[_Call] = []
         try:
             if call.wake is not None:
@@ -155,6 +136,28 @@ class Batcher:
         if call.error is not None:
             raise call.error
         return call.result
+
+    def _enter(self, call: _Call, method: str, is_first: bool) -> None:
+        """Put a call into the queue, and let it lead if there is no leader. Raises: Overloaded."""
+        if self._suspects and call.since - self._suspects.get(call.caller, -inf) < SUSPECT_SECONDS:
+            call.suspect, call.key = True, object()
+        with self._lock:
+            if is_first and self._expected > self._max_wait:
+                size, each = self.timings.bound(method)
+                if self._expected > 2 * size * each:  # one call that is under way, and one that waits
+                    raise Overloaded(f"what waits for the model will take it {self._expected:.1f} seconds")
+            if others := self._open.get(call.key, 0):  # so it needs no call of its own
+                call.seconds = len(call.rows) * self.timings.bound(method)[1]
+            else:
+                call.seconds = self.timings.expect(method, len(call.rows), unknown=0.0)
+            self._open[call.key] = others + 1
+            self._expected += call.seconds
+            self._queue.append(call)
+            if self._leader is None:
+                self._leader = call
+            else:
+                call.wake = threading.Lock()
+                call.wake.acquire()
 
     def tick(self) -> int:
         """Return for how many whole seconds the present call of the model has been running, beyond what was expected.
@@ -175,7 +178,7 @@ class Batcher:
                 self._queue.remove(call)
                 self._queue.appendleft(call)
             for each in self._queue:
-                if each.has_left(now):
+                if now - each.since > PATIENCE and each.has_left():
                     batch.append(each)
                 elif each.key == call.key and (size + len(each.rows) <= most or not size):
                     batch.append(each)
@@ -227,9 +230,8 @@ class Batcher:
         """Wake the callers that were answered, and, if this caller led, the next leader."""
         with self._lock:
             self._expected -= call.seconds
-            self._open[call.key] -= 1
-            if not self._open[call.key]:
-                del self._open[call.key]
+            if others_open := self._open.pop(call.key) - 1:
+                self._open[call.key] = others_open
             if not batch and call in self._queue:  # killed while it waited
                 self._queue.remove(call)
             if self._leader is not call:

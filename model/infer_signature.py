@@ -85,8 +85,6 @@ def infer_signature(
             else:
                 signature, rows = _with_guesses(model, signature, rows)
             check_units(model, signature, rows)
-            if type(model).__module__.startswith(SINGLE):
-                signature = replace(signature, precision="float32")
             return _with_nullable(model, signature, rows, nullable), rows
     raise ModelLoadError(f"{_explain(model, failure, sample)} ({type(failure).__name__}: {failure})") from failure
 
@@ -164,7 +162,8 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[S
     of_lightgbm = any(type(part).__module__.startswith("lightgbm.") for part in (model, *estimators_in(model)))
     blanks = of_lightgbm and not any(" " in name for name in names)
     for kinds in _guesses(unknown, columns, sample):
-        yield Signature(layout, _with_kinds(columns, kinds), blanks_replaced=blanks)
+        precision = "float32" if type(model).__module__.startswith(SINGLE) else "float64"
+        yield Signature(layout, _with_kinds(columns, kinds), precision, blanks)
     yield Signature(layout, tuple(columns), precision="float32")
 
 

@@ -69,7 +69,7 @@ class LoadedModel:
             if done:
                 check()
             size = self.batcher.timings.bound(method)[0] if self.merges and len(rows) > 1 else len(rows)
-            piece = rows[done : done + size] if size < len(rows) else rows
+            piece = rows[done : done + size]
             results.append(self.batcher.submit(self._predict_batch, piece, method, shape, caller, check, not done))
             done += size
         return join(results) if len(results) > 1 else results[0]

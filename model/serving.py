@@ -199,7 +199,8 @@ class Serving:
         try:
             sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
             model = loader(batcher=batcher, **self._load_options)
-            model.time_calls()
+            if model.batcher is batcher:  # else it was loaded before
+                model.time_calls()
         except ModelLoadError:
             raise
         except BaseException as error:  # a pickle runs code of its own, which may even raise SystemExit

@@ -33,9 +33,10 @@ class Timings:
                 table[smaller] += _WEIGHT_IF_MORE * (table[at] - table[smaller])
         self._bounds.pop(method, None)
 
-    def expect(self, method: str, rows: int) -> float:
-        """Return the seconds that a call will take at most; infinity if none was seen that is as small."""
-        return rows * min(self._tables.get(method, _UNKNOWN)[: rows.bit_length() + 1])
+    def expect(self, method: str, rows: int, unknown: float = inf) -> float:
+        """Return the seconds that a call will take at most; `unknown` if none was seen that is as small."""
+        seconds = rows * min(self._tables.get(method, _UNKNOWN)[: rows.bit_length() + 1])
+        return seconds if seconds < inf else unknown
 
     def bound(self, method: str) -> tuple[int, float]:
         """Return how many rows a call should have at most, and the seconds per row in such a call; 0 if not known."""

@@ -91,7 +91,7 @@ def test_overload_is_refused_at_once_and_the_rest_is_answered(
             while time.monotonic() < end:
                 answers.append(ask(server, [[float(at)]]))
                 assert answers[-1][0] == 503 or answers[-1][2] == {"prediction": [2.0 * at]}
-                time.sleep(0.2)  # as one who heeds Retry-After a little
+                time.sleep(1.0)  # as Retry-After asks
 
         for thread in in_threads(150, caller):
             thread.join(60)
@@ -101,7 +101,7 @@ def test_overload_is_refused_at_once_and_the_rest_is_answered(
     assert refused
     assert {fields["Retry-After"] for _, fields, _, _ in refused} == {"1"}
     assert max(calls()) <= 4
-    assert len(answered) > 0.5 * 6 / PER_ROW  # on a busy machine
+    assert len(answered) > 60  # of 300 that it can answer; on a busy machine
     # Without the bound each of 150 would wait for 149 others, 3 seconds at least.
     assert sorted(seconds for *_, seconds in answered)[len(answered) // 2] < 2.0
     kinds = {(record["status"], record["error_type"]) for record in records(server.journal_dir)}

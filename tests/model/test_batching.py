@@ -185,6 +185,26 @@ def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:
     assert_idle(batcher)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_further_rows_of_a_request_that_was_admitted_are_not_refused(is_first: bool) -> None:
+    model, batcher = Model(), Batcher(max_wait=1.0)
+    know(batcher, 1, 1.0)  # so the one that waits is expected to take 10 seconds
+    refused = threading.Event()
+    model.gate = lambda: len(model.sizes) > 1 or refused.is_set() or len(batcher._queue) == 2
+
+    def call() -> Any:
+        until(lambda: batcher._queue)
+        try:
+            return batcher.submit(model, [3], "square", is_first=is_first)
+        except Overloaded:
+            refused.set()
+
+    waits = meanwhile(model, lambda: batcher.submit(model, [2] * 10, "square"))
+    *others, last = at_once(lambda: batcher.submit(model, [1], "square"), waits, meanwhile(model, call))
+    assert others == [[1], [4] * 10]
+    assert last == (None if is_first else [9])
+
+
 def test_who_waits_for_one_call_is_not_refused_though_that_takes_longer_than_the_bound() -> None:
     model, batcher = Model(), Batcher(max_wait=1.0)
     know(batcher, 1, 5.0)

@@ -191,6 +191,28 @@ def test_large_request_is_cut_into_pieces_only_if_its_calls_may_be_merged(
     assert np.allclose(answer, LinearRegression().fit(X, Y).predict(pd.DataFrame(rows, columns=["a", "b"])))
 
 
+def test_pieces_of_a_request_grow_as_the_model_proves_faster_than_it_was_known_to_be(tmp_path: Path) -> None:
+    model = loaded(tmp_path, Recorded().fit(X, Y), merge_requests="always")
+    model.batcher.timings.note("predict", 1, 0.01)  # so five rows at first
+    rows = np.random.default_rng(1).normal(size=(1000, 2))
+    Recorded.sizes.clear()
+    answer = model.predict(model.signature.validate(rows.tolist()))
+    assert Recorded.sizes[0] == 5 < Recorded.sizes[-2]
+    assert sum(Recorded.sizes) == 1000
+    assert np.allclose(answer, LinearRegression().fit(X, Y).predict(pd.DataFrame(rows, columns=["a", "b"])))
+
+
+def test_caller_that_left_is_noticed_between_the_pieces_of_its_request(tmp_path: Path) -> None:
+    def check() -> None:
+        raise ConnectionResetError
+
+    model = loaded(tmp_path, Recorded().fit(X, Y), merge_requests="always")
+    Recorded.sizes.clear()
+    with pytest.raises(ConnectionResetError):
+        model.predict(model.signature.validate(np.zeros((5000, 2)).tolist()), check=check)
+    assert len(Recorded.sizes) == 1
+
+
 def test_ranks_of_a_large_request_are_those_of_all_its_rows(tmp_path: Path) -> None:
     own = piped(FunctionTransformer(ranked))
     frame = pd.DataFrame(np.random.default_rng(1).normal(size=(5000, 2)), columns=["a", "b"])
