@@ -6,7 +6,7 @@ count(3, time.time())
 read_rows([directory / "rows-0"])[("v7", "stable")].rows
 """
 
-import _thread  # a native lock under gevent, too: it is held for half a microsecond, and nothing yields meanwhile
+import _thread  # its RLock is native under gevent too, its allocate_lock is not; nothing yields while it is held
 import mmap
 import struct
 import time
@@ -54,7 +54,7 @@ class RowCounts:
             replace_file(path, content, durable=False)  # zeros, no hole: a write to one can kill on a full disk
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), len(content))
-        self._lock = _thread.allocate_lock()
+        self._lock = _thread.RLock()
         self._names = [name for _, _, name in _places(content)]
 
     def exists(self) -> bool:

@@ -17,7 +17,7 @@ categories, 1.6 (0.2) for 20 numbers and 20 categories, and 3.1 (0.7) if all of 
 random part is looked at, so that 200 columns cost 1.6 (0.3). 10,000 rows and more are counted on a native thread.
 """
 
-import _thread  # a native lock under gevent, too: it is held for a microsecond, and nothing yields meanwhile
+import _thread  # its RLock is native under gevent too, its allocate_lock is not; nothing yields while it is held
 import hashlib
 import logging
 import math
@@ -80,7 +80,7 @@ class Drift:
         self._counters: dict[str, Counts | None] = {}  # by version
         self._day, self._reported = 0, 0
         self._read: tuple[float, dict[tuple[str, str], dict[int, Sums]]] = (-2.0, {})
-        self._lock = _thread.allocate_lock()
+        self._lock = _thread.RLock()
         self._trouble = LogLimit(logging.getLogger(__name__), math.inf)
 
     # --- counting
