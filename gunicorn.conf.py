@@ -18,6 +18,7 @@ if _here not in sys.path:  # it was started in another directory, with -c
 
 import auth
 import log_format
+from processes import run_hooks
 from settings import Settings, SettingsError, usable_cores
 
 log_format.set_up(os.environ.get("LOG_FORMAT", ""))  # before the settings are read, which logs the platform
@@ -197,6 +198,6 @@ def post_worker_init(worker):
 
 
 def worker_exit(server, worker):
-    """Record what a worker that ends has counted since its last summary."""
+    """Record what a worker that ends has counted."""
     if hasattr(getattr(worker, "wsgi", None), "extensions"):  # it may end because the application did not load
-        worker.wsgi.extensions["service"].request_log.summarise()
+        run_hooks(worker.wsgi.extensions["service"].on_exit)

@@ -115,6 +115,7 @@ class Journal:
         self._limit = LogLimit(log)
         # Hooks of extensions, called with the reason, one of `LOSSES`, and the number of records that were lost.
         self.on_loss: list[Callable[[str, int], None]] = []
+        self.on_event: list[Callable[[dict[str, Any]], None]] = []  # called with each record that has `event`
         self._begin()
         after_fork(self._after_fork)
 
@@ -133,6 +134,8 @@ class Journal:
                 self._lose(UNWRITABLE, 1)
                 message = "records are being lost, the journal in %s cannot be written: %s"
                 self._limit.error(UNWRITABLE, message, self._directory, error)
+        if "event" in record:
+            run_hooks(self.on_event, record)
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._fd is not None

@@ -122,6 +122,7 @@ class Service:
         self.on_answer: list[Callable[[Any, Answer, dict[str, Any]], None]] = []  # rows, answer, record
         self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
+        self.on_exit: list[Callable[[], None]] = [self.request_log.summarise]  # in a worker that ends
         self.every_second: list[Callable[[], None]] = [
             lambda: self.serving.end_if_hung(settings.predict_timeout),
             self.bodies.expire_reads,

@@ -1,4 +1,4 @@
-"""Metrics, drift and the journal's report. An extension of the server (see EXTENSIONS in settings.py)."""
+"""Metrics, drift, roll-ups and the journal's report. An extension of the server (see EXTENSIONS in settings.py)."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +31,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     from flask import Response, request
 
     from auth import require
-    from telemetry import drift
+    from telemetry import drift, rollup_writer
     from telemetry.metrics import Metrics
 
     settings = service.settings
@@ -45,6 +45,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.journal.on_loss.append(metrics.count_loss)
     service.every_second.append(metrics.note_in_flight)
     drift.watch(service, slot, metrics.on_expose)
+    rollup_writer.watch(service)
 
     def join() -> None:
         if _has_workers:

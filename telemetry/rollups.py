@@ -31,8 +31,10 @@ OTHERS = "(others)"
 GAMMA = (1 + 0.01) / (1 - 0.01)  # for the error of 1 %
 BUCKETS_PER_E = 1 / math.log(GAMMA)
 MAX_BUCKET = 1000  # 15 years
+MAX_NUMBER = 10**15  # of a sound line
+SPANS = (60, 300, 3600)
 NUMBERS = ("requests", "success", "rows", "seconds", "unauthenticated")
-NAMES = ("errors", "users", "protocols")
+NAMES = ("errors", "users", "protocols", "dropped")
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -50,6 +52,7 @@ class Sums:
     errors: Counter[str] = field(default_factory=Counter)  # "<error_type> <status> <error>" → requests
     users: Counter[str] = field(default_factory=Counter)  # name → requests
     protocols: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)  # reason → records that the journal lost; no version
     # Of feedback that came meanwhile: the sums of its records by their names, `age` too, their number as `entries`, and
     # as `regressions` those of a regression; {} if none came.
     feedback: dict[str, float] = field(default_factory=dict)
@@ -111,32 +114,50 @@ def read(directory: Path, since: float, until: float, step: int) -> dict[tuple[s
     """
     first = int(since // step * step)
     lines = (line for line in _lines(directory, first) if line["time"] < until and _end(line) > first)
-    sums = add_up(lines, lambda line: (max(int(line["time"] // step * step), first), line["version"], line["variant"]))
+    sums = add_up(lines, lambda line: (max(int(line["time"] // step * step), first), name_of(line)))
     found: dict[tuple[str, str], dict[int, Sums]] = {}
-    for (start, version, variant), each in sums.items():
-        found.setdefault((version, variant), {})[start] = each
+    for (start, name), each in sums.items():
+        found.setdefault(name, {})[start] = each
     return found
 
 
 def read_events(directory: Path, since: float, limit: int = 50) -> list[dict[str, Any]]:
-    """Return what happened to the service since a time (seconds since 1970): records with `event`, the newest first."""
-    found = [line for line in _lines(directory, since) if "event" in line and line["time"] >= since]
-    return sorted(found, key=lambda line: -line["time"])[:limit]
+    """Return what happened to the service since a time (seconds since 1970), the newest first.
+
+    An event is its record in the journal, such as a rollback's; or `{"event": "dropped", "dropped": 7, "reason": "the
+    journal was full", "time": …}` with the records that were lost in an hour.
+    """
+    found: list[dict[str, Any]] = []
+    dropped: dict[tuple[float, str], dict[str, Any]] = {}
+    for line in _lines(directory, since, having=(b'"event"', b'"dropped"')):
+        if "event" in line:
+            found.append(line)
+        elif isinstance(line.get("dropped"), dict):
+            for reason, number in line["dropped"].items():
+                known = {"event": "dropped", "dropped": 0, "reason": reason, "time": 0}
+                event = dropped.setdefault((line["time"] // 3600, reason), known)
+                event["dropped"] += number if isinstance(number, int) else 0
+                event["time"] = max(event["time"], line["time"])
+    found = [event for event in (*found, *dropped.values()) if event["time"] >= since]
+    return sorted(found, key=lambda event: -event["time"])[:limit]
 
 
 def add_up(lines: Iterable[dict[str, Any]], key_of: Callable[[dict[str, Any]], Key]) -> dict[Key, Sums]:
-    """Return what lines add up to, by the keys that a function returns for them; those of another form are skipped."""
+    """Return what lines add up to, by the keys that a function returns for them; lines without sums are skipped."""
     found: dict[Key, Sums] = {}
     times: dict[Key, Any] = {}
     for line in lines:
         with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError):
             key, (first, *counts) = key_of(line), line.get("times", (0,))
+            begin, end = first + MAX_BUCKET, first + MAX_BUCKET + len(counts)
             numbers = [float(line.get(name, 0)) if name == "seconds" else int(line.get(name, 0)) for name in NUMBERS]
             names: dict[str, Any] = {name: {k: int(n) for k, n in line.get(name, {}).items()} for name in NAMES}
             names["feedback"] = {k: float(value or 0) for k, value in line.get("feedback", {}).items()}
+            if line["span"] not in SPANS or not 0 <= begin <= end <= 2 * MAX_BUCKET or max(numbers) > MAX_NUMBER:
+                continue
             if key not in found:
                 found[key], times[key] = Sums(), np.zeros(2 * MAX_BUCKET, np.int64)
-            times[key][first + MAX_BUCKET :][: len(counts)] += np.array(counts, np.int64)
+            times[key][begin:end] += np.array(counts, np.int64)
             sums = found[key]
             for name, number in zip(NUMBERS, numbers, strict=True):
                 setattr(sums, name, getattr(sums, name) + number)
@@ -148,9 +169,13 @@ def add_up(lines: Iterable[dict[str, Any]], key_of: Callable[[dict[str, Any]], K
     return found
 
 
+def name_of(line: dict[str, Any]) -> tuple[str, str]:
+    """Return the version and the variant of a line of sums. Raises: KeyError, there is none."""
+    return str(line["version"]), str(line["variant"])
+
+
 def _end(line: dict[str, Any]) -> float:
-    span = line.get("span")
-    return float(line["time"] + span) if span in (60, 300, 3600) else -math.inf
+    return float(line["time"] + line["span"]) if line.get("span") in SPANS else -math.inf
 
 
 def days(directory: Path) -> dict[str, Path]:
@@ -163,17 +188,19 @@ def day_of(time: float) -> str:
     return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=time)).strftime("%Y-%m-%d")
 
 
-def read_file(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file that are whole: objects with a `time`."""
-    with suppress(FileNotFoundError):  # it was too old
+def read_file(path: Path, having: tuple[bytes, ...] = (b"{",)) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file that are whole, objects with a `time`, and have some bytes."""
+    with suppress(FileNotFoundError, IsADirectoryError):  # it was too old, or is not ours
         for text in path.read_bytes().split(b"\n"):
-            with suppress(ValueError):
-                line = orjson.loads(text) if text else None
-                if isinstance(line, dict) and isinstance(line.get("time"), (int, float)):
-                    yield line
+            if any(each in text for each in having):
+                with suppress(ValueError):
+                    line = orjson.loads(text)
+                    known = isinstance(line, dict) and isinstance(line.get("time"), (int, float))
+                    if known and 0 <= line["time"] <= MAX_NUMBER:
+                        yield line
 
 
-def _lines(directory: Path, since: float) -> Iterator[dict[str, Any]]:
+def _lines(directory: Path, since: float, **having: tuple[bytes, ...]) -> Iterator[dict[str, Any]]:
     for day, path in days(directory).items():
         if day >= day_of(since):
-            yield from read_file(path)
+            yield from read_file(path, **having)
