@@ -1,46 +1,35 @@
 """The prediction errors in the report: those of the rows whose truth came within its time, by version and variant."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures
 from endpoints.ledger import Ledger
 
 
-class PredictionErrors:
-    """The sums of the journal's feedback records."""
+def prediction_errors(
+    feedback: Mapping[tuple[str, str], Mapping[str, float]], directory: Path
+) -> list[tuple[str, ...]]:
+    """Return the lines of the report about feedback by version and variant, as rollups.Sums adds it up.
 
-    def __init__(self) -> None:
-        self._figures: dict[tuple[str, str], Figures] = {}
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Count a record. Raises: KeyError, TypeError, ValueError, it lacks something."""
-        sums: dict[str, float] = {"rows": int(record["rows"])}
-        sums |= {name: int(record[name] or 0) for name in ("wrong", "unknown_labels")}
-        sums |= {name: float(record[name] or 0) for name in ("abs_error", "sq_error", "signed_error")}
-        if not 0 <= sums["wrong"] <= sums["rows"]:
-            raise ValueError("more rows are wrong than there are")
-        key, age = (record["model_version"], record["variant"]), float(record["age"])
-        kind = REGRESSION if record["wrong"] is None else CLASSIFICATION
-        self._figures.setdefault(key, Figures(kind)).add(sums, age)
-
-    def table(self, directory: Path) -> list[tuple[str, str]]:
-        """Return the lines of the report; coverage is known to the ledger beside the journal in this directory."""
-        since_served: dict[tuple[str, str], Figures] = {}
-        with suppress(OSError):
-            since_served = Ledger(directory, lambda record: None).figures()
-        lines = []
-        for key, figures in sorted(self._figures.items()):
-            known = since_served.get(key)
-            found = {
-                **_errors(figures),
-                "labelled rows": f"{figures.rows}",
-                "coverage since first served": f"{100 * known.coverage:.2f} %" if known else "",
-                "age of the labels": _duration(figures.age_sum / figures.entries),
-            }
-            lines += [(f"{name}, {' '.join(key)}", value) for name, value in found.items() if value]
-        return lines
+    Coverage is known to the ledger beside the journal in this directory.
+    """
+    since_served: dict[tuple[str, str], Figures] = {}
+    with suppress(OSError):
+        since_served = Ledger(directory, lambda record: None).figures()
+    lines: list[tuple[str, ...]] = []
+    for key, sums in sorted((key, sums) for key, sums in feedback.items() if sums):
+        figures, known = Figures(REGRESSION if sums["regressions"] else CLASSIFICATION), since_served.get(key)
+        figures.add(sums, 0.0)
+        found = {
+            **_errors(figures),
+            "labelled rows": f"{figures.rows}",
+            "coverage since first served": f"{100 * known.coverage:.2f} %" if known else "",
+            "age of the labels": _duration(sums["age"] / sums["entries"]),
+        }
+        lines += [(f"{name}, {' '.join(key)}", value) for name, value in found.items() if value]
+    return lines
 
 
 def _errors(figures: Figures) -> dict[str, str]:

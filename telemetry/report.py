@@ -2,7 +2,14 @@
 waits to be shipped.
 
 python -m telemetry.report                    the last hour
-python -m telemetry.report --since 15m        s, m, h or d; `all` for the whole journal
+python -m telemetry.report --since 15m        s, m, h or d; `all` for everything
+python -m telemetry.report --by user          or version, error
+python -m telemetry.report --errors           the latest failed requests, a line each
+python -m telemetry.report --request ID       all that the journal has of a request
+python -m telemetry.report --follow           new requests as they are written
+python -m telemetry.report --html FILE        the page of GET /monitor
+
+The journal is read if it has all requests of that time; if some were shipped or dropped, the roll-ups.
 """
 
 import math
@@ -11,96 +18,170 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cli import run
-from monitor import read_lines, segments
-from telemetry import shipping_progress
+from processes import replace_file
+from telemetry import rollups, shipping_progress
+from telemetry.rollups import Sums
+from telemetry.single_requests import FIELDS, NoSuchRequest, failures, find, follow, is_request, printable, read
 
-if TYPE_CHECKING:
-    from telemetry.feedback_report import PredictionErrors
-
-
-def read(directory: Path, since: float) -> Iterator[dict[str, Any] | None]:
-    """Yield the records of a journal written at or after `since` (seconds since 1970), and None for a torn line."""
-    for path in segments(directory):
-        with suppress(FileNotFoundError):  # shipped meanwhile, or dropped to make room
-            if path.stat().st_mtime < since:
-                continue
-            for _, record in read_lines(path):
-                written = record and record.get("time")
-                if not isinstance(written, (int, float)):
-                    yield None
-                elif written >= since:
-                    yield record
+LATEST = 50  # failed requests
 
 
-def _prediction_errors() -> "PredictionErrors | None":
-    try:
-        from telemetry.feedback_report import PredictionErrors
-    except ModuleNotFoundError:  # endpoints/ was removed
-        return None
-    return PredictionErrors()
+def _feedback_report() -> Any:
+    with suppress(ModuleNotFoundError):  # endpoints/ was removed
+        return import_module("telemetry.feedback_report")
+    return None
 
 
 @dataclass
 class Summary:
-    """The sums of the records of some time."""
+    """What happened in some time, from the journal or from roll-ups."""
 
-    response_times: "array[float]" = field(default_factory=lambda: array("d"))  # seconds
-    succeeded: int = 0
-    rows: int = 0
-    versions: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)  # "<error_type>: <status> <error>" → requests
-    others: Counter[str] = field(default_factory=Counter)  # what is not a request
-    prediction_errors: "PredictionErrors | None" = field(default_factory=_prediction_errors)
+    source: str = "journal"
+    sums: dict[tuple[str, str], Sums] = field(default_factory=dict)  # by version and variant
+    # Each response time (seconds), by the same; none from roll-ups, which only count them.
+    times: "dict[tuple[str, str], array[float]]" = field(default_factory=dict)
+    events: Counter[str] = field(default_factory=Counter)
+    torn: int = 0  # lines
+    first: float = math.inf  # when the first and the last request were (seconds since 1970)
+    last: float = 0.0
 
     def add(self, record: dict[str, Any] | None) -> None:
         """Count one record. None counts as a torn line, and so does a record that lacks something."""
         try:
             if record is None:
-                self.others["torn lines"] += 1
+                self.torn += 1
             elif "dropped" in record:
-                self.others["records dropped"] += record["dropped"]
-            elif record.get("event") == "feedback" and self.prediction_errors:
-                self.prediction_errors.add(record)
+                self._of().dropped[record["reason"]] += record["dropped"]
+            elif record.get("event") == "feedback" and _feedback_report():
+                self._of(record["model_version"], record["variant"]).add_feedback(record)
             elif "event" in record:
-                self.others[f"{record['event']} of {record['model_version']}"] += 1
+                self.events[f"{record['event']} of {record['model_version']}"] += 1
             elif "requests" in record:
-                self.others["without a valid password"] += record["requests"]
+                sums, count = self._of(), record["requests"] + 0
+                sums.requests, sums.unauthenticated = sums.requests + count, sums.unauthenticated + count
             else:
                 self._add_request(record)
-        except (KeyError, TypeError, ValueError):
-            self.others["torn lines"] += 1
+        except (KeyError, TypeError, ValueError, OverflowError):
+            self.torn += 1
+
+    def _of(self, version: str = "", variant: str = "") -> Sums:
+        return self.sums.setdefault((version, variant), Sums())
 
     def _add_request(self, record: dict[str, Any]) -> None:
-        self.response_times.append(record["response_time"])
-        self.rows += record["rows"]
-        self.versions[f"version {record['model_version'] or 'none'}"] += 1
+        key, rows = (record["model_version"], record.get("variant", "")), record["rows"] + 0
+        error, sums = f"{record['error_type']} {record['status']} {record['error']}", self._of(*key)
+        self.times.setdefault(key, array("d")).append(record["response_time"])
+        sums.rows += rows
+        sums.requests += 1
+        sums.users[record["user"]] += 1
         if record["success"]:
-            self.succeeded += 1
+            sums.success += 1
         else:
-            self.errors[f"{record['error_type']}: {record['status']} {record['error']}"] += 1
+            sums.errors[error] += 1
+        self.first, self.last = min(self.first, record["time"]), max(self.last, record["time"])
 
-    def table(self, seconds: float) -> list[tuple[str, str]]:
+    def total(self) -> Sums:
+        """Return the sums of all versions."""
+        total = Sums()
+        for sums in self.sums.values():
+            total.add(sums)
+        return total
+
+    def percentiles(self, *qs: int, of: tuple[str, str] | None = None) -> list[str]:
+        """Return percentiles of the response times, of a version and variant or of all."""
+        sums = self.total() if of is None else self.sums[of]
+        times = sorted(time for key, times in self.times.items() if of in (None, key) for time in times)
+        found = [percentile(times, q) if times else sums.quantile(q / 100) for q in qs]
+        return ["–" if each is None else f"{1000 * each:.2f} ms" for each in found]
+
+    def table(self, seconds: float) -> list[tuple[str, ...]]:
         """Return the lines of the report, a name and a value each, for records of so many seconds (maybe infinite)."""
-        count = len(self.response_times)
-        times = sorted(self.response_times)
-        lines = [("requests", f"{count}"), ("rows", f"{self.rows}")]
+        total, times = self.total(), [("from", self.first), ("to", self.last)] if self.last else []
+        lines = [(name, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))) for name, at in times]
+        lines += [("source", self.source), ("requests", f"{authenticated(total)}")]
         if 0 < seconds < math.inf:
-            lines.insert(1, ("requests/s", f"{count / seconds:.2f}"))
-        if count:
-            lines.append(("success", f"{100 * self.succeeded / count:.2f} %"))
-            lines += [(f"p{q}", f"{1000 * percentile(times, q):.2f} ms") for q in (50, 90, 99)]
-        for counter in (self.versions, self.errors, self.others):
+            lines.append(("requests/s", f"{authenticated(total) / seconds:.2f}"))
+        lines.append(("rows", f"{total.rows}"))
+        if authenticated(total):
+            lines += [("success", share(total.success, authenticated(total)))]
+            lines += zip(("p50", "p90", "p99"), self.percentiles(50, 90, 99), strict=True)
+        versions = Counter[str]()
+        for (version, _), sums in self.sums.items():
+            versions[f"version {version or 'none'}"] += authenticated(sums)
+        others = Counter({"without a valid password": total.unauthenticated, "torn lines": self.torn})
+        others["records dropped"] = total.dropped.total()
+        for counter in (versions, errors_of(total), others + self.events):
             lines += [(name, f"{n}") for name, n in counter.most_common() if n]
-        return lines
+        return [*lines]
+
+    def table_by(self, by: str) -> list[tuple[str, ...]]:
+        """Return a line for each version, user or error, below one with the names of the columns."""
+        total = self.total()
+        if by == "version":
+            lines = []
+            for key, sums in sorted(self.sums.items(), key=lambda item: -authenticated(item[1])):
+                if n := authenticated(sums):
+                    name = " ".join(filter(None, key)) or "none"
+                    lines.append((name, f"{n}", share(sums.success, n), *self.percentiles(50, 99, of=key)))
+            return [(by, "requests", "success", "p50", "p99"), *lines]
+        counter = total.users if by == "user" else errors_of(total)
+        found = [(name or "none", f"{n}", share(n, authenticated(total))) for name, n in counter.most_common()]
+        return [(by, "requests", "share"), *found]
+
+
+def authenticated(sums: Sums) -> int:
+    """Return the requests that had a valid password."""
+    return sums.requests - sums.unauthenticated
+
+
+def errors_of(sums: Sums) -> Counter[str]:
+    """Return their errors, as `<error_type>: <status> <error>` with the number of requests."""
+    passed = {name: n for name, n in sums.errors.items() if not name.startswith(("auth 401 ", "auth 429 "))}
+    return Counter({name.replace(" ", ": ", 1): n for name, n in passed.items()})
+
+
+def share(part: int, whole: int) -> str:
+    """Return a part of requests as words."""
+    return f"{100 * part / whole:.2f} %"
+
+
+def rolled_up(directory: Path, since: float, now: float) -> tuple[dict[tuple[str, str], dict[int, Sums]], int]:
+    """Return the roll-ups since a time (seconds since 1970), and the first of their steps that begins after it."""
+    step = 60 if now - since < 6600 else 300 if since >= (now // 86_400 - 1) * 86_400 else 3600  # see rollups.read
+    return rollups.read(directory, since, now, step), math.ceil(since / step) * step
+
+
+def summarise(directory: Path, since: float, now: float) -> Summary:
+    """Return what happened since a time (seconds since 1970), from the journal unless it has fewer requests than the
+    roll-ups. They are read first, so that a request that is written meanwhile is not missing in the journal.
+    """
+    rolled, first = rolled_up(directory, since, now)
+    counted = sum(authenticated(sums) for steps in rolled.values() for at, sums in steps.items() if at >= first)
+    summary, recorded = Summary(), 0
+    for record in read(directory, since):
+        summary.add(record)
+        recorded += bool(record and is_request(record) and record["time"] >= first)
+    if counted <= recorded:
+        return summary
+    found = Summary("roll-ups, within 1 %", last=now)
+    for key, steps in rolled.items():
+        for start, sums in steps.items():
+            found._of(*key).add(sums)
+            found.first = min(found.first, start)
+    for event in rollups.read_events(directory, since, limit=10**6):
+        if event["event"] != "dropped":
+            found.add(event)
+    return found
 
 
 def shipping(directory: Path) -> list[tuple[str, str]]:
@@ -124,14 +205,34 @@ def percentile(ordered: list[float], q: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
-def duration(text: str) -> float:
+def duration(text: str) -> tuple[float, str]:
     """Parse `90s`, `15m`, `1h` or `7d` to seconds, and `all` to infinity. Raises: click.BadParameter."""
-    if text == "all":
-        return math.inf
     found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if not found:
+    if not found and text != "all":
         raise click.BadParameter(f"{text!r}: expected a number with s, m, h or d, such as 15m, or all")
-    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]] if found else math.inf, text
+
+
+class CannotReport(Exception):
+    """What was asked for cannot be reported. The message is for the operator."""
+
+
+def write_page(file: Path, directory: Path, seconds: float, name: str, now: float) -> None:
+    """Write the page of GET /monitor, of the last so many seconds, by their name. Raises: CannotReport, OSError."""
+    try:
+        figures, page = (import_module(f"endpoints.{each}") for each in ("monitor_figures", "monitor_page"))
+    except ModuleNotFoundError as error:
+        raise CannotReport(f"--html needs the monitor page, and there is no {error.name}") from None
+    content: str = page.render(page.Host(directory), figures.Span.last(name, seconds, now))
+    replace_file(file, content.encode(), mode=0o640, durable=False)
+
+
+def echo_table(lines: list[tuple[str, ...]]) -> None:
+    """Print lines in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *others in lines:
+        values = (f"{value:>{width}}" for value, width in zip(others, widths[1:], strict=True))
+        click.echo(printable("  ".join([f"{first:<{widths[0]}}", *values])))
 
 
 @click.command()
@@ -153,28 +254,70 @@ def duration(text: str) -> float:
     metavar="TIME",
     help="How far back: 90s, 15m, 1h, 7d or all.",
 )
-def report(directory: Path, since: float) -> int:
-    """Sum up the journal of prediction requests."""
-    directory = directory.expanduser()
+@click.option("--by", type=click.Choice(["version", "user", "error"]), help="Requests of each.")
+@click.option("--errors", is_flag=True, help=f"The latest {LATEST} failed requests, a line each: {FIELDS}.")
+@click.option("--request", metavar="ID", help="All that the journal has of a request, by its X-Request-ID.")
+@click.option(
+    "--follow", is_flag=True, help="New requests as they are written, until Ctrl-C; with --errors, failed ones."
+)
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the page of GET /monitor.")
+@click.pass_context
+def report(context: click.Context, /, directory: Path, since: tuple[float, str], **chosen: Any) -> None:
+    """Sum up prediction requests, from the journal or, if it lacks some of that time, from the roll-ups."""
+    directory, now, (seconds, name) = directory.expanduser(), time.time(), since
+    begin = max(0.0, now - seconds)
+    _check(context, chosen)
     if not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is not a journal: there is no such directory")
-    summary = Summary()
-    for record in read(directory, time.time() - since):
-        summary.add(record)
-    lines = summary.table(since)
-    if summary.prediction_errors:
-        lines += summary.prediction_errors.table(directory)
-    lines += shipping(directory)
-    width = max(len(name) for name, _ in lines)
-    right = max(len(value) for _, value in lines)
-    for name, value in lines:
-        click.echo(f"{name:<{width}}  {value:>{right}}")
-    return 0
+        raise CannotReport(f"{directory} is not a journal: there is no such directory")
+    if chosen["follow"]:
+        for success, line in follow(directory):
+            if not (success and chosen["errors"]):
+                click.echo(line)
+    elif chosen["request"] is not None:
+        for line in find(directory, chosen["request"]):
+            click.echo(line)
+    elif chosen["html"]:
+        write_page(chosen["html"].expanduser(), directory, seconds, name, now)
+    elif chosen["errors"]:
+        echo_failures(directory, begin, now)
+    else:
+        summary = summarise(directory, begin, now)
+        lines = summary.table_by(chosen["by"]) if chosen["by"] else summary.table(seconds)
+        if not chosen["by"]:
+            feedback, module = {key: sums.feedback for key, sums in summary.sums.items()}, _feedback_report()
+            lines += module.prediction_errors(feedback, directory) if module else []
+            lines += shipping(directory)
+        echo_table(lines)
+
+
+def _check(context: click.Context, chosen: dict[str, Any]) -> None:
+    """Raise click.UsageError for options that make no sense together."""
+    given = [f"--{name}" for name, value in chosen.items() if value not in (None, False)]
+    if len(given) > 1 and set(given) != {"--follow", "--errors"}:
+        raise click.UsageError(f"{' and '.join(sorted(given))} do not go together", context)
+    if context.get_parameter_source("since") is not ParameterSource.DEFAULT:
+        for name in {"--follow", "--request"} & set(given):
+            why = "follows what comes" if name == "--follow" else "searches the whole journal"
+            raise click.UsageError(f"{name} {why}: leave out --since", context)
+
+
+def echo_failures(directory: Path, since: float, now: float) -> None:
+    """Print the latest failed requests; on standard error, how many more there were."""
+    rolled, first = rolled_up(directory, since, now)
+    known = sum(errors_of(sums).total() for steps in rolled.values() for at, sums in steps.items() if at >= first)
+    lines, count = failures(directory, since, LATEST)
+    for line in lines:
+        click.echo(line)
+    if count > len(lines):
+        click.echo(f"these are the latest {len(lines)} of {count}", err=True)
+    if known > count:
+        why = "in the journal no longer, which was shipped or was full; --by error counts them too"
+        click.echo(f"{known - count} more are {why}", err=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    return run("telemetry.report", report, arguments, NotADirectoryError, status=1)
+    return run("telemetry.report", report, arguments, CannotReport, NoSuchRequest, OSError, status=1)
 
 
 if __name__ == "__main__":

@@ -114,11 +114,7 @@ class RollupWriter:
                 del self._events[:-EVENTS_KEPT]
                 self._flush_at = 0.0
                 return
-            feedback = self._sums.setdefault((record["model_version"], record["variant"]), Sums()).feedback
-            for name in ("rows", "wrong", "unknown_labels", "abs_error", "sq_error", "signed_error", "age"):
-                feedback[name] = feedback.get(name, 0) + (record[name] or 0)
-            feedback["entries"] = feedback.get("entries", 0) + 1
-            feedback["regressions"] = feedback.get("regressions", 0) + (record["wrong"] is None)
+            self._sums.setdefault((record["model_version"], record["variant"]), Sums()).add_feedback(record)
 
     def _collect(self) -> None:
         """Move what was counted to what is to be written."""
@@ -224,7 +220,7 @@ class RollupWriter:
         assert fd is not None
         with suppress(ValueError):
             last = float(os.pread(fd, 20, 0))
-        if 0 <= now - last < COMPACT_SECONDS / 2:
+        if 0 <= now - last < 0.9 * COMPACT_SECONDS:  # another worker did
             return
         for path in self._directory.glob(".*.jsonl-*"):  # of a process that was killed here
             path.unlink()

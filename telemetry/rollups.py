@@ -33,6 +33,7 @@ BUCKETS_PER_E = 1 / math.log(GAMMA)
 MAX_BUCKET = 1000  # 15 years
 MAX_NUMBER = 10**15  # of a sound line
 SPANS = (60, 300, 3600)
+FEEDBACK = ("wrong", "unknown_labels", "abs_error", "sq_error", "signed_error")  # null in some records
 NUMBERS = ("requests", "success", "rows", "seconds", "unauthenticated")
 NAMES = ("errors", "users", "protocols", "dropped")
 
@@ -64,6 +65,14 @@ class Sums:
         for name in ("times", "feedback", *NAMES):
             _add(getattr(self, name), getattr(other, name))
 
+    def add_feedback(self, record: dict[str, Any]) -> None:
+        """Add a record of feedback. Raises: KeyError, TypeError, ValueError, it lacks something."""
+        found = {name: (record[name] or 0) + 0 for name in FEEDBACK}
+        found |= {"rows": record["rows"] + 0, "age": record["age"] + 0.0}
+        if not 0 <= found["wrong"] <= found["rows"]:
+            raise ValueError("more rows are wrong than there are")
+        _add(self.feedback, found | {"entries": 1, "regressions": int(record["wrong"] is None)})
+
     def quantile(self, q: float) -> float | None:
         """Return the smallest response time (seconds) that a share q of them do not exceed; None if there is none."""
         rank, seen = max(1, math.ceil(q * self.times.total() - 1e-6)), 0
@@ -74,7 +83,7 @@ class Sums:
         return None
 
     def encode(self) -> dict[str, Any]:
-        """Return what a line has of it, as JSON values."""
+        """Return what a line has of it, as JSON values. Zeros are left out, but for those of feedback."""
         found: dict[str, Any] = {name: getattr(self, name) for name in (*NUMBERS, "feedback")}
         found |= {name: _bounded(getattr(self, name)) for name in NAMES}
         if buckets := self.times.keys():
@@ -152,7 +161,7 @@ def add_up(lines: Iterable[dict[str, Any]], key_of: Callable[[dict[str, Any]], K
             begin, end = first + MAX_BUCKET, first + MAX_BUCKET + len(counts)
             numbers = [float(line.get(name, 0)) if name == "seconds" else int(line.get(name, 0)) for name in NUMBERS]
             names: dict[str, Any] = {name: {k: int(n) for k, n in line.get(name, {}).items()} for name in NAMES}
-            names["feedback"] = {k: float(value or 0) for k, value in line.get("feedback", {}).items()}
+            names["feedback"] = {k: (value or 0) + 0 for k, value in line.get("feedback", {}).items()}
             if line["span"] not in SPANS or not 0 <= begin <= end <= 2 * MAX_BUCKET or max(numbers) > MAX_NUMBER:
                 continue
             if key not in found:

@@ -3,18 +3,23 @@
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import ROOT, basic
 
 from endpoints.error_rate import wilson
-from telemetry import report
+from monitor import Journal
+from telemetry import report, rollup_writer
 from telemetry.report import percentile
+from telemetry.rollup_writer import RollupWriter
 
 
 def record(**changed: Any) -> dict[str, Any]:
@@ -92,7 +97,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str,
 
 
 def test_report_sums_up_a_journal(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--dir", journal, "--since", "1m") == {
+    found = run(capsys, "--dir", journal, "--since", "1m")
+    assert found.pop("from") <= found.pop("to")
+    assert found == {
+        "source": "journal",
         "requests": "14",
         "requests/s": "0.23",  # 14 in 60 s
         "rows": "56",
@@ -210,6 +218,7 @@ ODD = {
     "a count that is null": lines({"requests": None, "time": time.time()}).strip(),
     "zeros, as a power cut leaves": b"\0" * 500,
     "bytes that are not UTF-8": b"\xff\xfe{}",
+    "a time far off": lines(record(time=1e300)).strip(),
     "nested without an end": b"[" * 100_000,
     "an integer of 100 digits": lines(record(rows=10**100)).strip(),
     "a line of 10 MB": b"x" * 10_000_000,
@@ -258,7 +267,9 @@ def test_prediction_errors_are_shown_with_their_interval(tmp_path: Path, capsys:
     )
     found = run(capsys, "--dir", tmp_path, "--since", "1h")
     low, high = wilson(20, 200)
-    assert {name: value for name, value in found.items() if name.split()[0] not in ("requests", "requests/s")} == {
+    assert {
+        name: value for name, value in found.items() if name.split()[0] not in ("requests", "requests/s", "source")
+    } == {
         "rows": "0",
         "labelled rows, 3 stable": "1",
         "age of the labels, 3 stable": "100 s",
@@ -316,7 +327,7 @@ def test_command_reads_the_directory_that_the_environment_names(journal: Path) -
     environ = {"PATH": os.environ["PATH"], "JOURNAL_DIR": str(journal)}
     command = [sys.executable, "-m", "telemetry.report"]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30, check=True)
-    assert done.stdout.split()[:2] == ["requests", "14"]
+    assert re.search(r"^requests +14$", done.stdout, re.M)
     assert done.stderr == ""
 
 
@@ -327,3 +338,266 @@ def test_command_is_silent_if_nobody_reads_its_output(journal: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, stdout=writable, stderr=subprocess.PIPE, text=True, timeout=30)
     os.close(writable)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+# --- roll-ups
+
+
+NOON = 20_000 * 86_400 + 43_200  # 2024-10-04
+
+
+@pytest.fixture
+def rolled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory without a journal, with the roll-ups of a day until noon, which it is now: a request a minute."""
+    clock = SimpleNamespace(now=NOON - 86_400.0)
+    clock.time = clock.monotonic = lambda: clock.now
+    clock.gmtime, clock.strftime = time.gmtime, time.strftime
+    monkeypatch.setattr(rollup_writer, "time", clock)
+    monkeypatch.setattr(report, "time", clock)
+    writer = RollupWriter(tmp_path, lambda function, *arguments: function(*arguments))
+    writer._compact_at = float("inf")
+    known = record(protocol="predict", variant="stable")
+    for minute in range(24 * 60):
+        failed = {"success": False, "status": 422, "error": "Unprocessable Entity", "error_type": "client"}
+        user = {"user": "bob"} if minute % 10 == 0 else {}
+        writer.count_request(0.001 * (1 + minute % 100), known | (failed if minute % 4 == 0 else {}) | user)
+        clock.now += 60
+        writer.tick()
+    unknown = {"user": None, "status": 401, "success": False, "error": "Unauthorized", "error_type": "auth"}
+    writer.count_request(0.001, known | unknown | {"model_version": "", "variant": "", "rows": 0})
+    writer.count_loss("the journal was full", 7)
+    writer.note_event({"event": "rollback", "model_version": "v2", "reason": "worse", "time": NOON - 60})
+    for wrong in (0, 1):
+        writer.note_event(truth(wrong=wrong, time=NOON - 60))
+    clock.now += 60
+    writer.tick()
+    return tmp_path
+
+
+def test_rollups_are_reported_where_the_journal_was_shipped(rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, "--dir", rolled, "--since", "24h")
+    assert found["source"] == "roll-ups, within 1 %"
+    assert (found["from"], found["to"]) == ("2024-10-03 12:00:00 UTC", "2024-10-04 12:01:00 UTC")
+    assert (found["requests"], found["rows"], found["success"]) == ("1440", "1440", "75.00 %")
+    assert (found["version v1"], found["client: 422 Unprocessable Entity"]) == ("1440", "360")
+    assert float(found["p50"].removesuffix(" ms")) == pytest.approx(50, rel=0.02)
+    assert float(found["p99"].removesuffix(" ms")) == pytest.approx(99, rel=0.02)
+    assert (found["without a valid password"], found["records dropped"], found["rollback of v2"]) == ("1", "7", "1")
+    assert found["labelled rows, 1 stable"] == "2"
+    assert found["prediction errors, 1 stable"].startswith("50.00 %")
+    assert run(capsys, "--dir", rolled, "--since", "1h")["requests"] == "59"
+    assert run(capsys, "--dir", rolled, "--since", "all")["requests"] == "1440"
+
+
+def test_journal_is_reported_if_it_has_all_requests(rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [record(time=NOON - 60 * minute, response_time=0.0123) for minute in range(1, 1441)]
+    path = rolled / f"{1:020d}-1.jsonl"
+    path.write_bytes(lines(*made))
+    found = run(capsys, "--dir", rolled, "--since", "12h")
+    assert (found["source"], found["requests"], found["p50"]) == ("journal", "719", "12.30 ms")
+    path.write_bytes(lines(*made[:-800], *made[-799:]))  # one is missing, and it is older
+    assert run(capsys, "--dir", rolled, "--since", "1h")["source"] == "journal"
+    assert run(capsys, "--dir", rolled, "--since", "12h")["source"] == "roll-ups, within 1 %"
+
+
+def test_requests_are_reported_by_version_user_and_error(
+    rolled: Path, journal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def table(*arguments: str | Path) -> list[list[str]]:
+        assert report.main([str(each) for each in arguments]) == 0
+        return [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+
+    for path in journal.glob("*.jsonl"):
+        path.unlink()
+    head = ["version", "requests", "success", "p50", "p99"]
+    names, (name, count, success, *_) = table("--dir", rolled, "--by", "version", "--since", "1d")
+    assert (names, name, count, success) == (head, "v1 stable", "1440", "75.00 %")
+    users = table("--dir", rolled, "--by", "user", "--since", "1d")
+    assert users == [["user", "requests", "share"], ["alice", "1296", "90.00 %"], ["bob", "144", "10.00 %"]]
+    errors = table("--dir", rolled, "--by", "error", "--since", "1d")
+    assert errors == [["error", "requests", "share"], ["client: 422 Unprocessable Entity", "360", "25.00 %"]]
+
+
+def test_journal_is_reported_by_version_user_and_error(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for by, wanted in {
+        "version": [["v1", "8", "62.50 %", "9.00 ms", "2000.00 ms"], ["v2", "5", "100.00 %", "6.00 ms", "8.00 ms"]],
+        "user": [["alice", "14", "100.00 %"]],
+        "error": [["client: 422 Unprocessable Entity", "2", "14.29 %"]],
+    }.items():
+        assert report.main(["--dir", str(journal), "--by", by]) == 0
+        rows = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+        assert rows[0][:2] == [by, "requests"]
+        assert rows[1 : 1 + len(wanted)] == wanted
+
+
+def test_report_is_right_after_the_journal_is_gone(
+    serve: Any, iris_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = serve(iris_file)
+    for _ in range(5):
+        client.predict([[5.1, 3.5, 1.4, 0.2]] * 3)
+    client.post({"data": []})
+    for hook in client.service.on_exit:
+        hook()
+    before = run(capsys, "--dir", client.journal_dir)
+    for path in client.journal_dir.glob("*.jsonl"):
+        path.unlink()
+    after = run(capsys, "--dir", client.journal_dir)
+    assert (before["source"], after["source"]) == ("journal", "roll-ups, within 1 %")
+    for name in ("requests", "rows", "success", "version none", "client: 422 Unprocessable Entity"):
+        assert before.get(name) == after.get(name)
+
+
+# --- single requests
+
+
+def test_latest_failures_are_listed(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--dir", str(journal), "--errors"]) == 0
+    printed = capsys.readouterr()
+    fields = [line.split("\t") for line in printed.out.splitlines()]
+    assert [each[3:] for each in fields] == [
+        ["422", "client: Unprocessable Entity", "v1", "12.50"],
+        ["422", "client: Unprocessable Entity", "v1", "12.50"],
+        ["500", "model: Internal Server Error", "v1", "2000.00"],
+        ["503", "model: Service Unavailable", "-", "0.00"],
+    ]
+    assert {tuple(each[1:3]) for each in fields} == {("r", "alice")}
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", each[0]) for each in fields)
+    assert printed.err == ""
+
+
+def test_no_more_than_the_latest_failures_are_listed(rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [failed(422, "client", "x", request_id=f"{n}", time=NOON - 2000 + n) for n in range(100)]
+    (rolled / f"{1:020d}-1.jsonl").write_bytes(lines(*made[50:], *made[:50]))
+    assert report.main(["--dir", str(rolled), "--errors", "--since", "1d"]) == 0
+    printed = capsys.readouterr()
+    assert [line.split("\t")[1] for line in printed.out.splitlines()] == [f"{n}" for n in range(50, 100)]
+    assert "latest 50 of 100" in printed.err
+    assert re.search(r"25\d more", printed.err)  # the roll-ups have 360, some of them in the first five minutes
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_line_that_no_journal_writes_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], odd: bytes
+) -> None:
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(failed(422, "client", "x"), odd + b"\n"))
+    for arguments in (["--errors"], ["--request", "r"], ["--by", "user"], ["--by", "version"], ["--by", "error"]):
+        assert report.main(["--dir", str(tmp_path), *arguments]) == 0
+        assert "client" in capsys.readouterr().out or arguments[0] == "--by"
+
+
+def test_what_a_caller_sends_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "\x1b[2J\u009b2J\n\t\u202e"
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(
+        lines(failed(422, "client", "x", user=odd, path=odd, model_version=odd))
+    )
+    for arguments in (["--errors"], ["--request", "r"], ["--by", "user"], ["--by", "version"], []):
+        assert report.main(["--dir", str(tmp_path), *arguments]) == 0
+        printed = capsys.readouterr().out
+        assert not set(odd) - {"\n", "\t", *"[2J"} & set(printed), printed
+        assert "\n\t" not in printed
+
+
+def test_request_is_found_by_its_id(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = [record(request_id="mine", rows=5), failed(500, "model", "Internal Server Error", request_id="mine", rows=6)]
+    old = record(request_id="old", time=time.time() - 9 * 86_400)
+    (journal / f"{3:020d}-9.jsonl").write_bytes(lines(*two, old))
+    assert report.main(["--dir", str(journal), "--request", "mine"]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert re.search(r"^rows +5$", first, re.M)
+    assert re.search(r"^error +\"Internal Server Error\"$", second, re.M)
+    assert report.main(["--dir", str(journal), "--request", "old"]) == 0
+
+
+@pytest.mark.parametrize("name", ["none", "\x1b[2J", ""])
+def test_id_that_no_record_has_is_explained(journal: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert report.main(["--dir", str(journal), f"--request={name}"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "request_id:" in printed.err
+    assert "\x1b" not in printed.err
+
+
+def test_new_requests_are_followed_over_segments(tmp_path: Path) -> None:
+    before = Journal(tmp_path, 2**24)
+    before.append(record(request_id="before"))
+    # A process that a shell started in the background ignores Ctrl-C, and so would those that it starts.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from telemetry.report import main; sys.exit(main())"
+    command = [sys.executable, "-u", "-c", code, "--dir", str(tmp_path), "--follow"]
+    all_, only_errors = (
+        subprocess.Popen([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True) for more in ([], ["--errors"])
+    )
+    deadline = time.monotonic() + 120
+    try:
+        # Until it follows; from then on each is printed.
+        while not select.select([all_.stdout], [], [], 0.2)[0] or not select.select([only_errors.stdout], [], [], 0)[0]:
+            assert time.monotonic() < deadline
+            before.append(failed(422, "client", "Unprocessable Entity", request_id="begin"))
+        other = Journal(tmp_path, 2**24)
+        for number in range(3):
+            before.append(record(request_id=f"a{number}"))
+            before.append({"event": "rollback", "model_version": "1"})
+            other.append(failed(500, "model", "Internal Server Error", request_id=f"b{number}"))
+            before.close()  # the next is in another segment
+        other.append(failed(500, "model", "Internal Server Error", request_id="end"))
+        found: dict[str, list[str]] = {}
+        for name, process in (("all", all_), ("errors", only_errors)):
+            ids = found[name] = []
+            assert process.stdout
+            while "end" not in ids:
+                ids.append(process.stdout.readline().split("\t")[1])
+    finally:
+        for process in (all_, only_errors):
+            process.send_signal(signal.SIGINT)
+        statuses = [process.communicate(timeout=60) and process.returncode for process in (all_, only_errors)]
+    assert statuses == [130, 130]
+    named = {name: [each for each in ids if each not in ("begin", "end")] for name, ids in found.items()}
+    assert sorted(named["all"]) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert named["errors"] == ["b0", "b1", "b2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--errors --by user", "--by and --errors"),
+        ("--follow --request x", "--follow and --request"),
+        ("--follow --errors --by user", "--by and --errors and --follow"),
+        ("--html x --errors", "--errors and --html"),
+        ("--follow --since 1h", "leave out --since"),
+        ("--request x --since 1h", "leave out --since"),
+        ("--by hour", "version"),
+    ],
+)
+def test_options_that_do_not_go_together_are_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    assert report.main(["--dir", str(tmp_path), *arguments.split()]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("Usage: python -m telemetry.report")
+    assert said in printed
+
+
+# --- the page
+
+
+def test_page_is_written_to_a_file(rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("endpoints.monitor_page")
+    file = rolled / "page.html"
+    assert report.main(["--dir", str(rolled), "--since", "24h", "--html", str(file)]) == 0
+    assert capsys.readouterr() == ("", "")
+    page = file.read_text()
+    assert page.startswith("<!doctype html>")
+    assert {"v1", "alice", "422"} <= set(re.findall(r"\w+", page))
+    assert report.main(["--dir", str(rolled), "--html", str(rolled / "none" / "page.html")]) == 1
+    assert "none" in capsys.readouterr().err
+
+
+def test_page_without_endpoints_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "endpoints.monitor_figures", None)
+    monkeypatch.delitem(sys.modules, "endpoints.monitor_page", raising=False)
+    assert report.main(["--dir", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 1
+    assert "endpoints" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

@@ -540,6 +540,8 @@ def test_days_are_kept_for_35_days(tmp_path: Path, clock: Clock) -> None:
         writer.tick()
     assert len(days(tmp_path)) == DAYS_KEPT + 1
     assert max(days(tmp_path)) == day_of(clock.now - 86_400)
+    month = read(tmp_path, clock.now - 30 * 86_400, clock.now, 21_600)["v1", "stable"]
+    assert len(month) == sum(sums.requests for sums in month.values()) == 29  # one in 87,001 seconds
 
 
 WRITE = """
