@@ -4,8 +4,8 @@
 
 The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
 see a change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of
-errors, and may ask for a version; `metrics` may read /metrics; `feedback` may send truths to /feedback; `monitor` is
-for pages that extensions add.
+errors, and may ask for a version; `metrics` may read /metrics; `feedback` may send truths to /feedback; `monitor` may
+see /monitor.
 """
 
 import hashlib
@@ -412,7 +412,7 @@ def demo(path: Path) -> None:
     netrc = path.with_name("demo.netrc")
     lines = [f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost")]
     with _changing(path, "demo", exists=False) as entries:
-        entries["demo"] = {"password": generate_password_hash(password), "roles": ["predict"]}
+        entries["demo"] = {"password": generate_password_hash(password), "roles": ["predict", "monitor"]}
         netrc.unlink(missing_ok=True)  # or its mode would be kept
         replace_file(netrc, "".join(lines).encode(), mode=0o600)
     click.echo(f"made the user demo; its password is in {netrc}")

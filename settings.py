@@ -22,7 +22,10 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # By default, in this order.
-EXTENSIONS = ("telemetry", "model.versions", "sls", "speedups", "endpoints.feedback", "endpoints.docs", "development")
+EXTENSIONS = (
+    *("telemetry", "model.versions", "sls", "speedups"),
+    *("endpoints.feedback", "endpoints.docs", "endpoints.monitor_page", "development"),
+)
 ROOT = Path(__file__).resolve().parent
 
 

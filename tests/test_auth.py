@@ -991,7 +991,7 @@ def test_demo_user_is_made_once_and_its_netrc_is_what_curl_reads(tmp_path: Path)
     for host in ("127.0.0.1", "localhost"):
         login, _, password = netrc.netrc(str(at)).authenticators(host) or ("", "", "")
         assert check_password_hash(read_users(file)[login].password, password)
-        assert read_users(file)[login].roles == {"predict"}
+        assert read_users(file)[login].roles == {"predict", "monitor"}
         assert password not in output
         assert password not in file.read_text()
     before = file.read_bytes(), at.read_bytes()

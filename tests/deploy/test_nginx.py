@@ -308,9 +308,20 @@ def test_error_of_the_app_is_passed_on_as_it_is(behind: Behind) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/healthz", "/readyz", "/metrics", "//healthz", "/./readyz", "/%68ealthz", "/x/../metrics", "/healthz?a=1"],
+    [
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/monitor",
+        "/monitor?range=24h",
+        "//healthz",
+        "/./readyz",
+        "/%68ealthz",
+        "/x/../metrics",
+        "/healthz?a=1",
+    ],
 )
-def test_probes_and_metrics_are_not_exposed(path: str, behind: Behind) -> None:
+def test_probes_metrics_and_monitor_are_not_exposed(path: str, behind: Behind) -> None:
     for method in ("GET", "POST"):
         status, headers, body = behind.front.ask(method, path, Authorization=basic("metrics"))
         assert status == 404

@@ -1,0 +1,80 @@
+"""Line charts as the points of SVG polylines, each with its table. Nothing is drawn here: a template does that.
+
+    chart("Requests", "per second", ["06:00", "06:01", "06:02"], {"success": [4.0, None, 5.5]}, ["06:00", "06:02"])
+
+An SVG of `WIDTH` by `HEIGHT` is stretched to the space that there is, so the labels stand beside it, as HTML, and keep
+their size on a phone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 1000, 100  # of the SVG's coordinates; y points down
+
+Values = Sequence[float | None]  # one for each time; None is a gap
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    total: str  # of the whole time, for the legend
+    pieces: list[str]  # the points of its polylines: a gap ends one
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, and the same as a table, the latest time first."""
+
+    title: str
+    unit: str
+    lines: list[Line]
+    y_labels: list[str]  # from top to bottom, at equal distances
+    x_labels: Sequence[str]  # from left to right, at equal distances
+    rows: list[tuple[str, list[str]]]  # a time, and its value of each line
+
+
+def chart(
+    title: str,
+    unit: str,
+    times: Sequence[str],
+    series: Mapping[str, Values],
+    x_labels: Sequence[str],
+    totals: Mapping[str, str],
+) -> Chart:
+    """Lay out a chart of lines by name, with a total for each of them."""
+    highest = max((value for values in series.values() for value in values if value is not None), default=0.0)
+    top = _round_up(highest)
+    lines = [Line(name, totals.get(name, ""), _pieces(values, top)) for name, values in series.items()]
+    digits = _digits(top, 2)
+    columns = [["–" if each is None else f"{each:,.{digits}f}" for each in values] for values in series.values()]
+    rows = [(time, [column[at] for column in columns]) for at, time in enumerate(times)]
+    y_labels = [f"{value:,.{_digits(top, 1)}f}" for value in (top, top / 2, 0)]
+    return Chart(title, unit, lines, y_labels, x_labels, rows[::-1])
+
+
+def _round_up(value: float) -> float:
+    """Return the next of 1, 2, 4, 6, 8 or 10 times a power of ten, whose halves are round too; 1 for 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((step * power for step in (1, 2, 4, 6, 8) if value <= step * power), 10 * power)
+
+
+def _digits(top: float, more: int) -> int:
+    """Return how many decimals to show of values up to `top`: one more digit than it has, or two."""
+    return max(0, more - math.floor(math.log10(top)))
+
+
+def _pieces(values: Values, top: float) -> list[str]:
+    pieces: list[list[str]] = [[]]
+    for at, value in enumerate(values):
+        if value is None:
+            pieces.append([])
+        else:
+            x, y = WIDTH * at / max(1, len(values) - 1), HEIGHT * (1 - value / top)
+            pieces[-1].append(f"{x:.1f},{y:.2f}")
+    # A point that stands alone is there twice: with round ends that makes a dot.
+    return [" ".join(piece * 2 if len(piece) == 1 else piece) for piece in pieces if piece]
