@@ -3,13 +3,14 @@
 # make test-all  those that take their time as well: gthread, failures under load, onnxruntime, torch, keras, the boosters (1.7 GB)
 # make check     format, lint and types
 # make bench     this server beside others, in some hours; BENCH_ARGS=--quick in minutes
+# make pictures  the README's pictures of /docs and /monitor, from the real pages; it needs /usr/bin/chromium
 # make lock      write the exact, hashed requirements from the ranges in requirements.in and requirements/*.in
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-all check format bench lock clean
+.PHONY: run test test-all check format bench pictures lock clean
 
 run: $(VENV)/run.done
 	@$(BIN)/python -m auth demo
@@ -36,6 +37,10 @@ format: $(VENV)/dev.done
 bench: BENCH_ARGS ?= --chart docs/bench.svg
 bench:
 	$(PYTHON) -m bench.compare $(BENCH_ARGS)
+
+pictures:
+	$(MAKE) -s VENV=.browser .browser/browser.done
+	.browser/bin/python tests/browser/pictures.py
 
 # One lock serves every Python from 3.11 on. Index lines are left out: where packages come from is each machine's affair.
 lock: $(VENV)/dev.done
