@@ -45,18 +45,22 @@ def chart(
     totals: Mapping[str, str],
 ) -> Chart:
     """Lay out a chart of lines by name, with a total for each of them."""
-    highest = max((value for values in series.values() for value in values if value is not None), default=0.0)
-    top = _round_up(highest)
+    top = max(map(_top, series.values()), default=1.0)
     lines = [Line(name, totals.get(name, ""), _pieces(values, top)) for name, values in series.items()]
-    digits = _digits(top, 2)
-    columns = [["–" if each is None else f"{each:,.{digits}f}" for each in values] for values in series.values()]
+    columns = [_column(values) for values in series.values()]
     rows = [(time, [column[at] for column in columns]) for at, time in enumerate(times)]
     y_labels = [f"{value:,.{_digits(top, 1)}f}" for value in (top, top / 2, 0)]
     return Chart(title, unit, lines, y_labels, x_labels, rows[::-1])
 
 
-def _round_up(value: float) -> float:
-    """Return the next of 1, 2, 4, 6, 8 or 10 times a power of ten, whose halves are round too; 1 for 0."""
+def _column(values: Values) -> list[str]:
+    digits = _digits(_top(values), 2)
+    return ["–" if each is None else f"{each:,.{digits}f}" for each in values]
+
+
+def _top(values: Values) -> float:
+    """Return the end of an axis: 1, 2, 4, 6, 8 or 10 times a power of ten, whose halves are round too; 1 for zeros."""
+    value = max((each for each in values if each is not None), default=0.0)
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -35,7 +35,9 @@ def make_up_an_hour(journal_dir: Path) -> None:
         for version, variant, rate, median in ("7", "stable", 36, 0.0015), ("8", "canary", 9, 0.0012):
             found = sums(dice, round(60 * rate * dice.uniform(0.9, 1.1)), median)
             found.users.clear()
-            found.users.update({user: found.requests * (6 - 2 * at) // 10 for at, user in enumerate(ROLES)})
+            found.users.update(
+                {user: found.requests * share // 10 for user, share in zip(ROLES, (6, 3, 1), strict=True)}
+            )
             found.feedback |= {"rows": 40, "wrong": round(dice.uniform(0.5, 2.5)) + (version == "8"), "entries": 40}
             line = {"time": start, "span": 60, "version": version, "variant": variant} | found.encode()
             with (journal_dir / "rollup" / f"{day_of(start)}.jsonl").open("ab") as file:
