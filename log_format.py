@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from datetime import UTC, datetime
 
@@ -26,7 +27,7 @@ class _TextFormatter(logging.Formatter):
 
 def _escape(text: str) -> str:
     printable = (each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
-    return "".join(printable).replace("\n", "\n  ")  # only the first line of a record begins at the margin
+    return re.sub(r"\n(?=[^ \n])", "\n  ", "".join(printable))  # only a record's first line begins at the margin
 
 
 def set_up(form: str) -> None:
