@@ -43,6 +43,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.serving.on_batch.append(metrics.count_batch)
     service.serving.on_load_failure.append(metrics.count_load_failure)
     service.journal.on_loss.append(metrics.count_loss)
+    service.on_error.append(metrics.count_rejected)
     service.every_second.append(metrics.note_in_flight)
     drift.watch(service, slot, metrics.on_expose)
     rollup_writer.watch(service)
@@ -59,11 +60,6 @@ def init_app(app: "Flask", service: "Service") -> None:
 
     service.on_start.append(start)
     service.every_second.append(join)
-
-    @service.on_error.append
-    def count_rejected(status: int, record: dict[str, Any]) -> None:
-        if record["error_type"] == "auth":
-            metrics.count_rejected(status)
 
     app.extensions.setdefault("on_openapi", []).append(describe)
 

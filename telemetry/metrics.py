@@ -164,9 +164,10 @@ class Metrics:
         """Count a request that gunicorn reads otherwise than the fast path."""
         self._differences.inc()
 
-    def count_rejected(self, status: int) -> None:
-        """Count a request without the right password or role."""
-        self._rejected[str(status)].inc()
+    def count_rejected(self, status: int, record: dict[str, Any]) -> None:
+        """Count a request that failed, if it was without the right password or role."""
+        if record["error_type"] == "auth":
+            self._rejected[str(status)].inc()
 
     def count_loss(self, reason: str, count: int) -> None:
         """Count records that the journal lost, for one of monitor.LOSSES."""
