@@ -153,6 +153,7 @@ class Settings:
     log_format: str = _setting(_one_of("text", "json"), "text")  # log_format.py, which reads it before the others
     journal_dir: Path = _setting(_path, Path("var/journal"))
     journal_max_bytes: int = _setting(_number(2**20, 2**50, "bytes"), 10**9)  # then the oldest segments go
+    certificate_file: Path | None = _setting(_path, None)  # that nginx presents; only to show when it expires
 
     # Whether answers carry a receipt, with which the truth can be sent later (endpoints/feedback.py)
     feedback: bool = _setting(_switch, True)

@@ -132,7 +132,7 @@ class MonitorPage:
                 page = as_json(settings.journal_dir, span)
             else:
                 store = settings.model_dir if settings.model_path is None else None
-                known = (served, _workers, settings.ships, self._started)
+                known = (served, _workers, settings.ships, settings.certificate_file, self._started)
                 user = "" if settings.auth == "off" else "-u NAME "
                 page = render(Host(settings.journal_dir, store, *known, f"curl {user}", self._url), span, self._nonce)
         finally:
@@ -149,6 +149,7 @@ class Host:
     served: dict[str, Any] | None = None  # what `Serving.describe` returned; None if no server is asked
     workers: int = 0  # how many there should be; 0 if that is not known
     ships: bool = False  # whether records are to be shipped to SLS
+    certificate: Path | None = None  # of which to show when it expires
     started: float = 0.0  # when the worker that is asked began, in seconds since 1970; 0 if none is
     curl: str = "curl -u NAME "  # how to call it …
     url: str = "http://127.0.0.1:5000/predict"  # … and where

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from endpoints.monitor_figures import duration
 from telemetry import shipping_progress
+from telemetry.certificate import NoCertificate, expiry
 from worker_slot import WorkerSlot
 
 if TYPE_CHECKING:
     from endpoints.monitor_page import Host
 
 OK, WARNING, BAD = LEVELS = ("ok", "warning", "bad")
+MIN_LEFT = 14 * 86_400.0  # seconds before a certificate's end; certbot renews it thirty days before
 MAX_WAIT = 600.0  # seconds that records may wait for SLS, as in the alert of deploy/prometheus/rules.yml
 
 Sentence = tuple[str, str]  # its level, and its words
@@ -23,7 +25,7 @@ Sentence = tuple[str, str]  # its level, and its words
 def verdict(host: "Host") -> list[Sentence]:
     """Return the sentences."""
     found = [] if host.served is None else [_serving(host.served)]
-    return found + _workers(host) + _shipping(host) + _last_changes(host)
+    return found + _workers(host) + _shipping(host) + _certificate(host) + _last_changes(host)
 
 
 def _serving(served: dict[str, Any]) -> Sentence:
@@ -65,6 +67,18 @@ def _shipping(host: "Host") -> list[Sentence]:
     if progress.error:
         found += [(WARNING, f"SLS's last error: {progress.error['message']}")]
     return found
+
+
+def _certificate(host: "Host") -> list[Sentence]:
+    if host.certificate is None:
+        return []
+    try:
+        left = expiry(host.certificate) - time.time()
+    except NoCertificate as error:
+        return [(WARNING, f"When the certificate expires is not known: {error}.")]
+    if left <= 0:
+        return [(BAD, f"The certificate expired {duration(-left)} ago.")]
+    return [(OK if left > MIN_LEFT else WARNING, f"The certificate expires in {duration(left)}.")]
 
 
 def _last_changes(host: "Host") -> list[Sentence]:

@@ -31,7 +31,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     from flask import Response, request
 
     from auth import require
-    from telemetry import drift, rollup_writer
+    from telemetry import certificate, drift, rollup_writer
     from telemetry.metrics import Metrics
 
     settings = service.settings
@@ -47,6 +47,8 @@ def init_app(app: "Flask", service: "Service") -> None:
     service.every_second.append(metrics.note_in_flight)
     drift.watch(service, slot, metrics.on_expose)
     rollup_writer.watch(service)
+    if path := settings.certificate_file:
+        metrics.on_expose.append(lambda add: add(certificate.families(path)))
 
     def join() -> None:
         if _has_workers:

@@ -77,6 +77,7 @@ def test_every_variable_is_read(environ: dict[str, str], tmp_path: Path, monkeyp
         "log_format": ("json", "json"),
         "journal_dir": ("/var/log/journal-of-predictions", Path("/var/log/journal-of-predictions")),
         "journal_max_bytes": ("2000000", 2_000_000),
+        "certificate_file": ("/etc/ssl/c.pem", Path("/etc/ssl/c.pem")),
         "feedback": ("0", False),
         "feedback_key_file": ("~/feedback.key", tmp_path / "feedback.key"),
         "feedback_max_age": ("86400", 86_400),
