@@ -6,6 +6,7 @@ which ends the read at once under every worker class. For a body that has arrive
 """
 
 import _socket
+import io
 import socket
 import time
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ class BodyReader:
         declared = _length(environ)
         body, length = b"", self.max_bytes + 1 if declared is None else declared
         if declared is None or declared <= self.max_bytes:
-            body = b"".join(self._chunks(environ, length, self.timeout))
+            buffer = io.BytesIO()  # whose value is not copied; a list of chunks and their join would be there together
+            buffer.writelines(self._chunks(environ, length, self.timeout))
+            body = buffer.getvalue()
         if max(len(body), declared or 0) > self.max_bytes:
             raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
         environ["body.complete"] = True
