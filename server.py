@@ -89,6 +89,10 @@ class Answer:
     model: LoadedModel
 
 
+def _unchanged(rows: Any, record: dict[str, Any]) -> Any:
+    return rows
+
+
 class Service:
     """What one worker process holds, its views, and the hooks of extensions.
 
@@ -114,7 +118,7 @@ class Service:
         names = settings.request_id_headers  # → each WSGI variable, and whether its value ends at the first slash
         self._request_ids = [("HTTP_" + n.rstrip("/").upper().replace("-", "_"), n.endswith("/")) for n in names]
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
-        self.decoder = Decoder(self.bodies, settings.max_rows, self.serving.loaded, self._in_thread)
+        self.decoder = Decoder(self.bodies, settings.max_rows, self._models_of_rows, self._in_thread)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
         self.recorded = {"predict"}  # endpoints whose requests are recorded
@@ -130,7 +134,7 @@ class Service:
             self.request_log.tick,
         ]
         # A user's own extension may replace these two, to change the rows or the answer.
-        self.before_predict: Callable[[Any, dict[str, Any]], Any] = lambda rows, record: rows
+        self.before_predict: Callable[[Any, dict[str, Any]], Any] = _unchanged
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
         self._started_in: int | None = None
         self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause
@@ -138,6 +142,9 @@ class Service:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
         else:
             self.every_second.append(self.users.refresh)
+
+    def _models_of_rows(self) -> list[LoadedModel]:  # as they are sent
+        return self.serving.loaded() if self.before_predict is _unchanged else []
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.run_in_thread(function, *arguments)

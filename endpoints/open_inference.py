@@ -33,7 +33,7 @@ from endpoints.inference_messages import (
     write_answer,
 )
 from model.answers import ModelFailed
-from model.limits import OPEN
+from model.limits import OPEN, Limits
 from model.loaded import LoadedModel, RowsRefused
 from model.signature import BadRows
 from web.decoding import LARGE_BODY
@@ -203,7 +203,7 @@ def _read(service: Any, current: Request, body: bytes | None) -> Call:
     environ, settings = current.environ, service.settings
     encoding = environ.get("HTTP_CONTENT_ENCODING", "")
     packed: bytes = service.bodies.read(environ) if body is None else body
-    limits = replace(service.decoder.limits(), values=OPEN)  # a tensor's values may stand in one list
+    limits = limits_of(service)
 
     def decode() -> Call:
         unpacked = unpack(packed, encoding, settings.max_body_bytes)
@@ -213,6 +213,13 @@ def _read(service: Any, current: Request, body: bytes | None) -> Call:
         return decode()
     call: Call = service.decoder.decode_large(decode)
     return call
+
+
+def limits_of(service: Any) -> Limits:
+    """Return what a request may hold: each column may be a tensor, with a list for each row, or one for all values."""
+    limits: Limits = service.decoder.limits()
+    columns = max((len(model.signature.columns or ()) for model in service.serving.loaded()), default=0)
+    return replace(limits, lists=limits.lists + columns * (limits.rows + 4), values=OPEN)
 
 
 def _served(service: Any, version: str = "") -> list[LoadedModel]:

@@ -18,7 +18,7 @@ from werkzeug import Response
 from endpoints import media_types
 from endpoints.inference_messages import JSON_LENGTH
 from endpoints.lines import as_integer
-from endpoints.open_inference import answer_request
+from endpoints.open_inference import answer_request, limits_of
 from endpoints.routes import add_health, add_prediction, runner
 from model.limits import Limits
 from model.signature import Signature
@@ -42,7 +42,7 @@ def init_app(app: Flask, service: "Service") -> None:
             return answer_request(service, current)
         body = read_body(current.environ, service.bodies)
         run = runner(service, body)
-        if (current.is_json or not current.mimetype) and run(_is_inference, body, service.decoder.limits()):
+        if (current.is_json or not current.mimetype) and run(_is_inference, body, limits_of(service)):
             return answer_request(service, current, body=body)
         return media_types.predict(service, read_json, body)
 

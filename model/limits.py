@@ -20,14 +20,16 @@ class Limits:
 
     @classmethod
     def of(cls, max_rows: int, signatures: Iterable[Signature]) -> "Limits":
-        """Return what `max_rows` rows may hold, of the signature that takes most."""
+        """Return what `max_rows` rows may hold, of the signature that takes most; without any, it is not known."""
         lists, values = [], []
         for signature in signatures:
+            if signature.ignores_extra:  # and what is ignored may be anything
+                return cls(max_rows)
             sizes = [OPEN if size is None else size for size in signature.row_shape]
             lists.append(max_rows * sum(math.prod(sizes[:depth]) for depth in range(len(sizes))))
-            values.append(OPEN if signature.ignores_extra else math.prod(sizes) if sizes else max_rows)
-        # Eight lists more, and a value beside each row, for what pandas writes around them.
-        return cls(max_rows, max(lists, default=max_rows) + 8, max(values, default=OPEN) + 1)
+            values.append(math.prod(sizes) if sizes else max_rows)
+        # Eight lists more, and for each row a value and a list, as pandas writes an index of several levels.
+        return cls(max_rows, max(lists, default=OPEN) + max_rows + 8, max(values, default=OPEN) + 1)
 
     def check(self, body: bytes) -> None:
         """Reject JSON that holds more, before anything is made of it. Raises: BadRows."""

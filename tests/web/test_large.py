@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from conftest import Gunicorn, basic, gunicorn
 from sklearn.datasets import load_breast_cancer, load_iris
@@ -54,6 +55,56 @@ def test_large_json_takes_several_times_its_size_and_npy_does_not(serve: Any, fi
     # Bytes for each number. The test client copies the body once more.
     assert peak(json.dumps({"data": rows.tolist()}).encode()) < 200
     assert peak(saved(rows), **NPY) < 40
+
+
+LONG = X * (1 + 1e-9 * np.random.default_rng(0).random(X.shape))  # with all digits, so that they are a large body
+
+
+def nested_extra(client: Any) -> None:
+    names = [str(name) for name in load_breast_cancer().feature_names]
+    rows = [dict(zip(names, row, strict=True)) | {"tags": ["a"], "more": {"b": [1]}} for row in LONG.tolist()]
+    assert client.post({"data": rows}).status_code == 200
+
+
+def rows_of_an_extension(client: Any) -> None:
+    client.service.before_predict = lambda rows, record: [row["of"]["values"] for row in rows]
+    assert client.post({"data": [{"of": {"values": row}, "beside": [[]]} for row in LONG.tolist()]}).status_code == 200
+
+
+def index_of_several_levels(client: Any) -> None:
+    body = {"columns": [*range(30)], "index": [[at, "a"] for at in range(len(X))], "data": LONG.tolist()}
+    assert client.post(body).status_code == 200
+
+
+def tensor_for_each_column(client: Any) -> None:
+    columns = load_breast_cancer().feature_names
+    inputs = [{"shape": [len(X), 1], "datatype": "FP64", "data": LONG[:, [at]].tolist()} for at in range(30)]
+    body = {"inputs": [{"name": name, **each} for name, each in zip(columns, inputs, strict=True)]}
+    assert client.post(body, "/v2/models/model/infer").status_code == 200
+
+
+def tensor_in_one_list(client: Any) -> None:
+    body = {"inputs": [{"name": "input", "shape": X.shape, "datatype": "FP64", "data": LONG.ravel().tolist()}]}
+    for path in ("/v2/models/model/infer", "/v1/endpoints/a/deployedModels/b:predict"):
+        assert client.post(body, path).status_code == 200
+
+
+def no_model_yet(client: Any) -> None:
+    client.service.serving.routes = None
+    assert client.post({"data": [[[value] for value in row] for row in LONG.tolist()]}).status_code == 503
+
+
+LEGAL = [nested_extra, rows_of_an_extension, index_of_several_levels, tensor_for_each_column, tensor_in_one_list]
+
+
+@pytest.mark.parametrize("ask", [*LEGAL, no_model_yet])
+def test_large_json_of_a_legal_form_is_not_counted_as_too_large(serve: Any, ask: Any) -> None:
+    frame = load_breast_cancer(as_frame=True)
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(frame.data, frame.target)
+    extensions = ("endpoints.open_inference", "endpoints.vertex")
+    extra = "ignore" if ask is nested_extra else "refuse"
+    assert len(orjson.dumps(LONG.tolist())) > LARGE_BODY
+    ask(serve(model, max_rows=len(X), extra_columns=extra, extensions=extensions))
 
 
 def test_large_request_with_a_fault_says_where_it_is(serve: Any, fitted: Any) -> None:
