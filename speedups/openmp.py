@@ -8,6 +8,7 @@ threadpoolctl: `lib_controllers` of a `ThreadpoolController`, whose `set_num_thr
 """
 
 import os
+import re
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
@@ -27,7 +28,8 @@ def limit_threads(model: Any) -> None:
 
 
 def _set_threads(model: Any, rows: int) -> None:
-    threads = int(os.environ["OMP_NUM_THREADS"].partition(",")[0]) if rows > MAX_BATCH_ROWS else 1
+    several = re.match(r"[1-9]\d{0,3}", os.environ["OMP_NUM_THREADS"].strip())  # it may be empty, or a list
+    threads = int(several[0]) if several and rows > MAX_BATCH_ROWS else 1
     if not hasattr(model, "signatures"):  # a network has much to do for one row
         for library in _libraries:
             library.set_num_threads(threads)

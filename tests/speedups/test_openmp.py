@@ -40,6 +40,18 @@ def test_threads_of_a_call_depend_on_its_rows(hooks: Any, monkeypatch: pytest.Mo
     assert set(threads()) == {3}
 
 
+@pytest.mark.parametrize("setting", ["", "many", "0"])
+def test_number_of_threads_that_is_none_counts_as_one(
+    hooks: Any, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    model = HistGradientBoostingRegressor(max_iter=1).fit([[0.0], [1.0]], [0, 1])
+    limit_threads(model)
+    for hook in hooks:
+        hook(model, MAX_BATCH_ROWS + 1)
+    assert set(threads()) == {1}
+
+
 def test_networks_keep_their_threads(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Network:
         signatures = None
