@@ -161,8 +161,9 @@ def add_up(lines: Iterable[dict[str, Any]], key_of: Callable[[dict[str, Any]], K
             begin, end = first + MAX_BUCKET, first + MAX_BUCKET + len(counts)
             numbers = [float(line.get(name, 0)) if name == "seconds" else int(line.get(name, 0)) for name in NUMBERS]
             names: dict[str, Any] = {name: {k: int(n) for k, n in line.get(name, {}).items()} for name in NAMES}
+            sizes = [abs(number) for number in (*numbers, *(n for each in names.values() for n in each.values()))]
             names["feedback"] = {k: (value or 0) + 0 for k, value in line.get("feedback", {}).items()}
-            if line["span"] not in SPANS or not 0 <= begin <= end <= 2 * MAX_BUCKET or max(numbers) > MAX_NUMBER:
+            if line["span"] not in SPANS or not 0 <= begin <= end <= 2 * MAX_BUCKET or max(sizes) > MAX_NUMBER:
                 continue
             if key not in found:
                 found[key], times[key] = Sums(), np.zeros(2 * MAX_BUCKET, np.int64)

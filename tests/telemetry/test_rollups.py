@@ -407,6 +407,8 @@ GARBAGE: dict[str, Any] = {
     "no version": {"time": NOON, "span": 60, "requests": 5},
     "requests that are a string": LINE | {"requests": "many"},
     "more requests than there can be": LINE | {"requests": 2**63},
+    "fewer rows than there can be": LINE | {"rows": -1e300},
+    "a user with more requests than there can be": LINE | {"users": {"alice": 1e300}},
     "requests that are a list": LINE | {"requests": [5]},
     "users without counts": LINE | {"users": ["alice"]},
     "a user whose count is a string": LINE | {"users": {"alice": "x"}},
