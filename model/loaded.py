@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 # What a caller may ask for in "method", if the model has it.
 TIMED_ROWS, TIMED_BYTES, TIMED_SECONDS = 1024, 2**20, 0.05  # of the calls of a method that are timed at load, at most
+CHEAPER_SECONDS = 1.0  # of them, while a row becomes cheaper in larger calls: how cheap decides how many may wait
 
 METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
 
@@ -116,14 +118,15 @@ class LoadedModel:
         """Time calls of several sizes, so that no request is refused, or cut, because nothing is known of them yet."""
         row = self.about["example"]["data"]
         for method in self.methods:
-            rows, spent = 1, 0.0
-            while rows <= TIMED_ROWS and rows * len(orjson.dumps(row)) <= TIMED_BYTES and spent < TIMED_SECONDS:
+            rows, spent, each, limit = 1, 0.0, inf, CHEAPER_SECONDS
+            while rows <= TIMED_ROWS and rows * len(orjson.dumps(row)) <= TIMED_BYTES and spent < limit:
                 with suppress(BadRows, RowsRefused, ModelFailed):  # it may not take a row by itself, or twice
                     validated, began = self.signature.validate(row * rows), time.perf_counter()
                     self._predict_batch([validated], method)
-                    self.batcher.timings.note(method, rows, time.perf_counter() - began)
-                    spent += time.perf_counter() - began
-                rows *= 4
+                    self.batcher.timings.note(method, rows, seconds := time.perf_counter() - began)
+                    spent, before, each = spent + seconds, each, seconds / rows
+                    limit = CHEAPER_SECONDS if each < 0.75 * before else TIMED_SECONDS
+                rows *= 4 if rows > 1 else 2
 
     def describe(self) -> dict[str, Any]:
         """Return what GET /model shows of the model, as JSON values."""

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,17 @@ def test_slow_model_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # --- a sample beside the file
+
+
+def test_callers_who_share_slow_calls_are_admitted_from_the_first_moment(tmp_path: Path) -> None:
+    joblib.dump(Slow(alpha=1e-9).fit([[0.0], [1.0]], [0.0, 1.0]), tmp_path / "slow.joblib")
+    serving = Serving(SingleFile(tmp_path / "slow.joblib"), max_wait=0.2, merge_requests="always")
+    serving.start()
+    assert serving.finished.wait(60)
+    model, _ = serving.choose()
+    with ThreadPoolExecutor(16) as callers:
+        answers = list(callers.map(lambda at: model.predict([[float(at)]]), range(16)))
+    assert np.concatenate(answers).tolist() == pytest.approx(list(range(16)), abs=1e-6)
 
 
 class Named:
