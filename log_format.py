@@ -3,12 +3,10 @@
 import json
 import logging
 import re
-import time
+from collections import Counter
 from datetime import UTC, datetime
 
 from processes import LogLimit
-
-PERIOD, MAX_LINES = 10.0, 10  # seconds in which gunicorn logs so many warnings and errors of one kind
 
 
 class _JsonFormatter(logging.Formatter):  # by the names of cloud.google.com/logging/docs/structured-logging
@@ -37,17 +35,17 @@ def set_up(form: str) -> None:
     handler.setFormatter(_JsonFormatter() if form == "json" else _TextFormatter(text, "%Y-%m-%d %H:%M:%S %z"))
     logging.basicConfig(level="INFO", handlers=[handler])
 
-    logged: dict[str, tuple[float, int]] = {}  # kind of line → when its period began, and how many there were
+    gunicorn = logging.getLogger("gunicorn.error")
+    callers, left_out = LogLimit(gunicorn, 1.0, burst=10), Counter[str]()  # callers without a password can cause lines
 
-    def is_too_much(record: logging.LogRecord) -> bool:  # callers without a password can cause lines
-        now, kind = time.monotonic(), str(record.msg)[:24]
-        began, count = logged.get(kind, (now, 0))
-        if now - began >= PERIOD:
-            if count > MAX_LINES:
-                record.msg = f"{record.msg} ({count - MAX_LINES} more like this were left out)"
-            began, count = now, 0
-        logged[kind] = began, count + 1
-        return count >= MAX_LINES
+    def is_too_much(record: logging.LogRecord) -> bool:
+        kind = str(record.msg)[:24]
+        if not callers.is_due(kind):
+            left_out[kind] += 1
+            return True
+        if count := left_out.pop(kind, 0):
+            record.msg = f"{record.msg} ({count} more like this were left out)"
+        return False
 
     def pass_on(record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("Invalid request from ip="):  # without what is wrong, which may hold a password
@@ -60,7 +58,7 @@ def set_up(form: str) -> None:
             record.exc_text = _escape(logging.Formatter().formatException(record.exc_info))
         return form != "json"  # whether gunicorn's own handler gets it, which only knows text
 
-    logging.getLogger("gunicorn.error").addFilter(pass_on)
+    gunicorn.addFilter(pass_on)
 
     # Python's own count, which shows a warning once, starts again each time that a library changes the filters.
     limit = LogLimit(logging.getLogger("py.warnings"))

@@ -130,13 +130,13 @@ class LogLimit:
 
     def __init__(self, log: logging.Logger, seconds: float = 60.0, burst: int = 1) -> None:
         self._log, self._seconds = log, seconds
-        self._slack = (burst - 1) * seconds if burst > 1 else 0.0
+        self._slack = (burst - 1) * seconds if burst > 1 else 0.0  # inf * 0 is not a number
         self._due: dict[str, float] = {}  # trouble → when it may be logged again, had it come once in `seconds`
 
     def is_due(self, trouble: str) -> bool:
-        """Return whether to log this trouble now: once in `seconds`, or `burst` times after a calm."""
+        """Return whether to log this trouble now: once in `seconds`, or `burst` times at first and after a calm."""
         now = time.monotonic()
-        if (due := max(self._due.get(trouble, now), now - self._slack)) > now:
+        if (due := max(self._due.get(trouble, 0.0), now - self._slack)) > now:
             return False
         self._due[trouble] = due + self._seconds
         return True
