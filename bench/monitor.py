@@ -75,7 +75,7 @@ def page(place: Path) -> None:
         costs = []
         for _ in range(15):
             began = time.process_time()
-            text = render(Host(place), Span.last(name, seconds, time.time()), "nonce")
+            text = render(Host(place), Span.last(name, seconds, time.time()))
             costs.append((time.process_time() - began) * 1e3)
         show(f"processor time of /monitor?range={name}, {len(text) / 1e3:.0f} kB", costs, "ms")
 

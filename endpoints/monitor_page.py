@@ -14,7 +14,9 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64encode
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +47,14 @@ REFRESH = 30  # seconds
 TIMES, MIN_AGE, MAX_AGE = 200, 1.0, 30.0
 SWITCH_INTERVAL = sys.getswitchinterval()  # Python's own: seconds until a thread that waits for the interpreter has it
 MAX_EVENTS = 20
-POLICY = "default-src 'none'; style-src 'nonce-{}'; img-src data:; base-uri 'none'; form-action 'none'"
+TEMPLATES = Path(__file__).with_name("templates")
+STYLE = (TEMPLATES / "monitor.css").read_text("utf-8")
+STYLE_HASH = b64encode(sha256(STYLE.encode()).digest()).decode()  # no nonce, so that the page can be kept
+POLICY = f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'"
 
 # A name that the template misspells is an error.
 _templates = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -97,8 +102,7 @@ class MonitorPage:
         self._service, self._started = service, time.time()
         self._kept: dict[tuple[str, str], tuple[str, float]] = {}  # (range, format) → the page, and until when
         self._lock = threading.Lock()  # those who ask wait for it here, not on the threads that predictions need
-        # What stands in a kept page for the nonce and for the server's address. Nobody can write it elsewhere in it.
-        self._nonce, self._url = secrets.token_hex(), secrets.token_hex()
+        self._url = secrets.token_hex()  # stands in a kept page for the server's address, which callers give
 
     def monitor(self) -> Response:
         """GET /monitor: the page, or its figures as JSON."""
@@ -106,12 +110,11 @@ class MonitorPage:
         for argument, given, known in (("range", name, RANGES), ("format", form, FORMATS)):
             if given not in known:
                 raise UnprocessableEntity(f"{argument} is {given[:80]!r}; expected {', '.join(known)}")
-        page, nonce = self._page(name, form), secrets.token_urlsafe(16)
         url = str(escape(shlex.quote(f"{request.host_url}predict")))
-        response = Response(page.replace(self._nonce, nonce).replace(self._url, url), content_type=FORMATS[form])
+        response = Response(self._page(name, form).replace(self._url, url), content_type=FORMATS[form])
         response.headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         if form == "html":
-            policy = f"{POLICY.format(nonce)}; frame-ancestors 'none'"
+            policy = f"{POLICY}; frame-ancestors 'none'"
             response.headers |= {"Content-Security-Policy": policy, "Refresh": str(REFRESH)}
         return response
 
@@ -134,7 +137,7 @@ class MonitorPage:
                 store = settings.model_dir if settings.model_path is None else None
                 known = (served, _workers, settings.ships, settings.certificate_file, self._started)
                 user = "" if settings.auth == "off" else "-u NAME "
-                page = render(Host(settings.journal_dir, store, *known, f"curl {user}", self._url), span, self._nonce)
+                page = render(Host(settings.journal_dir, store, *known, f"curl {user}", self._url), span)
         finally:
             sys.setswitchinterval(SWITCH_INTERVAL)  # not what it was: a model that is loaded meanwhile may have set it
         return page, time.thread_time() - began
@@ -161,8 +164,8 @@ class Host:
         return f"{self.curl}-H 'Content-Type: application/json' -d {shlex.quote(example)} {self.url}"
 
 
-def render(host: Host, span: Span, nonce: str = "") -> str:
-    """Return the page as HTML. Without a nonce, which its headers would name, it is one to be kept as a file."""
+def render(host: Host, span: Span, is_file: bool = False) -> str:
+    """Return the page as HTML. As a file it has no links to other ranges, and names its own policy."""
     from endpoints.verdict import LEVELS, OK, verdict
     from telemetry.rollups import read_events
 
@@ -172,9 +175,9 @@ def render(host: Host, span: Span, nonce: str = "") -> str:
         name=socket.gethostname(),
         host=host,
         span=span,
-        ranges=RANGES if nonce else {},
-        nonce=nonce or secrets.token_urlsafe(16),
-        policy="" if nonce else POLICY,
+        ranges={} if is_file else RANGES,
+        style=STYLE,
+        policy=POLICY if is_file else "",
         sentences=sentences,
         level=max((level for level, _ in sentences), key=LEVELS.index, default=OK),
         traffic=traffic,

@@ -223,7 +223,7 @@ def write_page(file: Path, directory: Path, seconds: float, name: str, now: floa
         figures, page = (import_module(f"endpoints.{each}") for each in ("monitor_figures", "monitor_page"))
     except ModuleNotFoundError as error:
         raise CannotReport(f"--html needs the monitor page, and there is no {error.name}") from None
-    content: str = page.render(page.Host(directory), figures.Span.last(name, seconds, now))
+    content: str = page.render(page.Host(directory), figures.Span.last(name, seconds, now), is_file=True)
     replace_file(file, content.encode(), mode=0o640, durable=False)
 
 

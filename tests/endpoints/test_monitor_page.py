@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -139,26 +141,27 @@ def test_only_the_role_monitor_may_see_it(user: str, monitor: Client) -> None:
     assert monitor.http.post("/monitor", headers=monitor.headers).status_code == 405
 
 
+def hash_of_style(page: str) -> str:
+    """Return the source by which a policy allows the only style of a page."""
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    return f"'sha256-{b64encode(sha256(style.encode()).digest()).decode()}'"
+
+
 def test_page_may_load_and_run_nothing_and_is_not_kept(monitor: Client) -> None:
-    nonces = set()
-    for _ in range(2):
-        answer = monitor.get("/monitor")
-        policy = dict(each.split(" ", 1) for each in answer.headers["Content-Security-Policy"].split("; "))
-        nonce = policy.pop("style-src").removeprefix("'nonce-").removesuffix("'")
-        nonces.add(nonce)
-        none = ("default-src", "base-uri", "form-action", "frame-ancestors")
-        assert policy == dict.fromkeys(none, "'none'") | {"img-src": "data:"}
-        assert [answer.headers[name] for name in ("Cache-Control", "X-Content-Type-Options", "Refresh")] == [
-            *("no-store", "nosniff", "30")
-        ]
-        read = Reader(answer.text)
-        assert [each["nonce"] for each in read.tags("style")] == [nonce]
-        assert not read.tags("script", "iframe", "img", "form", "object", "base", "meta[http-equiv]")
-        names = {name for _, attributes in read.elements for name in attributes}
-        assert not [name for name in names if name == "style" or name.startswith("on")]
-        targets = [target for _, each in read.elements for name, target in each.items() if name in ("href", "src")]
-        assert all(target and target.startswith(("?", "data:")) for target in targets)
-    assert len(nonces) == 2
+    answer = monitor.get("/monitor")
+    policy = dict(each.split(" ", 1) for each in answer.headers["Content-Security-Policy"].split("; "))
+    assert policy.pop("style-src") == hash_of_style(answer.text)
+    none = ("default-src", "base-uri", "form-action", "frame-ancestors")
+    assert policy == dict.fromkeys(none, "'none'") | {"img-src": "data:"}
+    assert [answer.headers[name] for name in ("Cache-Control", "X-Content-Type-Options", "Refresh")] == [
+        *("no-store", "nosniff", "30")
+    ]
+    read = Reader(answer.text)
+    assert not read.tags("script", "iframe", "img", "form", "object", "base")
+    names = {name for _, attributes in read.elements for name in attributes}
+    assert not [name for name in names if name in ("style", "http-equiv") or name.startswith("on")]
+    targets = [target for _, each in read.elements for name, target in each.items() if name in ("href", "src")]
+    assert all(target and target.startswith(("?", "data:")) for target in targets)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +275,9 @@ def test_html_in_names_notes_and_errors_is_shown_and_not_run(tmp_path: Path, iri
     write(journal, time.time() - 100, EVIL, "canary", requests=1, success=1)
     append(journal, time.time(), {"time": time.time(), "event": EVIL, "model_version": EVIL, "reason": EVIL, EVIL: 1})
     served = {"ready": True, "error": None, "routing": None, "stable": {"version": EVIL, "example": {"data": [EVIL]}}}
-    for nonce in ("", "abc"):
+    for is_file in (False, True):
         read = Reader(
-            render(Host(journal, store, served | {"canary": None}), Span.last("1h", 3600, time.time()), nonce)
+            render(Host(journal, store, served | {"canary": None}), Span.last("1h", 3600, time.time()), is_file)
         )
         assert not read.tags("script", "b")
         assert {cell for row in read.table("Version") for cell in row} >= {f"canary {EVIL}", EVIL}
@@ -449,10 +452,10 @@ def test_telemetry_that_is_not_installed_leaves_the_page_out(
 def test_page_can_be_kept_as_a_file(tmp_path: Path) -> None:
     now = time.time()
     traffic(tmp_path, now)
-    text = render(Host(tmp_path), Span.last("15m", 900, now))
+    text = render(Host(tmp_path), Span.last("15m", 900, now), is_file=True)
     read = Reader(text)
     policy = next(str(each["content"]) for each in read.tags("meta") if "http-equiv" in each)
-    assert f"style-src 'nonce-{read.tags('style')[0]['nonce']}'" in policy
+    assert f"style-src {hash_of_style(text)};" in policy
     assert not read.tags("a")  # a file has no other ranges
     assert read.table("Version")[1][:2] == ["stable 7", "1,040"]
     assert "is served" not in read.text
