@@ -66,8 +66,8 @@ def make(place: Path) -> None:
         clock.now = minute
         for worker in workers:
             worker._pending = {
-                (minute, "v7", "stable"): stable[minute // 60 % 7],
-                (minute, "v8", "canary"): canary[minute // 60 % 7],
+                (minute, ("v7", "stable")): stable[minute // 60 % 7],
+                (minute, ("v8", "canary")): canary[minute // 60 % 7],
             }
             worker._with_lock(worker._flush)
         if minute % DAY == 0 or minute == NOW - 660:

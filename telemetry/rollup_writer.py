@@ -2,7 +2,7 @@
 
     watch(service)      # counts each request, and writes every ten seconds
 
-Counting costs a request 0.9 µs (CPython 3.11, one user, one version).
+Counting costs a request 1 µs (CPython 3.11, one user, one version).
 """
 
 import _thread  # its RLock is native under gevent too, its allocate_lock is not; nothing yields while it is held
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from processes import FileLock, LogLimit, after_fork, replace_file
-from telemetry.rollups import BUCKETS_PER_E, Sums, add_up, bucket_of, day_of, days, name_of, read_file
+from telemetry.rollups import Sums, add_up, bucket_of, day_of, days, name_of, read_file
 
 if TYPE_CHECKING:
     from server import Service
@@ -74,7 +74,7 @@ class RollupWriter:
         self._lock, self._writing = _thread.RLock(), threading.Lock()  # the latter is never waited for
         self._cells: dict[tuple[Any, ...], _Cell] = {}  # the requests of this minute
         self._sums: dict[tuple[str, str], Sums] = {}  # what else is counted, by version and variant
-        self._pending: dict[tuple[int, str, str], Sums] = {}  # by minute, version and variant; to be written
+        self._pending: dict[tuple[int, tuple[str, str]], Sums] = {}  # by minute, version and variant; to be written
         self._pending_events: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
         self._minute = int(time.time() // 60) * 60  # in which is counted
@@ -90,7 +90,7 @@ class RollupWriter:
             return  # OPTIONS
         version, variant, protocol = record["model_version"], record["variant"], record["protocol"]
         key = version, variant, user, protocol, record["status"], record["error_type"], record["error"]
-        bucket = math.ceil(math.log(seconds) * BUCKETS_PER_E) if seconds > 1e-6 else bucket_of(0)
+        bucket = bucket_of(seconds)
         with self._lock:
             cell = self._cells.get(key)
             if cell is None:
@@ -137,7 +137,7 @@ class RollupWriter:
                 found.seconds += cell.seconds
                 found.times.update(cell.times)
         for key, found in sums.items():
-            self._pending.setdefault((self._minute, *key), Sums()).add(found)
+            self._pending.setdefault((self._minute, key), Sums()).add(found)
         while len(self._pending) > MAX_PENDING:
             del self._pending[min(self._pending)]
 
@@ -187,23 +187,13 @@ class RollupWriter:
     # --- under the lock
 
     def _flush(self) -> None:
-        while self._pending:
-            self._append_sums(*self._pending.popitem())
+        for (start, name), sums in list(self._pending.items()):
+            self._append(start, _line(start, 60, name, sums))
+            del self._pending[start, name]
         while self._pending_events:
-            event = self._pending_events.pop(0)
-            try:
-                self._append(event["time"], event)
-            except OSError:
-                self._pending_events.insert(0, event)
-                raise
+            self._append(self._pending_events[0]["time"], self._pending_events[0])
+            del self._pending_events[0]
         self._trouble.reset()
-
-    def _append_sums(self, key: tuple[int, str, str], sums: Sums) -> None:
-        try:
-            self._append(key[0], _line(key[0], 60, key[1:], sums))
-        except OSError:
-            self._pending[key] = sums
-            raise
 
     def _append(self, when: float, line: dict[str, Any]) -> None:
         fd = os.open(self._directory / f"{day_of(when)}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
