@@ -141,15 +141,11 @@ def _check_addresses(server):
 
 def when_ready(server):
     """Limit sends, and spare the workers after a freeze."""
-    _limit_sends(server)
-    _spare_frozen_workers(server)
-
-
-def _limit_sends(server):
-    """Let the kernel end a connection when nothing of an answer was taken for 10 s; it has this from its listener."""
-    for listener in server.LISTENERS:
+    for listener in server.LISTENERS:  # from which connections have their options
         if isinstance(listener.getsockname(), tuple) and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            # The kernel ends a connection when nothing of an answer was taken for so many milliseconds.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
+    _spare_frozen_workers(server)
 
 
 def _spare_frozen_workers(server):

@@ -85,10 +85,10 @@ class Journal:
 
     Format: a directory of files `<nanoseconds when opened, 20 digits>-<pid>.jsonl`, so names sort by age; when the
     clock has gone back, the number is one more than the highest. Each line is one JSON object and holds at least `time`
-    (seconds since 1970), `record_id` (unique) and `pid`; the line of a
-    request holds what `log_monitor` was given. A line with `dropped` instead says how many records were lost and
-    why; one with `event` what happened to the service (`rollback`: its guard took a canary back, and the `reason`).
-    A line that does not parse was torn by a full disk or a power failure; the next one begins on a line of its own.
+    (seconds since 1970), `record_id` (unique) and `pid`; the line of a request holds what `log_monitor` was given. A
+    line with `dropped` instead says how many records were lost and why; one with `event` what happened to the service
+    (`rollback`: its guard took a canary back, and the `reason`). A line that does not parse was torn by a full disk or
+    a power failure; the next one begins on a line of its own.
 
     Concurrency: one writer per segment, which holds it with `flock` for as long as it may still write: a segment that
     is not locked is finished. A line is one `write` with O_APPEND, so a killed writer loses nothing that it wrote.

@@ -143,9 +143,7 @@ class Settings:
     max_rows: int = _setting(_number(1, 10_000_000, "rows"), 100_000)  # in one request
     merge_requests: str = _setting(_one_of("auto", "always", "never"), "auto")  # of several callers into one call
     max_wait: float = _setting(_number(0, 3600, "seconds", float), 1.0)  # for the model, as expected; beyond that 503
-    predict_timeout: float = _setting(
-        _number(1, 86_400, "seconds", float), 30.0
-    )  # of one call, beyond what is expected
+    predict_timeout: float = _setting(_number(1, 86_400, "seconds", float), 30.0)  # of a call, beyond what is expected
     max_body_bytes: int = _setting(_number(1, 2**31, "bytes"), 16 * 2**20)  # of one request
     body_timeout: float = _setting(_number(1, 3600, "seconds", float), 30.0)  # for a request's body to arrive
 
@@ -265,9 +263,8 @@ class Settings:
         here = Path.cwd()
         where = "" if here.samefile(ROOT) else f" (relative paths begin at {here}; the server is in {ROOT})"
         if self.model_path is not None and not os.path.isfile(self.model_path):
-            raise SettingsError(
-                f"MODEL_PATH={str(self.model_path)!r}: expected the path of a model file to read{where}"
-            )
+            path = str(self.model_path)
+            raise SettingsError(f"MODEL_PATH={path!r}: expected the path of a model file to read{where}")
         if self.auth == "basic" and not os.path.isfile(self.users_file):
             raise SettingsError(
                 f"USERS_FILE={str(self.users_file)!r}: there is no such file that can be read{where}. So nobody "

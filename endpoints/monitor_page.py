@@ -11,7 +11,6 @@ import logging
 import secrets
 import shlex
 import socket
-import sys
 import threading
 import time
 from base64 import b64encode
@@ -30,6 +29,7 @@ from auth import require
 from endpoints import monitor_figures as figures
 from endpoints.monitor_figures import DAY, HOUR, Span, Traffic
 from model.formats import ModelLoadError
+from model.serving import short_turns
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -45,7 +45,6 @@ REFRESH = 30  # seconds
 # A page is kept for so many times longer than it took to make, within these bounds (seconds): while one is made, each
 # request in that worker waits some milliseconds for the interpreter, so this has to stay far below 1 % of the time.
 TIMES, MIN_AGE, MAX_AGE = 200, 1.0, 30.0
-SWITCH_INTERVAL = sys.getswitchinterval()  # Python's own: seconds until a thread that waits for the interpreter has it
 MAX_EVENTS = 20
 TEMPLATES = Path(__file__).with_name("templates")
 STYLE = (TEMPLATES / "monitor.css").read_text("utf-8")
@@ -129,17 +128,14 @@ class MonitorPage:
     def _make(self, name: str, form: str, served: dict[str, Any]) -> tuple[str, float]:
         """Return a page, and the processor time that it took, in seconds."""
         settings, began, span = self._service.settings, time.thread_time(), Span.last(name, RANGES[name], time.time())
-        try:
-            sys.setswitchinterval(0.0005)  # seconds; requests get their turn sooner
+        with short_turns():
             if form == "json":
                 page = as_json(settings.journal_dir, span)
             else:
                 store = settings.model_dir if settings.model_path is None else None
-                known = (served, _workers, settings.ships, settings.certificate_file, self._started)
-                user = "" if settings.auth == "off" else "-u NAME "
-                page = render(Host(settings.journal_dir, store, *known, f"curl {user}", self._url), span)
-        finally:
-            sys.setswitchinterval(SWITCH_INTERVAL)  # not what it was: a model that is loaded meanwhile may have set it
+                curl = "curl" if settings.auth == "off" else "curl -u NAME"
+                known = (served, _workers, settings.ships, settings.certificate_file, self._started, curl, self._url)
+                page = render(Host(settings.journal_dir, store, *known), span)
         return page, time.thread_time() - began
 
 
@@ -154,14 +150,14 @@ class Host:
     ships: bool = False  # whether records are to be shipped to SLS
     certificate: Path | None = None  # of which to show when it expires
     started: float = 0.0  # when the worker that is asked began, in seconds since 1970; 0 if none is
-    curl: str = "curl -u NAME "  # how to call it …
+    curl: str = "curl -u NAME"  # how to call it …
     url: str = "http://127.0.0.1:5000/predict"  # … and where
 
     def command(self) -> str:
         """Return a command that predicts."""
         model = self.served and self.served["stable"]
         example = orjson.dumps(model["example"], default=str).decode() if model else '{"data": […]}'
-        return f"{self.curl}-H 'Content-Type: application/json' -d {shlex.quote(example)} {self.url}"
+        return f"{self.curl} -H 'Content-Type: application/json' -d {shlex.quote(example)} {self.url}"
 
 
 def render(host: Host, span: Span, is_file: bool = False) -> str:

@@ -24,11 +24,9 @@ from .signature import BadRows, Signature
 log = logging.getLogger(__name__)
 
 # What a caller may ask for in "method", if the model has it.
+METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
 TIMED_ROWS, TIMED_BYTES, TIMED_SECONDS = 1024, 2**20, 0.05  # of the calls of a method that are timed at load, at most
 CHEAPER_SECONDS = 1.0  # of them, while a row becomes cheaper in larger calls: how cheap decides how many may wait
-
-METHODS = ("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples")
-
 
 # Hooks of extensions, called with the estimator and its rows, on the thread on which it will be called.
 before_call: list[Callable[[Any, int], None]] = []
@@ -175,10 +173,8 @@ def load_model(
     about: dict[str, Any] = {"version": version, "file": path.name, "sha256": sha256}
     about |= _describe(estimator, signature, rows)
     about["merges_requests"] = f"no: {why_not}" if why_not else "yes"
-    methods, classes, by_class = about["methods"], about["classes"], _methods_by_class(estimator)
-    model = LoadedModel(
-        version, estimator, signature, methods, classes, by_class, batcher or Batcher(), about, path, not why_not
-    )
+    answers = about["methods"], about["classes"], _methods_by_class(estimator)
+    model = LoadedModel(version, estimator, signature, *answers, batcher or Batcher(), about, path, not why_not)
     model = _answer_sample(model, rows)
     for warning in about["warnings"]:
         log.warning("%s: %s", path.name, warning)

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,18 @@ from .loaded import LoadedModel, load_model, read_sample
 from .signature import BadRows
 
 log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = sys.getswitchinterval()  # Python's own: seconds until a thread that waits for the interpreter has it
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Let requests have the interpreter sooner while this thread works for long."""
+    sys.setswitchinterval(SWITCH_INTERVAL / 10)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(SWITCH_INTERVAL)  # not what it was: another thread may do the same
 
 
 class ModelNotReady(Exception):
@@ -194,19 +207,16 @@ class Serving:
         return model
 
     def _load(self, loader: Callable[..., LoadedModel]) -> LoadedModel:
-        interval, started = sys.getswitchinterval(), time.monotonic()
-        batcher = Batcher(self.run_in_thread, self._max_wait, self.on_batch)
+        started, batcher = time.monotonic(), Batcher(self.run_in_thread, self._max_wait, self.on_batch)
         try:
-            sys.setswitchinterval(0.0005)  # seconds: unpickling holds the interpreter; requests get their turn sooner
-            model = loader(batcher=batcher, **self._load_options)
-            if model.batcher is batcher:  # else it was loaded before
-                model.time_calls()
+            with short_turns():
+                model = loader(batcher=batcher, **self._load_options)
+                if model.batcher is batcher:  # else it was loaded before
+                    model.time_calls()
         except ModelLoadError:
             raise
         except BaseException as error:  # a pickle runs code of its own, which may even raise SystemExit
             raise ModelLoadError(f"{type(error).__name__}: {error}") from error
-        finally:
-            sys.setswitchinterval(interval)
         model.about.setdefault("load_seconds", round(time.monotonic() - started, 3))  # a kept model has it already
         return model
 

@@ -106,9 +106,7 @@ class Signature:
 
     def describe(self) -> dict[str, Any]:
         """Describe the signature for people and programs, as JSON values."""
-        columns = None
-        if self.columns is not None:
-            columns = [c.describe() for c in self.columns]
+        columns = None if self.columns is None else [c.describe() for c in self.columns]
         return {"layout": self.layout, "columns": columns, "form": self.example()}
 
     @cached_property

@@ -38,16 +38,13 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        declared = _length(environ)
-        body, length = b"", self.max_bytes + 1 if declared is None else declared
-        if declared is None or declared <= self.max_bytes:
+        if (_length(environ) or 0) <= self.max_bytes:
             buffer = io.BytesIO()  # whose value is not copied; a list of chunks and their join would be there together
-            buffer.writelines(self._chunks(environ, length, self.timeout))
-            body = buffer.getvalue()
-        if max(len(body), declared or 0) > self.max_bytes:
-            raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
-        environ["body.complete"] = True
-        return body
+            buffer.writelines(self._chunks(environ, self.timeout))
+            if len(body := buffer.getvalue()) <= self.max_bytes:
+                environ["body.complete"] = True
+                return body
+        raise RequestEntityTooLarge(f"the body is larger than {self.max_bytes} bytes")
 
     def finish(self, environ: dict[str, Any], response: Response) -> None:
         """Keep the rest of a body from being taken for the next request, when the answer came before its end."""
@@ -60,7 +57,7 @@ class BodyReader:
     def _discard(self, environ: dict[str, Any]) -> None:
         """Read on a little, then shut the connection down: closed with unread data it is reset, and the answer lost."""
         with suppress(HTTPException):
-            if sum(map(len, self._chunks(environ, self.max_bytes + 1, LINGER))) <= self.max_bytes:
+            if sum(map(len, self._chunks(environ, LINGER))) <= self.max_bytes:
                 return
         _shutdown(environ, socket.SHUT_RDWR)
 
@@ -71,13 +68,14 @@ class BodyReader:
             if deadline <= self._seconds and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
 
-    def _chunks(self, environ: dict[str, Any], length: int, seconds: float) -> Iterator[bytes]:
-        """Yield at most `length` bytes of a body as they arrive, and let other requests in between.
+    def _chunks(self, environ: dict[str, Any], seconds: float) -> Iterator[bytes]:
+        """Yield a body as it arrives, up to one byte more than it may have, and let other requests in between.
 
         gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
         Raises: RequestTimeout, BadRequest; the connection is of no further use then.
         """
-        token, left, stream, declared = object(), length, environ["wsgi.input"], _length(environ)
+        token, stream, declared = object(), environ["wsgi.input"], _length(environ)
+        length = left = self.max_bytes + 1 if declared is None else min(declared, self.max_bytes + 1)
         size, now = MIN_CHUNK_SIZE if declared is None else CHUNK_SIZE, time.monotonic()
         yielded = now
         deadline = self._seconds + 1 + seconds  # the second under way may be nearly over
