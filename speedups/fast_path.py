@@ -46,7 +46,7 @@ RECV_SIZE = 8192  # bytes
 MAX_FIELDS = 100
 MAX_REQUEST_LINE = 4094  # bytes
 
-# Fields that frame a message otherwise than by its length, or are between two hops.
+# Fields that frame a message other than by its length, or are between two hops.
 UNSUPPORTED_HEADERS = {"EXPECT", "KEEP-ALIVE", "PROXY-CONNECTION", "TE", "TRAILER", "TRANSFER-ENCODING", "UPGRADE"}
 SERVER_HEADERS = hop_headers | {"content-length"}  # headers of a response that the application does not set; lower case
 
@@ -63,7 +63,7 @@ def is_possible(cfg: Any, log: Any) -> bool:
     """Return whether gunicorn is configured to do no more with a request than it does by default.
 
     Raises: UnexpectedInternals, or any other error, if gunicorn is a version that was not tested, or reads a request
-    otherwise than it is read here.
+    differently from this module.
     """
     is_default = all(each.get() == type(each)().get() for each in (cfg.settings[name] for name in SETTINGS))
     more = cfg.is_ssl or cfg.statsd_host or log.access_log_enabled or os.environ.get("SCRIPT_NAME")
@@ -84,7 +84,7 @@ def is_possible(cfg: Any, log: Any) -> bool:
 
 
 def differences(head: bytes, environ: dict[str, Any], server: Any, addr: Any, cfg: Any) -> list[str]:
-    """Return what gunicorn makes otherwise of a head of which `parse_head` made an environ, by name."""
+    """Return the names of what gunicorn makes differently of a head from which `parse_head` made an environ."""
     try:
         request = next(RequestParser(cfg, iter([head]), addr))
         _, expected = create(request, None, addr, server, cfg)
@@ -101,10 +101,10 @@ def differences(head: bytes, environ: dict[str, Any], server: Any, addr: Any, cf
 
 
 def watch(worker: Any, head: bytes, environ: dict[str, Any], server: Any, addr: Any) -> None:
-    """Compare a head that was taken with what gunicorn makes of it; if that differs, take none any more."""
+    """Compare a head that was taken with what gunicorn makes of it; if that differs, take no more."""
     if worker.has_fast_path and (found := differences(head, environ, server, addr, worker.cfg)):
         worker.has_fast_path = False
-        worker.log.error("the fast path is off: gunicorn reads a request otherwise: %s", ", ".join(found)[:500])
+        worker.log.error("the fast path is off: gunicorn reads a request differently: %s", ", ".join(found)[:500])
         run_hooks(getattr(worker.wsgi, "extensions", {}).get("on_fast_path_difference", ()))
 
 

@@ -103,7 +103,7 @@ class Metrics:
         )
         self._differences = counter(
             "prediction_fast_path_differences",
-            "Requests that gunicorn reads otherwise than the fast path, which is then off",
+            "Requests that gunicorn reads differently from the fast path, which is then off",
         )
         rejected = counter("prediction_auth_failures", "Requests rejected for their password or role", ("status",))
         self._rejected = {status: rejected.labels(status) for status in AUTH_STATUSES}
@@ -161,7 +161,7 @@ class Metrics:
         self._load_failures.inc()
 
     def count_fast_path_difference(self) -> None:
-        """Count a request that gunicorn reads otherwise than the fast path."""
+        """Count a request that gunicorn reads differently from the fast path."""
         self._differences.inc()
 
     def count_rejected(self, status: int, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -273,6 +274,17 @@ class Load:
         self._ending.set()
         for thread in self._threads:
             thread.join()
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """Let this process make no file larger than `size` bytes: to a writer the same as a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PASSWORD, ROOT, Client, basic, gunicorn, records
+from conftest import PASSWORD, ROOT, Client, basic, gunicorn, no_file_beyond, records
 from sklearn.base import BaseEstimator
 
 import monitor
@@ -466,17 +465,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(monitor, "time", clock)
     monkeypatch.setattr(processes, "time", clock)
     return clock
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """Let this process make no file larger than `size` bytes: to a writer the same as a disk that fills up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def complaints(caplog: pytest.LogCaptureFixture) -> int:

@@ -4,15 +4,12 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from conftest import ROOT, basic, gunicorn, records
+from conftest import ROOT, basic, gunicorn, no_file_beyond, records
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -353,17 +350,6 @@ def test_directory_that_cannot_be_written_is_logged_once_and_nothing_recent_is_l
         writer.tick()
     assert len(errors(caplog)) == 2
     assert len(writer._pending) == MAX_PENDING
-
-
-@contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """Let this process make no file larger than `size` bytes: to a writer the same as a disk that fills up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", range(390, 420))
