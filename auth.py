@@ -1,6 +1,6 @@
 """Who may do what: the gate in front of the views, and the users file with its passwords and roles.
 
-    python -m auth add alice --role predict         asks for the password; see python -m auth --help
+    python -m auth add alice --role predict         asks for the password (auth_commands.py)
 
 The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
 see a change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of
@@ -21,22 +21,21 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import click
 from flask import current_app, g, request
 from flask_httpauth import HTTPBasicAuth
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, ServiceUnavailable, TooManyRequests, Unauthorized
-from werkzeug.security import check_password_hash, generate_password_hash
+from werkzeug.security import check_password_hash
 
-import cli
-from processes import FileLock, LogLimit, replace_file
+from processes import LogLimit
 
 log = logging.getLogger(__name__)
 View = Callable[..., Any]
@@ -277,7 +276,7 @@ def _is_right(expected: str, password: str) -> bool:
 def read_users(path: Path) -> dict[str, User]:
     """Read a users file. Raises: UsersFileError, it is not of the form above; the message holds no hash."""
     users = {}
-    for name, entry in _read_entries(path).items():
+    for name, entry in read_entries(path).items():
         entry = entry if isinstance(entry, dict) else {}
         password, roles = entry.get("password"), entry.get("roles")
         if not isinstance(password, str) or not HASH.fullmatch(password):
@@ -290,7 +289,8 @@ def read_users(path: Path) -> dict[str, User]:
     return users
 
 
-def _read_entries(path: Path) -> dict[str, Any]:
+def read_entries(path: Path) -> dict[str, Any]:
+    """Read the entries of a users file as they are, by name. Raises: UsersFileError."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
@@ -305,118 +305,5 @@ def _read_entries(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _read_for_change(path: Path, name: str, *, exists: bool) -> dict[str, Any]:
-    """Return the entries of the users file, in which a user must exist, or must not."""
-    entries = _read_entries(path) if path.exists() else {}
-    if exists and name not in entries:
-        raise UsersFileError(f"there is no user {name!r} in {path}")
-    if not exists and name in entries:
-        raise UsersFileError(f"there is a user {name!r} already; for another password: python -m auth passwd")
-    return entries
-
-
-@contextmanager
-def _changing(path: Path, name: str, *, exists: bool) -> Iterator[dict[str, Any]]:
-    """Yield the entries of the users file to be changed, then write them. Only one command at a time does so."""
-    path = path.resolve()  # the file that a link leads to is replaced, not the link
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        entries = _read_for_change(path, name, exists=exists)
-        yield entries
-        replace_file(path, json.dumps(entries, indent=2).encode() + b"\n", mode=0o600)
-
-
-# --- the command line: the name is checked before the password is asked for, and again under the lock
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return its exit status."""
-    return cli.run("auth", commands, arguments, UsersFileError, OSError, status=1)
-
-
-@click.group()
-@click.option(
-    "--file", envvar="USERS_FILE", default="var/users.json", show_envvar=True, show_default=True, help="The users file."
-)
-@click.pass_context
-def commands(context: click.Context, file: str) -> None:
-    """Manage the users of the prediction server."""
-    context.obj = Path(file).expanduser()
-
-
-@commands.command()
-@click.argument("name")
-@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, required=True, help="May be repeated.")
-@click.pass_obj
-def add(path: Path, name: str, roles: tuple[str, ...]) -> None:
-    """Add a user. Asks for the password, or reads it from standard input."""
-    # A colon ends the name in basic auth; the rest would make logs and listings hard to read.
-    if not name or len(name) > 64 or ":" in name or not name.isprintable():
-        raise UsersFileError(f"{name!r} is not a user name: expected 1 to 64 printable characters without a colon")
-    _read_for_change(path, name, exists=False)
-    password = _ask_password()
-    with _changing(path, name, exists=False) as entries:
-        entries[name] = {"password": password, "roles": sorted(set(roles))}
-
-
-@commands.command()
-@click.argument("name")
-@click.pass_obj
-def passwd(path: Path, name: str) -> None:
-    """Change a user's password. Asks for it, or reads it from standard input."""
-    _read_for_change(path, name, exists=True)
-    password = _ask_password()
-    with _changing(path, name, exists=True) as entries:
-        entry = entries[name] if isinstance(entries[name], dict) else {"roles": []}
-        entries[name] = entry | {"password": password}
-
-
-def _ask_password() -> str:
-    """Ask for a new password twice, or read a line of standard input if that is not a terminal; return the hash."""
-    try:
-        if sys.stdin.isatty():
-            password = click.prompt("Password", hide_input=True, confirmation_prompt="Again", err=True)
-        else:
-            password = sys.stdin.readline().rstrip("\r\n")
-        password.encode()  # in some locales, bytes that are not UTF-8 come as surrogates
-    except UnicodeError:
-        raise UsersFileError("the password is not UTF-8; nothing was changed") from None
-    if not password:
-        raise UsersFileError("an empty password; nothing was changed")
-    return generate_password_hash(password)
-
-
-@commands.command()
-@click.argument("name")
-@click.pass_obj
-def remove(path: Path, name: str) -> None:
-    """Remove a user."""
-    with _changing(path, name, exists=True) as entries:
-        del entries[name]
-
-
-@commands.command("list")
-@click.pass_obj
-def list_users(path: Path) -> None:
-    """List the users and their roles."""
-    for name, user in sorted(read_users(path).items()):
-        click.echo(f"{name}\t{','.join(sorted(user.roles))}")
-
-
-@commands.command()
-@click.pass_obj
-def demo(path: Path) -> None:
-    """Add a user with a random password. Only if there is no users file yet; curl takes it from demo.netrc."""
-    if path.exists():
-        return
-    password = secrets.token_urlsafe(16)
-    netrc = path.with_name("demo.netrc")
-    lines = [f"machine {host} login demo password {password}\n" for host in ("127.0.0.1", "localhost")]
-    with _changing(path, "demo", exists=False) as entries:
-        entries["demo"] = {"password": generate_password_hash(password), "roles": ["predict", "monitor"]}
-        netrc.unlink(missing_ok=True)  # or its mode would be kept
-        replace_file(netrc, "".join(lines).encode(), mode=0o600)
-    click.echo(f"made the user demo; its password is in {netrc}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the commands are no part of the server, which runs without them
+    sys.exit(import_module("auth_commands").main())

@@ -29,6 +29,7 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
 
 import auth
+import auth_commands
 from auth import (
     FAILURES_ALLOWED,
     MAX_WAITING,
@@ -792,7 +793,7 @@ def cli(file: Path, *arguments: str | bytes, given: str | bytes = "") -> tuple[i
         patch.setenv("USERS_FILE", str(file))
         # As Python opens it on Linux without a locale, in containers for one.
         patch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8", "surrogateescape", newline="\n"))
-        status = auth.main([os.fsdecode(each) for each in arguments])
+        status = auth_commands.main([os.fsdecode(each) for each in arguments])
     return status, output.getvalue(), errors.getvalue()
 
 
@@ -945,7 +946,7 @@ def test_commands_at_once_lose_no_user(users_file: Path) -> None:
 
 def test_killed_command_leaves_the_old_file_and_no_lock(users_file: Path) -> None:
     before = users_file.read_bytes()
-    script = "import auth, os; os.rename = lambda *_: os.kill(os.getpid(), 9); auth.main()"
+    script = "import auth_commands, os; os.rename = lambda *_: os.kill(os.getpid(), 9); auth_commands.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "--file", str(users_file), "passwd", "alice"], cwd=ROOT, stdin=subprocess.PIPE
     )
@@ -1009,7 +1010,8 @@ class Terminal:
         self.screen = ""
         self._ours, theirs = os.openpty()
         # The terminal must be the controlling one: that is where getpass asks, and what sends Ctrl-C.
-        script = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import auth; sys.exit(auth.main())"
+        script = "import auth_commands, fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        script += "sys.exit(auth_commands.main())"
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, "--file", str(file), *arguments],
             cwd=ROOT,

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_docs import README
 
-import auth
+import auth_commands
 import model.__main__
 import sls.__main__
 from settings import Settings
@@ -20,7 +20,7 @@ CHINESE_README = (ROOT / "README.zh-CN.md").read_text("utf-8")
 CHINESE = [ROOT / "README.zh-CN.md", *sorted(ROOT.glob("docs/zh/*.md"))]
 PAGES = {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {*CHINESE}
 ENGLISH = "".join(path.read_text("utf-8") for path in sorted(PAGES))
-COMMANDS = {"auth": auth.commands, "model": model.__main__.commands, "sls": sls.__main__.commands}
+COMMANDS = {"auth": auth_commands.commands, "model": model.__main__.commands, "sls": sls.__main__.commands}
 QUESTIONS = (ROOT / "docs/zh/questions.md").read_text("utf-8")
 each_page = pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -17,6 +17,7 @@ EXTRAS = (
     *("model/versions/", "model/__main__.py", "model/demo.py"),
     *(f"model/formats/{name}.py" for name in ("base", "tensor_signature", "onnx", "torch", "keras", "archive_checks")),
     *("model/formats/skops.py", "model/foreign.py", "worker_slot.py", "platforms.py", "development.py"),
+    *("auth_commands.py", "cli.py"),
 )
 
 
@@ -86,7 +87,7 @@ def length(names: list[str]) -> int:
 
 def test_reader_can_hold_it() -> None:
     assert length(["server.py"]) <= 288
-    assert length(CORE) <= 4972
+    assert length(CORE) <= 4830
     functions = [(name, node) for name, tree in PRODUCT.items() for node in ast.walk(tree)]
     long = {
         f"{name}:{node.name}": lines
