@@ -1,5 +1,5 @@
-"""When the certificate expires that callers are shown: what stands in front of the server presents the file
-CERTIFICATE_FILE, and is asked for nothing.
+"""When the certificate that callers see expires: it is read from CERTIFICATE_FILE, which nginx presents; nginx is not
+asked.
 
     expiry(Path("/etc/ssl/certs/prediction-server.pem"))     # seconds since 1970
 """
@@ -65,4 +65,4 @@ def families(path: Path) -> Iterable[Metric]:
         _limit.error("", "CERTIFICATE_FILE: %s", error)
         return []
     name = "prediction_certificate_expiry_timestamp_seconds"
-    return [GaugeMetricFamily(name, "When the certificate expires that callers are shown", value=when)]
+    return [GaugeMetricFamily(name, "When the certificate that callers see expires", value=when)]
