@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from model import infer_signature
 from model.answers import ModelFailed
 from model.formats import ModelLoadError
 from model.loaded import RowsRefused, load_model
-from model.serving import ModelNotReady, Serving, SingleFile
+from model.serving import ModelNotReady, Serving, SingleFile, short_turns
 
 IRIS = load_iris(as_frame=True)
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -396,3 +397,13 @@ def test_what_a_model_raises_is_told_apart_without_its_words(
     assert error.__name__ in str(raised.value)
     assert "secret" not in str(raised.value)
     assert isinstance(raised.value.__cause__, error)
+
+
+def test_turns_are_as_long_as_before_when_two_threads_have_shortened_them() -> None:
+    before, (load, page) = sys.getswitchinterval(), (short_turns(), short_turns())
+    load.__enter__()
+    page.__enter__()
+    assert sys.getswitchinterval() == pytest.approx(before / 10)
+    load.__exit__(None, None, None)
+    page.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before
