@@ -40,12 +40,16 @@ def is_request(record: dict[str, Any] | None) -> bool:
 
 
 def as_line(record: dict[str, Any]) -> str:
-    """Return the line of a request's record. Raises: KeyError, TypeError, ValueError, OverflowError, it is of none."""
-    at = datetime.fromtimestamp(record["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    error = f"{record['error_type']}: {record['error']}" if not record["success"] else "-"
-    version = f"{record['model_version']} {record.get('variant', '')}".strip() or "-"
-    fields = at, record["request_id"], record["user"] or "-", record["status"], error, version
-    return "\t".join(map(printable, (*fields, f"{1000 * record['response_time']:.2f}")))
+    """Return the line of a request's record, "" for any other record and for one that lacks something."""
+    if not is_request(record):
+        return ""
+    with suppress(KeyError, TypeError, ValueError, OverflowError, OSError):
+        at = datetime.fromtimestamp(record["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        error = f"{record['error_type']}: {record['error']}" if not record["success"] else "-"
+        version = f"{record['model_version']} {record.get('variant', '')}".strip() or "-"
+        fields = at, record["request_id"], record["user"] or "-", record["status"], error, version
+        return "\t".join(map(printable, (*fields, f"{1000 * record['response_time']:.2f}")))
+    return ""
 
 
 def printable(field: Any) -> str:
@@ -58,12 +62,11 @@ def failures(directory: Path, since: float, limit: int) -> tuple[list[str], int]
     latest: list[tuple[float, str]] = []
     count = 0
     for record in read(directory, since):
-        if record and is_request(record) and not record.get("success"):
-            with suppress(KeyError, TypeError, ValueError, OverflowError, OSError):
-                heapq.heappush(latest, (record["time"], as_line(record)))
-                count += 1
-                if count > limit:
-                    heapq.heappop(latest)
+        if record and not record.get("success") and (line := as_line(record)):
+            heapq.heappush(latest, (record["time"], line))
+            count += 1
+            if count > limit:
+                heapq.heappop(latest)
     return [line for _, line in sorted(latest)], count
 
 
@@ -95,9 +98,8 @@ def follow(directory: Path) -> Iterator[tuple[bool, str]]:
             with suppress(FileNotFoundError):  # shipped meanwhile, or dropped to make room
                 for offset, record in read_lines(path, offsets[path.name]):
                     offsets[path.name] = offset
-                    if record and is_request(record):
-                        with suppress(KeyError, TypeError, ValueError, OverflowError, OSError):
-                            new.append((record["time"], bool(record["success"]), as_line(record)))
+                    if record and (line := as_line(record)):
+                        new.append((record["time"], bool(record["success"]), line))
         for _, success, line in sorted(new):
             yield success, line
         time.sleep(POLL_SECONDS)
