@@ -51,7 +51,7 @@ preload_app = _settings.preload
 threads = 32
 
 # Connections of one worker, idle ones counted too; one more waits in the kernel without an answer. Each takes a file
-# descriptor, of which this leaves some for files: without any a worker could neither accept nor load.
+# descriptor. This leaves some for files: with none left a worker could neither accept nor load.
 worker_connections = max(16, min(4000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64))
 
 # Seconds an idle connection is kept. It must be longer than the proxy in front keeps its own (nginx here, 10 s), or the

@@ -59,7 +59,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         self._client_of[greenlet] = client
         self._make_room()
         try:
-            if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails, fails there again
+            if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails here fails in `serve` as well
                 with suppress(OSError), self.timeout_ctx():
                     client.do_handshake()
             self.serve(listener, client, addr)
@@ -84,7 +84,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         """Answer a request."""
         try:
             return super().handle_request(*arguments)
-        except TimeoutError as error:  # nothing of the answer was taken (gunicorn.conf.py); no trouble of ours
+        except TimeoutError as error:  # nothing of the answer was taken (gunicorn.conf.py): not our fault
             raise ConnectionResetError(errno.ECONNRESET, "the answer was not taken") from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:

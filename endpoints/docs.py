@@ -55,7 +55,7 @@ class Docs:
     """The views, and the description of the version that was looked at last."""
 
     def __init__(self, app: Flask, service: "Service") -> None:
-        """Nothing is described before somebody looks."""
+        """Nothing is described before the first request."""
         self._app, self._service = app, service
         self._described: tuple[Any, dict[str, Any]] = lambda: None, {}
 

@@ -95,12 +95,12 @@ def describe_api(api: Any) -> None:
 
 
 class MonitorPage:
-    """Makes the page on a native thread, and keeps it for a moment: ten who ask at once cost no more than one."""
+    """Makes the page on a native thread, and keeps it for a moment: ten readers at once cost no more than one."""
 
     def __init__(self, service: "Service") -> None:
         self._service, self._started = service, time.time()
         self._kept: dict[tuple[str, str], tuple[str, float]] = {}  # (range, format) → the page, and until when
-        self._lock = threading.Lock()  # those who ask wait for it here, not on the threads that predictions need
+        self._lock = threading.Lock()  # readers wait here, not on the threads that predictions need
         self._url = secrets.token_hex()  # stands in a kept page for the server's address, which callers give
 
     def monitor(self) -> Response:
@@ -148,7 +148,7 @@ class Host:
     served: dict[str, Any] | None = None  # what `Serving.describe` returned; None if no server is asked
     workers: int = 0  # how many there should be; 0 if that is not known
     ships: bool = False  # whether records are to be shipped to SLS
-    certificate: Path | None = None  # of which to show when it expires
+    certificate: Path | None = None  # whose expiry to show
     started: float = 0.0  # when the worker that is asked began, in seconds since 1970; 0 if none is
     curl: str = "curl -u NAME"  # how to call it …
     url: str = "http://127.0.0.1:5000/predict"  # … and where

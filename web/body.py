@@ -129,8 +129,8 @@ def _shutdown(environ: dict[str, Any], how: int) -> None:
 def shut_down(connection: Any, how: int) -> None:
     """Shut down a side of a connection as the kernel does it.
 
-    A TLS socket's own method would forget its keys, and gevent's raise an error in who reads. That needs no descriptor:
-    there may be none left, because of those connections that are to be ended.
+    A TLS socket's own method would forget its keys, and gevent's would raise an error in the reader. This needs no new
+    descriptor: the connections to be ended may hold all there are.
     """
     with suppress(OSError, AttributeError):  # it is closed; gevent's then has no socket
         while not isinstance(connection, _socket.socket):

@@ -1,4 +1,4 @@
-"""Who asks, and whether they still wait for the answer: the model's queue is told both."""
+"""Who sent a request, and whether they still wait for the answer: for the model's queue."""
 
 import select
 from collections.abc import Callable, Hashable
