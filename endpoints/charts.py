@@ -22,6 +22,7 @@ class Line:
     name: str
     total: str  # of the whole time, for the legend
     pieces: list[str]  # the points of its polylines: a gap ends one
+    dots: list[str]  # the points that have a gap on both sides
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def chart(
 ) -> Chart:
     """Lay out a chart of lines by name, with a total for each of them."""
     top = max(map(_top, series.values()), default=1.0)
-    lines = [Line(name, totals.get(name, ""), _pieces(values, top)) for name, values in series.items()]
+    lines = [Line(name, totals.get(name, ""), *_pieces(values, top)) for name, values in series.items()]
     columns = [_column(values) for values in series.values()]
     rows = [(time, [column[at] for column in columns]) for at, time in enumerate(times)]
     y_labels = [f"{value:,.{_digits(top, 1)}f}" for value in (top, top / 2, 0)]
@@ -72,7 +73,8 @@ def _digits(top: float, more: int) -> int:
     return max(0, more - math.floor(math.log10(top)))
 
 
-def _pieces(values: Values, top: float) -> list[str]:
+def _pieces(values: Values, top: float) -> tuple[list[str], list[str]]:
+    """Return the points of polylines, and those of dots."""
     pieces: list[list[str]] = [[]]
     for at, value in enumerate(values):
         if value is None:
@@ -80,5 +82,4 @@ def _pieces(values: Values, top: float) -> list[str]:
         else:
             x, y = WIDTH * at / max(1, len(values) - 1), HEIGHT * (1 - value / top)
             pieces[-1].append(f"{x:.1f},{y:.2f}")
-    # A point that stands alone is there twice: with round ends that makes a dot.
-    return [" ".join(piece * 2 if len(piece) == 1 else piece) for piece in pieces if piece]
+    return [" ".join(piece) for piece in pieces if len(piece) > 1], [piece[0] for piece in pieces if len(piece) == 1]

@@ -87,12 +87,12 @@ class Traffic:
 
     @property
     def rate(self) -> float:
-        """Return requests per second since the first."""
-        return self.total.requests / max(MINUTE, self.span.until - self.first)
+        """Return requests per second since the first, which is known to the minute, or as exactly as it was kept."""
+        return self.total.requests / max(MINUTE, self.span.until - max(self.total.first, self.span.starts[0]))
 
     @property
     def first(self) -> float:
-        """Return when the first requests came, or the beginning of the span."""
+        """Return the step with the first requests, or the beginning of the span."""
         return min(self.steps, default=self.span.starts[0])
 
     def series(self) -> dict[str, Any]:

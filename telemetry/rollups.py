@@ -57,9 +57,11 @@ class Sums:
     # Of feedback that came meanwhile: the sums of its records by their names, `age` too, their number as `entries`, and
     # as `regressions` those of a regression; {} if none came.
     feedback: dict[str, float] = field(default_factory=dict)
+    first: float = field(default=math.inf, compare=False)  # when the first line of them begins, in seconds since 1970
 
     def add(self, other: "Sums") -> None:
         """Add what other requests add up to."""
+        self.first = min(self.first, other.first)
         for name in NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("times", "feedback", *NAMES):
@@ -169,6 +171,7 @@ def add_up(lines: Iterable[dict[str, Any]], key_of: Callable[[dict[str, Any]], K
                 found[key], times[key] = Sums(), np.zeros(2 * MAX_BUCKET, np.int64)
             times[key][begin:end] += np.array(counts, np.int64)
             sums = found[key]
+            sums.first = min(sums.first, line["time"])
             for name, number in zip(NUMBERS, numbers, strict=True):
                 setattr(sums, name, getattr(sums, name) + number)
             for name, each in names.items():

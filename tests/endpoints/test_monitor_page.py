@@ -473,11 +473,21 @@ def test_any_time_has_a_few_hundred_steps_at_most(seconds: float, tmp_path: Path
     assert Traffic.read(tmp_path, span).charts()
 
 
+def test_rate_of_a_young_server_is_the_same_in_every_range(tmp_path: Path) -> None:
+    until = 1_764_403_199.5
+    for back in (1020, 300):
+        write(tmp_path, until - back, "7", "stable", requests=500, success=500)
+    first = (until - 1020) // 60 * 60
+    for name, seconds in RANGES.items():
+        assert Traffic.read(tmp_path, Span.last(name, seconds, until)).rate == pytest.approx(1000 / (until - first))
+
+
 def test_chart_has_gaps_dots_and_round_ends() -> None:
     values = [0.0, 3.0, None, 1.5, None, None, 2.9]
     found = chart("T", "u", list("abcdefg"), {"line": values}, ["a", "g"], {"line": "9"})
     assert found.y_labels == ["4.0", "2.0", "0.0"]
-    assert found.lines[0].pieces == ["0.0,100.00 166.7,25.00", "500.0,62.50 500.0,62.50", "1000.0,27.50 1000.0,27.50"]
+    assert found.lines[0].pieces == ["0.0,100.00 166.7,25.00"]
+    assert found.lines[0].dots == ["500.0,62.50", "1000.0,27.50"]
     assert found.rows[0] == ("g", ["2.90"])
     assert found.rows[2] == ("e", ["–"])
 
