@@ -234,7 +234,7 @@ class Users:
         costs = Counter(user.password.partition("$")[0] for user in self._users.values())
         for cost, _ in costs.most_common(1):
             self._dummy_hash = f"{cost}$salt$00"
-        log.info("read %s: %d users", self._path, len(self._users))
+        log.info("read %s: %d user%s", self._path, len(self._users), "" if len(self._users) == 1 else "s")
         if found.st_mode & stat.S_IROTH:
             mode = found.st_mode & 0o777
             log.warning("%s has mode %o: anyone here can read its hashes and guess passwords", self._path, mode)

@@ -47,7 +47,7 @@ def init_app(app: "Flask", service: "Service") -> None:
 
 
 def worker_starts(worker: Any) -> None:
-    """Let gunicorn's first worker log how to call the server, once its model is there.
+    """Let gunicorn's first worker log how to call the server, and where its page is, once its model is there.
 
     Only a worker knows an example of a row. One that comes later, after a reload or a death, is not the first.
     """
@@ -58,7 +58,9 @@ def worker_starts(worker: Any) -> None:
         if state["ready"] and not is_logged:
             is_logged = True
             address, is_tls = worker.sockets[0].getsockname(), worker.cfg.is_ssl
-            log.info("serving; try\n\n  %s\n", command(service, address, is_tls, state["stable"]["example"]))
+            has_page = "endpoints.docs" in service.settings.extension_names() and isinstance(address, tuple)
+            page = f"\nor, in a browser, {_url(address, is_tls)[1]}/docs\n" if has_page else ""
+            log.info("serving; try\n\n  %s\n%s", command(service, address, is_tls, state["stable"]["example"]), page)
 
     if worker.age == 1:
         service.serving.on_update.append(log_command)
@@ -74,12 +76,8 @@ def command(service: "Service", address: Any, is_tls: bool, example: dict[str, A
     words = ["curl"]
     if is_tls:
         words.append("-k")  # a certificate is for another name than the loopback's
-    scheme = "https" if is_tls else "http"
-    if isinstance(address, tuple):
-        host = "127.0.0.1" if address[0] in ("0.0.0.0", "::") else address[0]
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}"
-    else:
-        host, url = "localhost", f"{scheme}://localhost"
+    host, url = _url(address, is_tls)
+    if not isinstance(address, tuple):
         words += ["--unix-socket", os.fsdecode(address)]
     settings = service.settings
     if settings.auth == "basic":
@@ -94,6 +92,15 @@ def command(service: "Service", address: Any, is_tls: bool, example: dict[str, A
         fetch = f"{shlex.join([*words, f'{url}/model'])} | python3 -c {shlex.quote(FETCH)} > example.json && \\\n  "
     post = ["-H", "Content-Type: application/json", "-d", body, f"{url}/predict"]
     return fetch + shlex.join([*words, *post])
+
+
+def _url(address: Any, is_tls: bool) -> tuple[str, str]:
+    """Return the host of an address, as this machine reaches it, and a URL without a path."""
+    scheme = "https" if is_tls else "http"
+    if not isinstance(address, tuple):
+        return "localhost", f"{scheme}://localhost"
+    host = "127.0.0.1" if address[0] in ("0.0.0.0", "::") else address[0]
+    return host, f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}"
 
 
 def _printable(text: str) -> str:

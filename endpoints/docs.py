@@ -38,6 +38,7 @@ HEADERS = {
 }
 MAX_COLUMNS = 100  # shown on the page
 MAX_SHOWN = 1000  # characters of a body in a curl
+MAX_FORM = 200  # characters of the rows that show how one is written
 
 
 def init_app(app: Flask, service: "Service") -> None:
@@ -66,9 +67,10 @@ class Docs:
     def page(self) -> Response:
         """GET /docs: the API as a page."""
         model, nonce = self._model(), secrets.token_urlsafe(16)
-        user, base = g.user.name if "user" in g else "", request.url_root.rstrip("/")
-        routes, named = _routes(self._describe(model), base, user), [c for c in model.signature.columns or () if c.name]
+        user, base, document = g.user.name if "user" in g else "", request.url_root.rstrip("/"), self._describe(model)
+        routes, named = _routes(document, base, user), [c for c in model.signature.columns or () if c.name]
         shown = {"model": model, "routes": routes, "columns": named[:MAX_COLUMNS], "hidden": len(named) - MAX_COLUMNS}
+        shown |= {"form": _form(document) or model.signature.example(), "schemas": _schemas_by_name(document)}
         html = render_template("docs.html", **shown, base=base, user=user, nonce=nonce, categories=categories)
         return _secured(make_response(html), nonce)
 
@@ -134,6 +136,20 @@ def _routes(document: dict[str, Any], base: str, user: str) -> list[dict[str, An
             curl = shlex.join([*words, base + path])
             routes.append({"method": method.upper(), "path": path, "curl": curl, "body": body, "operation": operation})
     return routes
+
+
+def _form(document: dict[str, Any]) -> str:
+    """Return rows that the model answers, as lists; "" if they are long."""
+    body = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    form = orjson.dumps(list(body["examples"].values())[-1]["value"]["data"]).decode()
+    return form if len(form) <= MAX_FORM else ""
+
+
+def _schemas_by_name(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of each column, if a row may be an object by their names."""
+    rows = document["components"]["schemas"]["Rows"]
+    schemas: dict[str, Any] = rows["anyOf"][1]["items"]["properties"] if "anyOf" in rows else {}
+    return schemas
 
 
 def _secured(response: Response, nonce: str = "") -> Response:

@@ -218,13 +218,16 @@ class CannotReport(Exception):
 
 
 def write_page(file: Path, directory: Path, seconds: float, name: str, now: float) -> None:
-    """Write the page of GET /monitor, of the last so many seconds, by their name. Raises: CannotReport, OSError."""
+    """Write the page of GET /monitor, of the last so many seconds, by their name. Raises: CannotReport."""
     try:
         figures, page = (import_module(f"endpoints.{each}") for each in ("monitor_figures", "monitor_page"))
     except ModuleNotFoundError as error:
         raise CannotReport(f"--html needs the monitor page, and there is no {error.name}") from None
     content: str = page.render(page.Host(directory), figures.Span.last(name, seconds, now), is_file=True)
-    replace_file(file, content.encode(), mode=0o640, durable=False)
+    try:
+        replace_file(file, content.encode(), mode=0o640, durable=False)
+    except OSError as error:
+        raise CannotReport(f"cannot write {file}: {error.strerror}") from None
 
 
 def echo_table(lines: list[tuple[str, ...]]) -> None:

@@ -87,6 +87,7 @@ def test_printed_command_gets_a_prediction(tmp_path: Path, name: str) -> None:
         assert command.replace("\n", "").isprintable()
         assert ("example.json" in command) == (name == "2000 columns")
         assert len(run(command, tmp_path / "there")["prediction"]) == 1
+        assert f"or, in a browser, http://127.0.0.1:{server.port}/docs\n" in server.log.read_text()
 
 
 @pytest.mark.long
@@ -94,8 +95,10 @@ def test_printed_command_is_right_without_passwords_for_a_socket_and_for_tls(tmp
     with gunicorn(tmp_path, model_path=iris_file, auth="off") as server:
         assert " -u " not in printed(server)
         assert run(printed(server), tmp_path / "off") == {"prediction": [0]}
+        assert "in a browser" in server.log.read_text()
     bind = ("--bind", f"unix:{tmp_path}/a socket")
     with gunicorn(tmp_path, *bind, model_path=iris_file) as server:
+        assert "in a browser" not in server.log.read_text()
         command = printed(server).replace("-u NAME", shlex.join(["-u", f"predict:{PASSWORD}"]))
         assert run(command, tmp_path / "unix") == {"prediction": [0]}
     key, certificate = tmp_path / "key", tmp_path / "certificate"

@@ -1,13 +1,17 @@
 """The page of the API: for whom it is, what it shows, and that a browser runs nothing else in it."""
 
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import WORKER_CLASSES, Client, basic, gunicorn
+from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 from server import create_app
 from settings import Settings
@@ -50,6 +54,27 @@ def test_page_shows_each_route_with_a_curl_for_whoever_looks_and_where(serve: An
     assert "curl https://models.example:8443/readyz " in shown
     assert page.count("<form ") == page.count("<textarea ") == page.count("<button>Send</button>") == 2
     assert "-u " not in text_of(serve(iris_file, auth="off").http.get("/docs").text)
+
+
+def test_page_shows_which_categories_are_refused_and_rows_that_are_answered(serve: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"closed": list("abcdef"), "open": list("uvwxyz")})
+    encoders = (OneHotEncoder(), ["closed"]), (OneHotEncoder(handle_unknown="ignore"), ["open"])
+    client: Client = serve(
+        make_pipeline(make_column_transformer(*encoders), LogisticRegression()).fit(frame, [0, 1] * 3)
+    )
+    shown = " ".join(text_of(client.get("/docs").text).split())
+    assert "closed a string, one of a , b , c , d , e , …" in shown
+    assert "open a string, such as u , v , w , x , y , …" in shown
+    (form,) = re.findall(r"Rows, as (.*?) or, by the names", shown)
+    assert len(client.predict(json.loads(form))["prediction"]) == 1
+
+
+def test_paths_that_a_browser_can_open_are_links(serve: Any, iris_file: Path) -> None:
+    client: Client = serve(iris_file)
+    links = re.findall(r'<code><a href="(.*?)">', client.get("/docs").text)
+    assert {"model", "monitor", "openapi.json"} <= set(links)
+    assert "predict" not in links
 
 
 def test_markup_in_names_is_shown_and_not_run(serve: Any) -> None:
