@@ -1,7 +1,7 @@
 """Makes the README's pictures from the real pages: `make pictures` writes docs/docs.png and docs/monitor.png.
 
-The server has a canary, callers who make mistakes, and feedback. The hour before it started is made up: else the charts
-would show two minutes.
+The server has two versions, and answers the example. The traffic, errors and feedback of its last hour are made up:
+else the charts would show two minutes.
 """
 
 import random
@@ -20,7 +20,7 @@ from conftest import PASSWORD  # noqa: E402  # found by the line above
 
 from bench.monitor import sums  # noqa: E402
 from browser.conftest import ARGUMENTS, CHROMIUM  # noqa: E402
-from browser.scene import ROLES, busy_server, call  # noqa: E402
+from browser.scene import ROLES, busy_server  # noqa: E402
 from telemetry.rollups import day_of  # noqa: E402
 
 WIDTH, HEIGHT = 1200, 1230  # pixels
@@ -28,10 +28,10 @@ MAX_BYTES = 500_000
 
 
 def make_up_an_hour(journal_dir: Path) -> None:
-    """Write the roll-ups of the hour until now."""
+    """Write the roll-ups of the last hour, and of the minute that is under way."""
     dice, now = random.Random(3), int(time.time() // 60 * 60)
     (journal_dir / "rollup").mkdir(parents=True)
-    for start in range(now - 3600, now, 60):
+    for start in range(now - 3600, now + 60, 60):
         for version, variant, rate, median in ("7", "stable", 36, 0.0015), ("8", "canary", 9, 0.0012):
             found = sums(dice, round(60 * rate * dice.uniform(0.9, 1.1)), median)
             found.users.clear()
@@ -52,14 +52,14 @@ def docs(page: Page) -> None:
 
 
 def monitor(page: Page) -> None:
-    """Open the page of the host when it shows the requests that were sent."""
+    """Open the page of the host when both workers serve."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         page.goto("/monitor")
-        if page.get_by_role("region", name="Errors").get_by_text("422").count():
+        if page.get_by_text("2 of 2 workers serve both.").count():
             return
         time.sleep(1)
-    raise TimeoutError("the page does not show what was sent")
+    raise TimeoutError("the page does not show that both workers serve")
 
 
 def main() -> None:
@@ -67,7 +67,6 @@ def main() -> None:
     with TemporaryDirectory(prefix="pictures-") as place, sync_playwright() as playwright:
         make_up_an_hour(Path(place) / "journal")
         with busy_server(Path(place)) as server:
-            call(server, 300)
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS])
             credentials = {"username": "alice", "password": PASSWORD}
             page = browser.new_page(
