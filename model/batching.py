@@ -198,7 +198,8 @@ class Batcher:
         size = sum(len(each.rows) for each in batch)
         expected = self.timings.expect(method, size)
         call = self._run_in_thread if expected > SLOW else call_directly
-        self._running_since = self._seconds + (expected if expected < inf else 0.0)
+        began = self._seconds
+        self._running_since = began + (expected if expected < inf else 0.0)
         try:
             results, seconds = call(_timed, run, [each.rows for each in batch], method)
         except Exception as error:
@@ -210,7 +211,8 @@ class Batcher:
             batch[0].error = error
             self._suspect(batch[0].caller)
         else:
-            self.timings.note(method, size, seconds)
+            # A platform may have stopped this process meanwhile, which its ticks do not count.
+            self.timings.note(method, size, min(seconds, self._seconds - began + 2.0))
             for each, result in zip(batch, results, strict=True):
                 each.result = result
         finally:

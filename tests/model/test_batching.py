@@ -480,3 +480,19 @@ def test_running_call_is_as_old_as_it_had_ticks() -> None:
     model.gate = lambda: ages.append(batcher.tick()) or len(ages) == 8
     assert batcher.submit(model, [2, 3], "square") == [4, 9]
     assert ages == [0, 0, 0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("ticks", "noted"), [(0, 2.0), (40, 40.0)])
+def test_time_for_which_the_process_was_stopped_is_not_the_models(
+    monkeypatch: pytest.MonkeyPatch, ticks: int, noted: float
+) -> None:
+    batcher = Batcher()
+
+    def run(parts: Any, method: str) -> list[Any]:
+        for _ in range(ticks):
+            batcher.tick()
+        return list(parts)
+
+    monkeypatch.setattr("model.batching._timed", lambda run, parts, method: (run(parts, method), 40.0))
+    batcher.submit(run, [[1.0]], "predict")
+    assert batcher.timings.expect("predict", 1) == noted

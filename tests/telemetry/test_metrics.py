@@ -542,6 +542,8 @@ def test_sums_are_right_over_several_workers_a_killed_one_and_a_reload(
             server.wait_until(lambda: len(load.statuses) > 200)
         sent = len(load.statuses)
         assert load.errors == []
+        # Each worker notes once a second what it has in flight.
+        server.wait_until(lambda: total(scraped(server), "prediction_requests_in_flight") == 0)
         for _ in range(4):  # any worker may answer
             found = scraped(server)
             assert total(found, "prediction_requests_total", outcome="success") == sent

@@ -710,7 +710,8 @@ def test_guard_rolls_a_worse_canary_back_and_says_why(world: World, kind: str) -
     assert {answer.status for answer in load.answers if answer.version == "1"} == {200}
     tried = Counter(answer.status for answer in load.answers if answer.version == version)
     assert tried.total() >= MIN_REQUESTS
-    assert set(tried) == ({200, 500} if kind == "Failing" else {200})
+    # A version that is too slow for what it is sent refuses some: 503.
+    assert set(tried) - {503} == ({200, 500} if kind == "Failing" else {200})
 
     routing = Routing.read(world.store.directory)
     words = "requests failed, of stable's 0.0 %" if kind == "Failing" else "answers took longer than"
