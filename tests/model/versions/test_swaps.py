@@ -199,8 +199,9 @@ def publish(store: Store, model: Any, version: str) -> Path:
 
 
 def serving(store: Store, **settings: Any) -> AbstractContextManager[Gunicorn]:
-    """Serve a store with two workers."""
-    return gunicorn(store.directory.parent, model_dir=store.directory, **{"web_concurrency": 2, **settings})
+    """Serve a store with two workers, which refuse nothing because the machine is busy."""
+    defaults = {"web_concurrency": 2, "max_wait": 30}
+    return gunicorn(store.directory.parent, model_dir=store.directory, **defaults | settings)
 
 
 def command(server: Gunicorn, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -710,8 +711,7 @@ def test_guard_rolls_a_worse_canary_back_and_says_why(world: World, kind: str) -
     assert {answer.status for answer in load.answers if answer.version == "1"} == {200}
     tried = Counter(answer.status for answer in load.answers if answer.version == version)
     assert tried.total() >= MIN_REQUESTS
-    # A version that is too slow for what it is sent refuses some: 503.
-    assert set(tried) - {503} == ({200, 500} if kind == "Failing" else {200})
+    assert set(tried) == ({200, 500} if kind == "Failing" else {200})
 
     routing = Routing.read(world.store.directory)
     words = "requests failed, of stable's 0.0 %" if kind == "Failing" else "answers took longer than"
