@@ -90,7 +90,7 @@ def test_restart_with_a_socket_that_systemd_holds_fails_no_request(tmp_path: Pat
         front = running.enter_context(nginx(tmp_path / "nginx", one_host(path)))
         given = {"model_path": iris_file, "trusted_proxies": 1, "web_concurrency": 2} | held
         server = running.enter_context(gunicorn(tmp_path, **given))
-        assert "curl" not in server.log.read_text()  # HOST and PORT are not where to ask
+        assert "http://127.0.0.1" not in server.log.read_text()  # HOST and PORT are not where to ask
         with Load(front, pause=0.03) as load:
             front.wait_until(lambda: len(load.statuses) > 20)
             assert server.stop() == 0

@@ -227,7 +227,8 @@ def test_answers_that_nobody_reads_end_their_connections(tmp_path: Path, iris_fi
         with attack(name, running, 40, again=False):
             running.wait_until(lambda: descriptors(running) >= at_rest + 35, 60)
             running.wait_until(lambda: descriptors(running) <= at_rest + 2, 60)
-        assert "Traceback" not in running.log.read_text()
+        raised = re.findall(r"^\s*([\w.]+(?:Error|Exception))\b", running.log.read_text(), re.MULTILINE)
+        assert set(raised) <= {"TimeoutError"}  # which gunicorn logs if it was sending just then
 
 
 def test_stop_does_not_wait_for_answers_that_nobody_reads(tmp_path: Path, iris_file: Path) -> None:
