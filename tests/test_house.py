@@ -13,7 +13,7 @@ from settings import EXTENSIONS
 
 # What may be removed: each room, and each format of a tensor library. The rest of the product is the core.
 EXTRAS = (
-    *("telemetry/", "sls/", "speedups/", "endpoints/"),
+    *("telemetry/", "sls/", "speedups/", "endpoints/", "operations/"),
     *("model/versions/", "model/__main__.py", "model/demo.py"),
     *(f"model/formats/{name}.py" for name in ("base", "tensor_signature", "onnx", "torch", "keras", "archive_checks")),
     *("model/formats/skops.py", "model/foreign.py", "worker_slot.py", "platforms.py", "development.py"),
