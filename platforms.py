@@ -3,7 +3,7 @@
     defaults, message = defaults_for({"K_SERVICE": "iris", "PORT": "8080"})   # GRACEFUL_TIMEOUT=8, KEEPALIVE=75, …
 
 A platform is detected by a variable that it sets, or named by PLATFORM. What the user has set is never changed, and
-AUTH never: that the platform authenticates callers is for the user to say. docs/operations.md has this as a table.
+AUTH never: that the platform authenticates callers is for the user to say. docs/clouds.md has this as a table.
 """
 
 from collections.abc import Mapping

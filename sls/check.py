@@ -47,7 +47,7 @@ def fire_test_alert(client: Client) -> int:
     """Send the record that fires the test alert; return the exit status."""
     if not _send(client, test_alert="1", record_id=secrets.token_hex(16)):
         return 1
-    click.echo('the "Test alert" should reach you within three minutes or so; if not, see docs/operations.md')
+    click.echo('the "Test alert" should reach you within three minutes or so; if not, see docs/alerts.md')
     return 0
 
 

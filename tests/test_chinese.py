@@ -108,7 +108,7 @@ def assert_command_is_there(group: click.Group, words: list[str]) -> None:
 
 
 def test_every_alert_of_the_english_guide_is_in_the_chinese_one() -> None:
-    english = re.findall(r"^### Alert: (.+)$", (ROOT / "docs/operations.md").read_text("utf-8"), re.MULTILINE)
+    english = re.findall(r"^### Alert: (.+)$", (ROOT / "docs/alerts.md").read_text("utf-8"), re.MULTILINE)
     chinese = (ROOT / "docs/zh/operations.md").read_text("utf-8")
     assert re.findall(r"^### 告警：.+（(.+)）$", chinese, re.MULTILINE) == english
 

@@ -1,4 +1,4 @@
-"""The image in real containers, as docs/operations.md runs it; `.ci/containers` builds it and calls these tests."""
+"""The image in real containers, as docs/containers.md runs it; `.ci/containers` builds it and calls these tests."""
 
 import http.client
 import json
@@ -109,7 +109,7 @@ def volume() -> Iterator[str]:
 
 def test_page_in_a_container_works_word_for_word(tmp_path: Path) -> None:
     """With podman in the place of docker, a port that is free, and a password at the prompt."""
-    page = (ROOT / "docs/operations.md").read_text().partition("\n## In a container\n")[2]
+    page = (ROOT / "docs/containers.md").read_text().partition("\n## In a container\n")[2]
     block = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
     port, volume, name = free_port(), f"test-{free_port()}", f"test-{free_port()}"
     block = block.replace("docker ", "podman ").replace("127.0.0.1:5000:", f"127.0.0.1:{port}:")

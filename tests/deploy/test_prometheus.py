@@ -76,17 +76,17 @@ def test_each_alert_is_tested_firing_and_silent() -> None:
 
 
 def test_each_alert_has_its_page_and_a_severity() -> None:
-    headings = re.findall(r"^### (Alert: .*)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^### (Alert: .*)$", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
     for alert in ALERTS:
         where, _, page = alert["annotations"]["page"].partition(", ")
-        assert (where, page in headings) == ("docs/operations.md", True), page
+        assert (where, page in headings) == ("docs/alerts.md", True), page
         words = page.removeprefix("Alert: ").split()
         assert "".join(word.capitalize() for word in words) == alert["alert"]
         assert alert["labels"]["severity"] in ("critical", "warning")
 
 
 def test_pages_say_which_alerts_only_prometheus_has() -> None:
-    guide = (ROOT / "docs/operations.md").read_text()
+    guide = (ROOT / "docs/alerts.md").read_text()
     only = set(re.findall(r"^### Alert: (.*)\n\nPrometheus only\.", guide, re.MULTILINE))
     of_sls = {alert["title"] for alert in json.loads((ROOT / "deploy/sls/alerts.json").read_text())["alerts"]}
     assert set(re.findall(r"^### Alert: (.*)$", guide, re.MULTILINE)) == only | of_sls

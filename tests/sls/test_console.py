@@ -446,13 +446,13 @@ def test_charts_stand_beside_each_other_and_show_columns_of_their_queries() -> N
     assert len(CHARTS) == 15
 
 
-def test_every_alert_has_its_section_in_the_operations_guide() -> None:
-    guide = (ROOT / "docs/operations.md").read_text()
+def test_every_alert_has_its_page() -> None:
+    guide = (ROOT / "docs/alerts.md").read_text()
     headings = set(re.findall("^### Alert: (.+)$", guide, re.MULTILINE))
     assert headings >= {alert["displayName"] for alert in ALERTS.values()}  # of the others see test_prometheus.py
     for alert in ALERTS.values():
         description = alert["configuration"]["annotations"][1]["value"]
-        assert f'Read "Alert: {alert["displayName"]}" in docs/operations.md' in description
+        assert f'Read "Alert: {alert["displayName"]}" in docs/alerts.md' in description
 
 
 # --- in Chinese
