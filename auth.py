@@ -181,7 +181,7 @@ class Users:
 
         Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many passwords wait to be checked.
         """
-        digest, network = self._digest(header), _network(address)
+        digest, network = self._digest(header), network_of(address)
         user = self._users.get(name)
         if user and (header, user.password) in self._shared:
             return self._cache(digest, user)
@@ -256,7 +256,7 @@ class Users:
             del self._forgiven[next(iter(self._forgiven))]
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6.
 
     Some proxies write a port after the address, such as Azure's gateway: it is another for each connection.

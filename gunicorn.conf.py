@@ -10,6 +10,7 @@ import ssl
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 _here = os.path.dirname(os.path.abspath(__file__))
@@ -17,11 +18,12 @@ if _here not in sys.path:  # it was started in another directory, with -c
     sys.path.insert(0, _here)
 
 import auth
-import log_format
 from processes import run_hooks
 from settings import Settings, SettingsError, usable_cores
 
-log_format.set_up(os.environ.get("LOG_FORMAT", ""))  # before the settings are read, which logs the platform
+with suppress(ModuleNotFoundError):  # it may be taken away
+    import_module("log_format").set_up(os.environ.get("LOG_FORMAT", ""))
+logging.basicConfig(level="INFO")  # if it was; in either case before the settings are read, which logs the platform
 try:
     _settings = Settings.load(log_platform=True)
     if _settings.preload and _settings.worker_class == "gevent":

@@ -124,7 +124,8 @@ class Service:
         self.recorded = {"predict"}  # endpoints whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
         self.on_answer: list[Callable[[Any, Answer, dict[str, Any]], None]] = []  # rows, answer, record
-        self.on_error: list[Callable[[int, dict[str, Any]], None]] = []  # called with the status and the record
+        self.on_error: list[Callable[[HTTPException, Exception, dict[str, Any]], None]] = []  # answer, cause, record
+        self.on_traceparent: list[Callable[[str, dict[str, Any]], None]] = []  # the header and the record
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.on_exit: list[Callable[[], None]] = [self.request_log.summarise]  # in a worker that ends
         self.every_second: list[Callable[[], None]] = [
@@ -137,7 +138,7 @@ class Service:
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = _unchanged
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
         self._started_in: int | None = None
-        self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause
+        self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause; an extension may replace it
         if self.users is None:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
         else:
@@ -244,7 +245,7 @@ class Service:
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
         g.record |= {"error": http.name, "error_type": "model" if isinstance(error, MODEL_FAULTS) else error_type}
-        run_hooks(self.on_error, code, g.record)
+        run_hooks(self.on_error, http, error, g.record)
         return http
 
     # --- around every request
@@ -254,6 +255,8 @@ class Service:
         context = g._get_current_object()  # not by its proxy, each use of which costs 0.8 µs; below and in auth.py too
         context.began, environ = time.perf_counter(), request.environ
         context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": self._request_id(environ)}
+        if traceparent := environ.get("HTTP_TRACEPARENT"):
+            run_hooks(self.on_traceparent, traceparent, context.record)
         self.start()
 
     def _request_id(self, environ: dict[str, Any]) -> str:
@@ -271,6 +274,8 @@ class Service:
         record = context.record
         self.bodies.finish(current.environ, response)
         response.headers.add("X-Request-ID", record["request_id"])
+        if "trace_id" in record:
+            response.headers.add("X-Trace-ID", record["trace_id"])
         if record["model_version"]:
             response.headers.add("X-Model-Version", record["model_version"])
         if current.endpoint in self.recorded:

@@ -75,7 +75,9 @@ def _rows_of_columns(inputs: dict[str, Any], signature: Signature) -> Any:
         fits = len(inputs) > 1 or fits or signature.blanks_replaced
     if not names or not fits:
         others = f", or one input for each column: {', '.join(names)[:1000]}" if names else ""
-        raise BadRows(f"wrong inputs {', '.join(inputs)[:200]}; this model takes one that is named {WHOLE!r}{others}")
+        raise BadRows(
+            f"wrong inputs {str([*inputs])[1:-1][:200]}; this model takes one that is named {WHOLE!r}{others}"
+        )
     columns = {}
     for name, array in inputs.items():
         if array.ndim > 2 or array.shape[1:] not in ((), (1,)):

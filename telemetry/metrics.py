@@ -164,10 +164,10 @@ class Metrics:
         """Count a request that gunicorn reads differently from the fast path."""
         self._differences.inc()
 
-    def count_rejected(self, status: int, record: dict[str, Any]) -> None:
+    def count_rejected(self, http: Any, error: Exception, record: dict[str, Any]) -> None:
         """Count a request that failed, if it was without the right password or role."""
         if record["error_type"] == "auth":
-            self._rejected[str(status)].inc()
+            self._rejected[str(http.code)].inc()
 
     def count_loss(self, reason: str, count: int) -> None:
         """Count records that the journal lost, for one of monitor.LOSSES."""

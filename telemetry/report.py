@@ -64,6 +64,8 @@ class Summary:
                 self._of().dropped[record["reason"]] += record["dropped"]
             elif record.get("event") == "feedback" and _feedback_report():
                 self._of(record["model_version"], record["variant"]).add_feedback(record)
+            elif record.get("event") == "wrong_password":
+                pass  # it is among the requests without a valid password
             elif "event" in record:
                 self.events[f"{record['event']} of {record['model_version']}"] += 1
             elif "requests" in record:
@@ -107,7 +109,7 @@ class Summary:
     def table(self, seconds: float) -> list[tuple[str, ...]]:
         """Return the lines of the report, a name and a value each, for records of so many seconds (maybe infinite)."""
         total, times = self.total(), [("from", self.first), ("to", self.last)] if self.last else []
-        lines = [(name, time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))) for name, at in times]
+        lines = [(name, utc(at)) for name, at in times]
         lines += [("source", self.source), ("requests", f"{authenticated(total)}")]
         if 0 < seconds < math.inf:
             lines.append(("requests/s", f"{authenticated(total) / seconds:.2f}"))
@@ -148,6 +150,11 @@ def errors_of(sums: Sums) -> Counter[str]:
     """Return their errors, as `<error_type>: <status> <error>` with the number of requests."""
     passed = {name: n for name, n in sums.errors.items() if not name.startswith(("auth 401 ", "auth 429 "))}
     return Counter({name.replace(" ", ": ", 1): n for name, n in passed.items()})
+
+
+def utc(at: float) -> str:
+    """Return a time (seconds since 1970, when the journal is said to begin) as words."""
+    return "the beginning" if at == 0 else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
 
 
 def share(part: int, whole: int) -> str:
@@ -286,6 +293,10 @@ def report(context: click.Context, /, directory: Path, since: tuple[float, str],
     else:
         summary = summarise(directory, begin, now)
         lines = summary.table_by(chosen["by"]) if chosen["by"] else summary.table(seconds)
+        if chosen["by"]:
+            echo_period(begin, now, summary.source)
+        elif not summary.last:
+            lines = [("from", utc(begin)), ("to", utc(now)), *lines]
         if not chosen["by"]:
             feedback, module = {key: sums.feedback for key, sums in summary.sums.items()}, _feedback_report()
             lines += module.prediction_errors(feedback, directory) if module else []
@@ -304,11 +315,17 @@ def _check(context: click.Context, chosen: dict[str, Any]) -> None:
             raise click.UsageError(f"{name} {why}: leave out --since", context)
 
 
+def echo_period(begin: float, now: float, source: str) -> None:
+    """Print on standard error which time was looked at (seconds since 1970), and where."""
+    click.echo(f"from {utc(begin)} to {utc(now)}, by the {source}", err=True)
+
+
 def echo_failures(directory: Path, since: float, now: float) -> None:
     """Print the latest failed requests; on standard error, how many more there were."""
     rolled, first = rolled_up(directory, since, now)
     known = sum(errors_of(sums).total() for steps in rolled.values() for at, sums in steps.items() if at >= first)
     lines, count = failures(directory, since, LATEST)
+    echo_period(since, now, "journal")
     for line in lines:
         click.echo(line)
     if count > len(lines):

@@ -107,7 +107,9 @@ class RollupWriter:
             self._sums.setdefault(("", ""), Sums()).dropped[reason] += count
 
     def note_event(self, record: dict[str, Any]) -> None:
-        """Count a record of feedback; keep any other with `event`, such as a rollback's."""
+        """Count a record of feedback; keep any other with `event`, such as a rollback's, but wrong passwords."""
+        if record["event"] == "wrong_password":  # which would push the others out
+            return
         with self._lock:
             if record["event"] != "feedback":
                 self._events.append({"time": time.time()} | record)

@@ -13,7 +13,8 @@ from monitor import read_lines, segments
 
 POLL_SECONDS = 0.3
 LATEST_TIME = 1e11  # seconds since 1970: the year 5138
-FIELDS = "time, request id, user, status, error, version, milliseconds"  # of a line, with tabs between them
+# Of a line, with tabs between them; a request that succeeded has no detail.
+FIELDS = "time, request id, user, status, error, version, milliseconds, detail"
 
 
 class NoSuchRequest(Exception):
@@ -47,8 +48,9 @@ def as_line(record: dict[str, Any]) -> str:
         at = datetime.fromtimestamp(record["time"], UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         error = f"{record['error_type']}: {record['error']}" if not record["success"] else "-"
         version = f"{record['model_version']} {record.get('variant', '')}".strip() or "-"
-        fields = at, record["request_id"], record["user"] or "-", record["status"], error, version
-        return "\t".join(map(printable, (*fields, f"{1000 * record['response_time']:.2f}")))
+        known = at, record["request_id"], record["user"] or "-", record["status"], error, version
+        more = (f"{1000 * record['response_time']:.2f}", *filter(None, [record.get("detail")]))
+        return "\t".join(map(printable, (*known, *more)))
     return ""
 
 
@@ -71,14 +73,14 @@ def failures(directory: Path, since: float, limit: int) -> tuple[list[str], int]
 
 
 def find(directory: Path, request_id: str) -> Iterator[str]:
-    """Yield a line for each field of the records with an id. Raises: NoSuchRequest."""
-    found = [each for each in read(directory, 0.0) if each and each.get("request_id") == request_id]
+    """Yield a line for each field of the records with an id, of the request or the trace. Raises: NoSuchRequest."""
+    found = [each for each in read(directory, 0.0) if each and request_id in map(each.get, ("request_id", "trace_id"))]
     if not found:
         name = printable(request_id)
         raise NoSuchRequest(
             f"no record in {directory} has the id {name!r}. Look on the other hosts, in the server's log, and, if the "
             f'journal is shipped, in SLS: request_id: "{name}". Only predictions are recorded, and of those without a '
-            "valid password only how many there were."
+            "valid password the first from each address; of the others only how many there were."
         )
     for number, record in enumerate(found):
         yield from [""] * (number > 0)

@@ -17,7 +17,7 @@ EXTRAS = (
     *("model/versions/", "model/__main__.py", "model/demo.py"),
     *(f"model/formats/{name}.py" for name in ("base", "tensor_signature", "onnx", "torch", "keras", "archive_checks")),
     *("model/formats/skops.py", "model/foreign.py", "worker_slot.py", "platforms.py", "development.py"),
-    *("auth_commands.py", "cli.py"),
+    *("auth_commands.py", "cli.py", "log_format.py"),
 )
 
 
@@ -86,8 +86,8 @@ def length(names: list[str]) -> int:
 
 
 def test_reader_can_hold_it() -> None:
-    assert length(["server.py"]) <= 295
-    assert length(CORE) <= 4831
+    assert length(["server.py"]) <= 300
+    assert length(CORE) <= 4773
     functions = [(name, node) for name, tree in PRODUCT.items() for node in ast.walk(tree)]
     long = {
         f"{name}:{node.name}": lines

@@ -27,7 +27,7 @@ def problem(error: HTTPException, errors: Sequence[dict[str, Any]] = ()) -> Resp
     elif isinstance(error, MethodNotAllowed):
         detail = f"this path does not take {request.method}; use {response.headers['Allow']}"
     content: dict[str, Any] = {"status": response.status_code, "title": error.name, "detail": detail}
-    content["request_id"] = g.record["request_id"]
+    content |= {name: g.record[name] for name in ("request_id", "trace_id") if name in g.record}
     if errors:
         content["errors"] = errors
     response.data = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
