@@ -1,4 +1,4 @@
-"""The lines of the server's log: JSON or text, and without what a request's malformed lines hold."""
+"""The lines of the server's log: JSON or text, priorities for systemd, and nothing of a request's malformed lines."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import joblib
 import pytest
-from conftest import ROOT, gunicorn
+from conftest import ROOT, basic, gunicorn
 
 MODULE = """
 class Fails:
@@ -54,10 +54,94 @@ def test_every_line_is_an_object_and_a_traceback_is_in_one(tmp_path: Path, monke
     assert messages[0].startswith("Starting gunicorn")
     assert messages.count("Shutting down: Master") == 1
     (failure,) = [line for line in lines if line["severity"] == "ERROR"]
-    assert "Traceback" in failure["message"]
-    assert "OSError: the disk is gone" in failure["message"]
+    assert failure["message"].startswith(f"request {failure['request_id']}: the model failed")
+    assert failure["traceback"].startswith("Traceback")
+    assert "OSError: the disk is gone" in failure["traceback"]
+    known = {"time", "severity", "logger", "pid", "message"}
+    assert failure.keys() == known | {"request_id", "traceback"}
+    assert all(line.keys() == known for line in lines if line is not failure)
     now = datetime.now(UTC)
     assert all(now - timedelta(minutes=5) < datetime.fromisoformat(line["time"]) <= now for line in lines)
+
+
+# Runs a command whose standard error is what systemd's journal would have opened; "0:1" stands for another stream.
+JOURNAL = ["sh", "-c", 'JOURNAL_STREAM=${STREAM:-$(stat -Lc %d:%i /proc/self/fd/2)} exec "$@"', "sh"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_for_systemds_journal_begin_with_their_priority(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fails_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from fails_module import Fails  # just written
+
+    joblib.dump(Fails(), tmp_path / "model.joblib")
+    environ = {"log_format": form, "model_path": tmp_path / "model.joblib"}
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with gunicorn(tmp_path, within=JOURNAL, **environ) as running:
+        body = b'{"data": [[7]]}'
+        sent = {"Authorization": basic("predict"), "Content_Type": "application/json"}
+        sent |= {"X_Request_ID": "mine", "traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+        assert running.ask("POST", "/predict", body, **sent)[0] == 500
+        running.raw(b"x / HTTP/1.1\r\n\r\n")
+        assert running.stop() == 0
+        lines = running.log.read_text("utf-8").splitlines()
+    by_priority = {mark: [line[3:] for line in lines if line.startswith(mark)] for mark in ("<3>", "<4>", "<6>")}
+    assert sum(map(len, by_priority.values())) == len(lines)
+    errors, warnings, others = by_priority.values()
+    assert any("Booting worker" in line for line in others)
+    assert any("serving version" in line for line in others)
+    assert any("Invalid request from ip=127.0.0.1" in line for line in warnings)
+    if form == "json":
+        (failure,) = map(json.loads, errors)
+        assert (failure["request_id"], failure["trace_id"]) == ("mine", trace)
+        assert [json.loads(line)["severity"] for line in warnings] == ["WARNING"] * len(warnings)
+    else:
+        assert errors[0].startswith("[")
+        assert "request mine: the model failed" in errors[0]
+        assert errors[0].endswith(f"(trace {trace})")
+        assert "  Traceback (most recent call last):" in errors
+        assert "  OSError: the disk is gone" in errors
+
+
+def test_another_stream_than_the_journals_has_no_priorities(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, within=JOURNAL, stream="0:1", model_path=iris_file) as running:
+        assert "serving version" in running.log.read_text()
+        assert not re.search(r"^<", running.log.read_text(), re.MULTILINE)
+
+
+def test_error_log_in_a_file_has_gunicorns_lines_without_priorities(tmp_path: Path, iris_file: Path) -> None:
+    arguments = ("--error-logfile", str(tmp_path / "error.log"))
+    with gunicorn(tmp_path, *arguments, within=JOURNAL, model_path=iris_file) as running:
+        assert "] [INFO] Booting worker" in (tmp_path / "error.log").read_text()
+        assert "Booting worker" not in running.log.read_text()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_reason_why_a_start_failed_is_an_error_like_others(tmp_path: Path, iris_file: Path, form: str) -> None:
+    settings = {"log_format": form, "max_rows": "none", "model_path": iris_file}
+    with gunicorn(tmp_path, ready=False, within=JOURNAL, **settings) as running:
+        assert running.process.wait(30) != 0
+        (line,) = (line for line in running.log.read_text().splitlines() if "cannot start" in line)
+    assert line.startswith("<3>")
+    reason = "cannot start: MAX_ROWS='none': expected a whole number of rows"
+    assert reason in (json.loads(line[3:])["message"] if form == "json" else line)
+
+
+BROKEN = """
+import os, sys, log_format, logging
+log_format.set_up("json")
+os.close(2)
+print("lost", file=sys.stderr)
+logging.getLogger("a").error("lost %s", "too")
+print("still here")
+"""
+
+
+def test_standard_error_that_is_closed_ends_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", BROKEN], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "still here\n"
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -360,11 +360,30 @@ def test_request_id_is_the_same_in_answer_journal_and_log(behind: Behind) -> Non
         assert [record["status"] for record in records(behind.app.journal_dir) if record["request_id"] == told] == [200]
 
 
+def test_trace_is_the_same_in_answer_journal_and_log(behind: Behind) -> None:
+    trace, span = uuid.uuid4().hex, "00f067aa0ba902b7"
+    valid = f"00-{trace}-{span}-01", f"cc-{trace}-{span}-00-more"
+    for given, kept in (
+        *((each, True) for each in valid),
+        (f"00-{trace}-{span}-01-more", False),
+        (f"ff-{trace}-{span}-01", False),
+    ):
+        status, headers, _ = behind.call(traceparent=given)
+        assert (status, headers.get_all("X-Trace-ID")) == (200, [trace] if kept else None)
+        told = headers["X-Request-ID"]
+        assert behind.logged(told)["trace_id"] == (trace if kept else "")
+        (record,) = (each for each in records(behind.app.journal_dir) if each["request_id"] == told)
+        assert record.get("trace_id") == (trace if kept else None)
+        status, headers, body = behind.front.ask("GET", "/metrics", traceparent=given)  # which nginx answers itself
+        assert (status, headers.get_all("X-Trace-ID")) == (404, [trace] if kept else None)
+        assert json.loads(body).get("trace_id") == (trace if kept else None)
+
+
 def test_log_of_nginx_holds_neither_password_nor_query_nor_body(behind: Behind) -> None:
     _, headers, _ = behind.front.ask("POST", "/predict?token=abc", BODY, **CALL)
     line = behind.logged(headers["X-Request-ID"])
     assert line.keys() == {
-        *("time", "request_id", "address", "request", "status", "bytes", "seconds"),
+        *("time", "request_id", "trace_id", "address", "request", "status", "bytes", "seconds"),
         *("upstream", "upstream_status", "upstream_seconds"),
     }
     assert (line["address"], line["request"]) == ("127.0.0.1", "POST /predict")

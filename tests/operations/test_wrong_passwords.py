@@ -70,7 +70,7 @@ def test_address_that_has_to_wait_is_counted_and_others_are_not(
 ) -> None:
     statuses = [ask(client, "2001:db8:0:1::7", request_id=f"{number}") for number in range(15)]
     assert statuses == [401] * 10 + [429] * 5
-    assert ask(client, "2001:db8:0:1::8", password="correct horse") == 422
+    assert ask(client, "2001:db8:0:2::7", password="correct horse") == 422
     assert client.http.post("/predict").status_code == 401  # no password
     client.counted.tick(0.0)  # type: ignore[attr-defined]
     assert LINE.findall(caplog.text) == [("2001:db8:0:1::/64", "0")]

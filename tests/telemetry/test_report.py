@@ -47,6 +47,9 @@ def failed(status: int, error_type: str, error: str, **changed: Any) -> dict[str
     return record(success=False, status=status, error_type=error_type, error=error, **changed)
 
 
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+
+
 def lines(*entries: Any) -> bytes:
     """Encode records as lines of a segment; bytes stay as they are."""
     return b"".join(each if isinstance(each, bytes) else json.dumps(each).encode() + b"\n" for each in entries)
@@ -268,7 +271,9 @@ def test_prediction_errors_are_shown_with_their_interval(tmp_path: Path, capsys:
     found = run(capsys, "--dir", tmp_path, "--since", "1h")
     low, high = wilson(20, 200)
     assert {
-        name: value for name, value in found.items() if name.split()[0] not in ("requests", "requests/s", "source")
+        name: value
+        for name, value in found.items()
+        if name.split()[0] not in ("from", "to", "requests", "requests/s", "source")
     } == {
         "rows": "0",
         "labelled rows, 3 stable": "1",
@@ -414,6 +419,8 @@ def test_requests_are_reported_by_version_user_and_error(
     assert (names, name, count, success) == (head, "v1 stable", "1440", "75.00 %")
     users = table("--dir", rolled, "--by", "user", "--since", "1d")
     assert users == [["user", "requests", "share"], ["alice", "1296", "90.00 %"], ["bob", "144", "10.00 %"]]
+    assert report.main(["--dir", str(rolled), "--by", "user", "--since", "1d"]) == 0
+    assert re.fullmatch(rf"from {TIME} to {TIME}, by the roll-ups, within 1 %\n", capsys.readouterr().err)
     errors = table("--dir", rolled, "--by", "error", "--since", "1d")
     assert errors == [["error", "requests", "share"], ["client: 422 Unprocessable Entity", "360", "25.00 %"]]
 
@@ -463,7 +470,37 @@ def test_latest_failures_are_listed(journal: Path, capsys: pytest.CaptureFixture
     ]
     assert {tuple(each[1:3]) for each in fields} == {("r", "alice")}
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", each[0]) for each in fields)
-    assert printed.err == ""
+    assert re.fullmatch(rf"from {TIME} to {TIME}, by the journal\n", printed.err)
+
+
+def test_failure_is_listed_with_what_its_caller_was_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "row 0, column 'a': missing"
+    made = failed(422, "client", "x", detail=told), failed(503, "overload", "y"), failed(400, "client", "z", detail=[1])
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(*made))
+    assert report.main(["--dir", str(tmp_path), "--errors"]) == 0
+    assert [line.split("\t")[7:] for line in capsys.readouterr().out.splitlines()] == [[told], [], ["[1]"]]
+
+
+def test_wrong_password_is_found_by_its_id_and_not_counted_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted = {"event": "wrong_password", "request_id": "w", "address": "192.0.2.1", "time": time.time() - 10}
+    summed = failed(401, "auth", "", requests=5, request_id="")
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(noted, summed))
+    table = run(capsys, "--dir", tmp_path)
+    assert (table["without a valid password"], table["requests"]) == ("5", "0")
+    assert "torn lines" not in table
+    assert report.main(["--dir", str(tmp_path), "--request", "w"]) == 0
+    assert re.search(r'^address +"192\.0\.2\.1"$', capsys.readouterr().out, re.MULTILINE)
+
+
+def test_requests_of_a_trace_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    others = record(request_id="c")
+    made = record(request_id="a", trace_id=trace), record(request_id="b", trace_id=trace), others
+    (tmp_path / f"{1:020d}-1.jsonl").write_bytes(lines(*made))
+    assert report.main(["--dir", str(tmp_path), "--request", trace]) == 0
+    assert re.findall(r'^request_id +"(.)"$', capsys.readouterr().out, re.MULTILINE) == ["a", "b"]
 
 
 def test_no_more_than_the_latest_failures_are_listed(rolled: Path, capsys: pytest.CaptureFixture[str]) -> None:
