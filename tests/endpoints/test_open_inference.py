@@ -473,7 +473,7 @@ WRONG_CALLS: dict[str, tuple[Any, str]] = {
     "a parameter": (wrong() | {"parameters": {"priority": [1]}}, "parameters is not an object"),
     "binary_data_output": (wrong() | {"parameters": {"binary_data_output": 1}}, "binary_data_output is not true"),
     "no name": (wrong(name=None), "each have a name"),
-    "unknown input": (wrong(name="inputs"), "wrong inputs inputs; this model takes one that is named 'input'"),
+    "unknown input": (wrong(name="inputs"), "wrong inputs 'inputs'; this model takes one that is named 'input'"),
     "a column that is missing": ({"inputs": [COLUMN | {"name": name} for name in NAMES[1:]]}, "missing"),
     "a column too many": ({"inputs": [COLUMN | {"name": name} for name in [*NAMES, "x"]]}, "not a column"),
     "a column twice": ({"inputs": [COLUMN | {"name": name} for name in [*NAMES, NAMES[0]]]}, "a name twice"),

@@ -194,6 +194,7 @@ def test_events_are_kept_and_written_at_once(tmp_path: Path, clock: Clock) -> No
     writer = worker(tmp_path)
     writer.note_event({"event": "rollback", "model_version": "v2", "reason": "worse", "time": NOON + 1})
     writer.note_event({"event": "later", "time": NOON + 2})
+    writer.note_event({"event": "wrong_password", "time": NOON + 3})  # of which many may come
     writer.tick()
     assert [event["event"] for event in read_events(tmp_path, NOON)] == ["later", "rollback"]
     assert [event["event"] for event in read_events(tmp_path, NOON, limit=1)] == ["later"]
