@@ -55,6 +55,7 @@ PROBLEM = {
     "properties": {
         **{"status": {"type": "integer"}, "title": {"type": "string"}, "detail": {"type": "string"}},
         "request_id": {"type": "string"},
+        "trace_id": {"type": "string"},
         "errors": {"type": "array", "items": {"type": "object", "required": ["detail"], "properties": PLACE}},
     },
 }

@@ -1,16 +1,18 @@
 """The command line: `python -m sls --help`."""
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 
 import click
 
 import cli
-import log_format
 from processes import FileLock
 from settings import Settings, SettingsError
 from sls.shipper import Shipper
@@ -19,7 +21,9 @@ from sls.shipper import Shipper
 @click.group()
 def commands() -> None:
     """Ship the journal to Alibaba Cloud's log service (SLS), and set its console up."""
-    log_format.set_up(os.environ.get("LOG_FORMAT", ""))
+    with suppress(ModuleNotFoundError):  # it may be taken away
+        import_module("log_format").set_up(os.environ.get("LOG_FORMAT", ""))
+    logging.basicConfig(level="INFO")
 
 
 @commands.command()
