@@ -26,10 +26,18 @@ with suppress(ModuleNotFoundError):  # it may be taken away
 logging.basicConfig(level="INFO")  # if it was; in either case before the settings are read, which logs the platform
 try:
     _settings = Settings.load(log_platform=True)
-    if _settings.preload and _settings.worker_class == "gevent":
+    # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
+    # With PRELOAD one: OpenMP's threads do not survive the fork, and a call that waits for them hangs. numpy looks at
+    # this when it is imported, as by some extension.
+    _share = "1" if _settings.preload else str(max(1, usable_cores() // _settings.web_concurrency))
+    if _settings.preload and os.environ.get("OMP_NUM_THREADS", _share) != _share:
+        logging.getLogger("gunicorn").warning("PRELOAD=1: OMP_NUM_THREADS=%s becomes 1", os.environ["OMP_NUM_THREADS"])
+        del os.environ["OMP_NUM_THREADS"]
+    os.environ.setdefault("OMP_NUM_THREADS", _share)
+    if _settings.worker_class == "gevent" and not _settings.reload:
         from gevent import monkey
 
-        monkey.patch_all()  # the application is made before gunicorn's worker would do it
+        monkey.patch_all()  # modules are imported before gunicorn's worker would do it (operations/upgrades.py)
     _extensions = _settings.load_extensions()
 except SettingsError as _error:
     sys.exit(f"cannot start: {_error}")
@@ -80,13 +88,6 @@ http_parser = "python"
 # Two masters on one machine would share the default control socket's path, and one would delete the other's.
 control_socket_disable = True
 
-# A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
-# With PRELOAD one: OpenMP's threads do not survive the fork, and a call that waits for them hangs.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if _settings.preload else str(max(1, usable_cores() // workers)))
-if _settings.preload and os.environ["OMP_NUM_THREADS"] != "1":
-    logging.getLogger("gunicorn").warning("PRELOAD=1: OMP_NUM_THREADS=%s becomes 1", os.environ["OMP_NUM_THREADS"])
-    os.environ["OMP_NUM_THREADS"] = "1"
-
 # For TLS 1.2, if gunicorn speaks TLS itself: as in the nginx set-up. Debian's Python would take all of OpenSSL's.
 ciphers = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
@@ -113,6 +114,7 @@ def on_starting(server):
     _check_addresses(server)
     if not os.path.samefile(".", _here):
         server.log.info("the server is in %s; relative paths, such as var/models, begin at %s", _here, os.getcwd())
+    server.app.reload = lambda: None  # SIGHUP changes no setting, and this file may by now need a new version's modules
     _call_extensions("before_fork", _settings)
     if _settings.preload:
         server.app.wsgi().extensions["service"].serving.preload()
@@ -180,19 +182,18 @@ def post_worker_init(worker):
     """Load the model now, not at the first request.
 
     A worker that replaces another, after a reload or a death, waits for its model before it accepts connections: they
-    wait in the listener's queue, where a worker without a model would answer 503. Not for long, so that probes are
-    answered; and not at the first start, unless connections may have waited in a socket that systemd holds.
+    wait in the listener's queue, where a worker without a model would answer 503. For 25 seconds, so that probes are
+    answered, or as long as others answer; not at the first start, unless a socket that systemd holds has a queue.
     """
     if not hasattr(worker.wsgi, "extensions"):  # gunicorn's own application: with RELOAD=1 it answers syntax errors
         return
     _call_extensions("worker_starts", worker)
     service = worker.wsgi.extensions["service"]
     service.start()
-    waits = _socket_is_handed_in or worker.age > worker.cfg.workers
-    for _ in range(50 if waits else 0):  # 25 seconds
+    waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0
+    while waits and worker.alive and not service.serving.finished.wait(0.5):
         worker.notify()
-        if service.serving.finished.wait(0.5):
-            break
+        waits = time.monotonic() < until or service.others_serve()
 
 
 def worker_exit(server, worker):

@@ -14,7 +14,12 @@ answer. Every error is answered as problem+json (web.errors).
 """
 
 if __name__ == "__main__":  # before the imports, which may fail: this may not be the Python that has the requirements
-    raise SystemExit("gunicorn runs this server: `make run`, or `gunicorn`, in the directory of server.py")
+    import sys
+    from importlib import import_module
+
+    if sys.argv[1:]:
+        sys.exit(import_module("operations.check").main())
+    sys.exit("gunicorn runs this server: `make run`, or `gunicorn`, in the directory of server.py")
 
 import logging
 import os
@@ -126,6 +131,7 @@ class Service:
         self.on_answer: list[Callable[[Any, Answer, dict[str, Any]], None]] = []  # rows, answer, record
         self.on_error: list[Callable[[HTTPException, Exception, dict[str, Any]], None]] = []  # answer, cause, record
         self.on_traceparent: list[Callable[[str, dict[str, Any]], None]] = []  # the header and the record
+        self.on_ready: list[Callable[[], None]] = []  # called by `readyz`; may raise ModelNotReady
         self.on_start: list[Callable[[], None]] = []  # in each process, after the fork
         self.on_exit: list[Callable[[], None]] = [self.request_log.summarise]  # in a worker that ends
         self.every_second: list[Callable[[], None]] = [
@@ -137,6 +143,7 @@ class Service:
         # A user's own extension may replace these two, to change the rows or the answer.
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = _unchanged
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
+        self.others_serve: Callable[[], bool] = bool  # whether another worker has a model, if an extension knows that
         self._started_in: int | None = None
         self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause; an extension may replace it
         if self.users is None:
@@ -182,6 +189,8 @@ class Service:
     def readyz(self) -> Response:
         """GET /readyz: the model is loaded and has answered its sample."""
         self.serving.choose()
+        for hook in self.on_ready:
+            hook()
         return json_response({"status": "ready"})
 
     # --- inference

@@ -26,6 +26,7 @@ EXTENSIONS = (
     *("telemetry", "model.versions", "sls", "speedups"),
     *("endpoints.feedback", "endpoints.docs", "endpoints.monitor_page", "development"),
     *("operations.failures", "operations.wrong_passwords", "operations.traces"),
+    *("operations.readiness", "operations.upgrades"),
 )
 ROOT = Path(__file__).resolve().parent
 

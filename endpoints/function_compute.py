@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Flask, Response, request
 
 from endpoints.routes import add_prediction, add_route, runner
+from model.serving import ModelNotReady
 from web.decoding import check_length, decode_json, read_body
 from web.errors import json_response
 from worker_slot import slot_of
@@ -67,6 +68,19 @@ def before_fork(settings: "Settings") -> None:
     _shared = InFlight()
 
 
+def wait_until_ready(service: "Service") -> Response:
+    """Return what GET /readyz answers once all workers have a model. Raises: ModelNotReady, it takes too long."""
+    until = time.monotonic() + START_SECONDS
+    service.serving.finished.wait(START_SECONDS)
+    while True:
+        try:
+            return service.readyz()
+        except ModelNotReady:
+            if service.serving.errors or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
 def init_app(app: Flask, service: "Service") -> None:
     """Add the routes, and count the requests under way."""
     blueprint = Blueprint("function_compute", __name__)
@@ -84,8 +98,7 @@ def init_app(app: Flask, service: "Service") -> None:
         return service.respond(rows, method)
 
     def initialize() -> Response:
-        service.serving.finished.wait(START_SECONDS)
-        return service.readyz()
+        return wait_until_ready(service)
 
     def pre_stop() -> Response:
         until = time.monotonic() + DRAIN_SECONDS

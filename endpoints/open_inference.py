@@ -90,7 +90,7 @@ class OpenInference:
 
     def ready(self) -> Response:
         """GET /v2/health/ready: the model is loaded and has answered its sample."""
-        self.service.serving.choose()
+        self.service.readyz()
         return json_response({"live": True, "ready": True})
 
     def model(self, name: str, version: str = "") -> Response:

@@ -34,7 +34,7 @@ def add_health(app: Flask, blueprint: Blueprint, path: str) -> None:
     service: Service = app.extensions["service"]
 
     def health(**_: str) -> Response:
-        service.serving.choose()
+        service.readyz()
         return current_app.response_class(content_type="text/plain")
 
     add_route(app, blueprint, path, health, "GET")

@@ -68,9 +68,19 @@ def init_app(app: "Flask", service: "Service") -> None:
     @app.get("/metrics")
     @require("metrics")
     def expose() -> Response:
-        accept = request.headers.get("Accept", "")
-        body, content_type = service.run_in_thread(metrics.expose, accept, service.serving.describe())
+        accept, served = request.headers.get("Accept", ""), service.serving.describe() | {"ready": is_ready(service)}
+        body, content_type = service.run_in_thread(metrics.expose, accept, served)
         return Response(body, content_type=content_type)
+
+
+def is_ready(service: "Service") -> bool:
+    """Return whether GET /readyz would answer 200."""
+    from model.serving import ModelNotReady
+
+    with suppress(ModelNotReady):
+        service.readyz()
+        return True
+    return False
 
 
 def describe(api: Any) -> None:

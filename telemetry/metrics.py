@@ -180,7 +180,7 @@ class Metrics:
 
         Args:
             accept: the header, or "".
-            served: what `Serving.describe` returned.
+            served: what `Serving.describe` returned, with `ready` as GET /readyz has it.
         """
         self.note_in_flight()
         workers = WorkerSlot.read(self._journal_dir / "workers")
@@ -213,7 +213,7 @@ class Metrics:
 
 def _models(served: dict[str, Any], workers: list[dict[str, Any]]) -> Iterator[Metric]:
     labels = ("model_version", "variant")
-    ready = "Whether the worker that was asked is ready to predict"
+    ready = "Whether GET /readyz answers 200: at the start, once all workers have a model"
     yield GaugeMetricFamily("prediction_ready", ready, float(served["ready"]))
     load = GaugeMetricFamily("prediction_model_load_seconds", "How long it took to load a version", labels=labels)
     count = GaugeMetricFamily("prediction_model_workers", "Workers that serve a version", labels=labels)

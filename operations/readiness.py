@@ -1,0 +1,78 @@
+"""GET /readyz answers 200 once all workers of the first start have a model. From then on each answers for itself.
+
+An extension of the server. The workers accept from one listener: a load balancer that heard "ready" from one of them
+would send requests to those that still load. A worker that comes later, after a death or a reload, does not accept
+connections before it has its model, as long as another one has (gunicorn.conf.py).
+
+The workers share memory that gunicorn's master makes: a cell for whether all were ready once, then the process ids of
+workers that have had a model, by the order of their start. A cell has one writer, but for the first, which only ever
+becomes 1. Without gunicorn, or with RELOAD=1, which forgets what the master made, each worker answers for itself.
+"""
+
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+from model.serving import ModelNotReady
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Service
+    from settings import Settings
+
+MAX_WORKERS = 4096  # then the first places are taken again
+
+_cells: memoryview | None = None
+_workers, _place = 0, 0  # how many there are to be; this one's place
+
+
+def before_fork(settings: "Settings") -> None:
+    """Make what the workers share."""
+    global _cells
+    if not settings.reload:
+        _cells = memoryview(mmap.mmap(-1, 4 * (1 + MAX_WORKERS))).cast("i")
+
+
+def worker_starts(worker: Any) -> None:
+    """Remember how many workers gunicorn was asked for, and which of them this is."""
+    global _workers, _place
+    _workers, _place = worker.cfg.workers, 1 + worker.age % MAX_WORKERS
+
+
+def init_app(app: "Flask", service: "Service") -> None:
+    """Let readiness depend on all workers."""
+    service.serving.on_update.append(note)
+    service.on_ready.append(check)
+    service.others_serve = others_serve
+
+
+def note(state: dict[str, Any]) -> None:
+    """Note that this worker has a model; `state` is what `Serving.describe` returns."""
+    if _cells is not None and _place and state["ready"]:
+        _cells[_place] = os.getpid()
+
+
+def check() -> None:
+    """Raises: ModelNotReady, not all workers of the first start have had their model yet."""
+    if _cells is not None and _place and not _cells[0]:
+        if len(_ready_workers()) < _workers:
+            raise ModelNotReady("another worker is still loading the model")
+        _cells[0] = 1
+
+
+def others_serve() -> bool:
+    """Return whether another worker has a model."""
+    return any(pid != os.getpid() for pid in _ready_workers())
+
+
+def _ready_workers() -> list[int]:
+    return [pid for pid in (_cells[1:] if _cells is not None else ()) if pid and _lives(pid)]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""Workers run the code that the server was started with, whatever is on the disk by now.
+
+An extension of the server. gunicorn's master imports the product's modules before it forks, and with them the libraries
+that they import, and scikit-learn for a model of that. So a worker that dies after a `git pull` or a `pip install` is
+replaced by one with the same code, not by a mixture that may not even start. And the master notes which code that is,
+so that the systemd unit can refuse a reload that would not bring new code (`python -m server check --reload PID`).
+
+Not with RELOAD=1, where workers are to see what has changed.
+"""
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from processes import replace_file
+from settings import EXTENSIONS, ROOT
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Service
+    from settings import Settings
+
+log = logging.getLogger(__name__)
+
+NOTE = "code.json"  # in JOURNAL_DIR: the process id of the master, and what `code` returned in it
+# Modules that only processes of their own import: commands, and the shipper. SLS's SDK takes 0.1 s and 12 MB.
+OF_COMMANDS = ("model.demo", "model.versions.onnx_export", "sls.check", "sls.client", "sls.console")
+# What workers would import to load a model, by the suffix of its file. For two workers and more that saves 80 MB and
+# 0.9 s of processor time in each with scikit-learn, 200 MB and 1.2 s with torch. onnxruntime takes 27 MB and starts a
+# thread, which a fork does not copy; so does what Keras may import.
+LIBRARIES = {".pt": "torch", ".pt2": "torch"}
+LIBRARIES |= dict.fromkeys((".joblib", ".pkl", ".pickle", ".skops"), "sklearn.pipeline")
+
+
+def init_app(app: "Flask", service: "Service") -> None:
+    """Do nothing: all is done before the fork."""
+
+
+def before_fork(settings: "Settings") -> None:
+    """Import what workers will need, and note which code that is."""
+    if settings.reload:
+        return
+    for name, error in import_all(settings).items():
+        log.warning("%s does not import: %r", name, error)
+    note = {"pid": os.getpid(), "code": code()}
+    try:
+        settings.journal_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(settings.journal_dir / NOTE, json.dumps(note).encode(), durable=False)
+    except OSError as error:
+        log.warning("a reload will not be refused if the code has changed: %s", error)
+
+
+# --- imports
+
+
+def import_all(settings: "Settings") -> dict[str, Exception]:
+    """Import the modules that workers need; return those that failed, by name."""
+    failed: dict[str, Exception] = {}
+    for library in {LIBRARIES[each] for each in suffixes(settings) & LIBRARIES.keys()}:
+        with suppress(ImportError):  # the worker that loads the model reports it; and speedups may be removed
+            if library.startswith("sklearn") and "speedups" in settings.extension_names():
+                importlib.import_module("speedups").import_sklearn()
+        with suppress(ImportError):
+            importlib.import_module(library)
+    for name in module_names(settings):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # of its library, perhaps
+            failed[name] = error
+    return failed
+
+
+def module_names(settings: "Settings") -> Iterator[str]:
+    """Yield the names of the product's modules in the rooms that are used; not a user's, which may be scripts."""
+    yield "server"
+    rooms = {name.partition(".")[0] for name in set(EXTENSIONS).intersection(settings.extension_names())}
+    left_out = OF_COMMANDS if "sklearn" in sys.modules else (*OF_COMMANDS, "speedups.sklearn_checks")  # it imports that
+    for package in sorted({"model", "web", *rooms}):
+        for each in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if not each.name.endswith(".__main__") and each.name not in left_out:
+                yield each.name
+
+
+def suffixes(settings: "Settings") -> set[str]:
+    """Return the suffixes of the model files that are to be served; none if that cannot be found out."""
+    if settings.model_path is not None:
+        return {settings.model_path.suffix.lower()}
+    try:
+        routing = json.loads((settings.model_dir / "routing.json").read_bytes())
+        versions = (routing["stable"], (routing["canary"] or {}).get("version"))
+        files = [path for each in filter(None, versions) for path in (settings.model_dir / each).glob("model.*")]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # the worker reports it
+        return set()
+    return {path.suffix.lower() for path in files}
+
+
+# --- which code
+
+
+def code() -> dict[str, str]:
+    """Return what the code consists of: a digest for each of the product's files and each installed package, by name.
+
+    A package's is that of its RECORD, which has a hash of each file that pip installed.
+    """
+    paths = {str(path.relative_to(ROOT)): path for path in product_files()}
+    for directory in {Path(each) for each in sys.path if each.endswith("-packages")}:
+        for record in directory.glob("*.dist-info/RECORD"):
+            paths[record.parent.name.removesuffix(".dist-info").replace("-", " ")] = record
+    found = {}
+    for name, path in sorted(paths.items()):
+        with suppress(OSError):  # removed just now
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found
+
+
+def product_files() -> Iterator[Path]:
+    """Yield the product's files: modules, and the templates in their packages."""
+    yield from ROOT.glob("*.py")
+    for package in ROOT.glob("*/__init__.py"):
+        for pattern in ("*.py", "*.html"):
+            yield from package.parent.rglob(pattern)
+
+
+def changes(journal_dir: Path, pid: int) -> list[str] | None:
+    """Return which files and packages are not as they were when the master `pid` was started; None if that is unknown.
+
+    Raises: nothing; what cannot be read is unknown.
+    """
+    try:
+        note = json.loads((journal_dir / NOTE).read_bytes())
+        if note["pid"] != pid:
+            return None
+        before = dict(note["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    now = code()
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
