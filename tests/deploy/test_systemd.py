@@ -1,10 +1,16 @@
 """The units of deploy/systemd: what systemd thinks of them, and what they promise of gunicorn."""
 
+import json
+import os
+import pwd
 import re
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,3 +146,68 @@ def test_master_that_ends_takes_its_workers_with_it(tmp_path: Path, iris_file: P
         while not are_gone(server, workers) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert are_gone(server, workers)
+
+
+# --- commands as the service runs
+
+ENVIRONMENT_FILES = (
+    "A=1",
+    "  A = 1 \nB=2\t\n",
+    "# A=1\n; B=2\nC=3 # no comment\n",
+    "A='it is'  \" quoted\" B\nB='x\ny'\n",
+    'A="a \\"b\\" \\$ \\x `" \nB=\\$\\ and\\ more\\ \\ \n',
+    'A=over \\\n  two lines\nB="and \\\n two"\n',
+    'A=in"side"\nB=\'open\nC=1\n',
+    "export A=1\nnonsense\nB==\n0C=1\r\nC=1\r\n",
+    "A=first\nA=second\nB=/srv/päth;#\n",
+)
+GENERATOR = Path("/usr/lib/systemd/user-environment-generators/30-systemd-environment-d-generator")
+
+
+@pytest.mark.skipif(not GENERATOR.exists(), reason="needs systemd's generators: sudo apt install systemd")
+@pytest.mark.parametrize("text", ENVIRONMENT_FILES)
+def test_environment_file_is_read_as_systemd_reads_it(tmp_path: Path, text: str) -> None:
+    """Compared with what reads files of the same syntax without a running systemd, for users' sessions."""
+    (tmp_path / "environment.d").mkdir()
+    (tmp_path / "environment.d" / "test.conf").write_text(text, newline="")
+    environ = {"XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    quoted = subprocess.run([GENERATOR], env=environ, capture_output=True, text=True, check=True).stdout
+    script = f"{quoted}\nfor name in A B C; do [ -v $name ] && printf '%s=%s\\0' $name \"${{!name}}\"; done; true"
+    shown = subprocess.run(["bash", "-c", script], env={}, capture_output=True, text=True, check=True).stdout
+    expected = dict(each.split("=", 1) for each in shown.split("\0") if each)
+    assert expected
+    found = runpy.run_path(str(SHIPPED / "as_service.py"))["read_environment"](text)
+    assert {name: value.replace("\n", "\\n") for name, value in found.items()} == expected
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_command_runs_as_the_service_does(tmp_path: Path) -> None:
+    """With a python that shows what it was given: the service's user, settings and directory, and nothing else's."""
+    script = (
+        "import json, os; print(json.dumps([os.getuid(), os.getgroups(), os.umask(0), os.getcwd(), dict(os.environ)]))"
+    )
+    with tempfile.TemporaryDirectory() as place:  # which that user may enter
+        Path(place).chmod(0o755)
+        (Path(place) / "python").symlink_to("/usr/bin/python3")
+        (Path(place) / "settings").write_text("USERS_FILE='/srv/the users.json'\n")
+        (Path(place) / "settings").chmod(0o600)
+        changed = {"User=predictions": "User=nobody", "/etc/prediction-server.env": f"{place}/settings"}
+        changed |= {"/opt/prediction-server/.venv/bin": place, "/opt/prediction-server": place}
+        (Path(place) / "prediction-server.service").write_text(substitute(SERVICE, changed))
+        (Path(place) / "prediction-server.service.d").mkdir()
+        (Path(place) / "prediction-server.service.d" / "override.conf").write_text(
+            "[Service]\nEnvironment=PORT=5001 X=y\n"
+        )
+        run = f"""import pathlib, runpy, sys
+module = runpy.run_path({str(SHIPPED / "as_service.py")!r})
+module["main"].__globals__["INSTALLED"] = pathlib.Path({place!r})
+module["main"](sys.argv[1:])"""
+        given = os.environ | {"SUDO_USER": "erin", "MODEL_DIR": "/root/models", "TERM": "dumb"}
+        command = [sys.executable, "-c", run, "-c", script]
+        shown = subprocess.run(command, env=given, capture_output=True, text=True, check=True).stdout
+        user, groups, mask, directory, environ = json.loads(shown)
+        assert (user, 0 in groups, mask, directory) == (pwd.getpwnam("nobody").pw_uid, False, 0o077, place)
+    expected = {"USERS_FILE": "/srv/the users.json", "TRUSTED_PROXIES": "1", "PORT": "5001", "X": "y"}
+    assert expected.items() <= environ.items()
+    assert (environ["SUDO_USER"], environ["USER"]) == ("erin", "nobody")
+    assert "MODEL_DIR" not in environ
