@@ -27,11 +27,12 @@ apt-get update -q
 apt-get install -qy curl git nginx openssl python3-venv
 id predictions >/dev/null 2>&1 || useradd --system --home-dir /var/lib/prediction-server --shell /usr/sbin/nologin predictions
 install -d -o predictions -g predictions -m 750 /var/lib/prediction-server
-[ -e /opt/prediction-server ] || git clone -q "$repository" /opt/prediction-server
-cd /opt/prediction-server
+[ -e /opt/prediction-server-first ] || git clone -q "$repository" /opt/prediction-server-first
+cd /opt/prediction-server-first
 [ -e var ] || ln -s /var/lib/prediction-server var
 python3 -m venv .venv
 .venv/bin/pip install -q --require-hashes -r requirements.txt
+ln -sfT /opt/prediction-server-first /opt/prediction-server
 runuser -u predictions -- .venv/bin/python -m model.demo
 
 [ -e /etc/ssl/private/prediction-server.key ] || openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj "/CN=$(hostname)" \

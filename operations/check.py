@@ -100,11 +100,14 @@ def _packages(settings: Settings) -> Iterator[str]:
     settings.load_extensions()
     for name, error in import_all(settings).items():
         raise CheckFailed(f"the module {name} does not import: {type(error).__name__}: {error}")
+    expected: dict[str, set[str]] = {}  # of several, each for some versions of Python
     with contextlib.suppress(OSError):
         for name, wanted in re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.M):
-            with contextlib.suppress(metadata.PackageNotFoundError):  # for another Python or system, perhaps
-                if (found := metadata.version(name)) != wanted:
-                    click.echo(f"note  {name} {found} is installed; requirements.txt has {wanted}")
+            expected.setdefault(name, set()).add(wanted)
+    for name, versions in expected.items():
+        with contextlib.suppress(metadata.PackageNotFoundError):  # for another system, perhaps
+            if (found := metadata.version(name)) not in versions:
+                click.echo(f"note  {name} {found} is installed; requirements.txt has {' or '.join(versions)}")
     yield f"everything imports, with Python {sys.version.split()[0]} of {sys.prefix}"
 
 

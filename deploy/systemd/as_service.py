@@ -3,6 +3,8 @@
 
     sudo deploy/systemd/as_service.py -m auth add alice --role predict
 
+In a release that does not serve yet (docs/upgrades.md) it runs the code of that release.
+
 The service's settings are in a file that only root reads, and its syntax is systemd's, not the shell's.
 """
 
@@ -66,8 +68,12 @@ def main(arguments: list[str]) -> None:
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
     os.umask(int(known["UMask"], 8))
-    os.chdir(known["WorkingDirectory"])
-    python = Path(shlex.split(known["ExecStart"])[0]).with_name("python")
+    python, release = Path(shlex.split(known["ExecStart"])[0]).with_name("python"), here.parents[2]
+    if (release / ".venv/bin/python").exists():
+        python = release / ".venv/bin/python"
+        os.chdir(release)
+    else:
+        os.chdir(known["WorkingDirectory"])
     os.execve(python, [str(python), *arguments], environ)  # noqa: S606  # no shell is wanted
 
 

@@ -3,7 +3,8 @@
     systemctl_stand_in.py NAMESPACE COMMAND …       within a network namespace of that name
 
 Of a service it applies what could break it: user, directories, descriptors, the socket, the read-only system, hidden
-homes and devices, capabilities, system calls. It waits for READY=1. nginx it starts, or lets it read its files again.
+homes and devices, capabilities, system calls. It waits for READY=1, holds the socket, and starts what has ended again.
+nginx it starts, or lets it read its files again.
 """
 
 import ctypes
@@ -17,10 +18,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 LOG = Path("/var/log/prediction-server.log")
+PID = Path("/run/prediction-server.pid")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -34,7 +39,7 @@ def read_unit(file: str) -> dict[str, list[str]]:
 
 def start(service: str) -> None:
     """Start a service with its socket, and wait until it says that it is ready."""
-    unit, held = read_unit(service), read_unit(service.replace(".service", ".socket"))
+    held = read_unit(service.replace(".service", ".socket"))
     (path,), (group,), (mode,), (backlog,) = (
         held[name] for name in ("ListenStream", "SocketGroup", "SocketMode", "Backlog")
     )
@@ -43,28 +48,55 @@ def start(service: str) -> None:
     os.chown(path, 0, grp.getgrnam(group).gr_gid)
     os.chmod(path, int(mode, 8))
     listener.listen(int(backlog))
-    told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    told.bind("\0prediction-server-notify")
-    told.settimeout(60)
-    if os.fork() == 0:
-        os.setsid()
-        log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        null = os.open("/dev/null", os.O_RDONLY)
-        for descriptor, copy in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, copy)
-        run(unit, listener.fileno())
-    try:
-        assert b"READY=1" in told.recv(4096)
-    except TimeoutError:
-        sys.exit(f"{service} did not become ready:\n{LOG.read_text()}")
+    with expecting_ready() as told:
+        if os.fork() == 0:
+            told.close()
+            os.setsid()
+            log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            null = os.open("/dev/null", os.O_RDONLY)
+            for descriptor, copy in ((null, 0), (log, 1), (log, 2)):
+                os.dup2(descriptor, copy)
+            while True:
+                pid = os.fork()
+                if pid == 0:
+                    run(read_unit(service), read_unit(service)["ExecStart"][0], listener.fileno())
+                PID.write_text(str(pid))
+                os.waitpid(pid, 0)
+                time.sleep(0.2)
 
 
-def run(unit: dict[str, list[str]], listener: int) -> None:
-    """Become the service."""
+@contextmanager
+def expecting_ready() -> Iterator[socket.socket]:
+    """Wait until the service that was started in the block says that it is ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind("\0prediction-server-notify")
+        told.settimeout(60)
+        yield told
+        try:
+            assert b"READY=1" in told.recv(4096)
+        except TimeoutError:
+            sys.exit(f"it did not become ready:\n{LOG.read_text()}")
+
+
+def reload(service: str) -> None:
+    """Run what the unit says, one after the other, as long as that works."""
+    unit, main = read_unit(service), PID.read_text()
+    for command in unit["ExecReload"]:
+        pid = os.fork()
+        if pid == 0:
+            run(unit, command.replace("$MAINPID", main))
+        _, status = os.waitpid(pid, 0)
+        if status:
+            sys.exit(f"Job for {service} failed because the control process exited with error code.")
+
+
+def run(unit: dict[str, list[str]], command: str, listener: int | None = None) -> None:
+    """Become a process of the service; `listener` is the socket that the main one gets."""
     user = pwd.getpwnam(unit["User"][0])
     environ = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": user.pw_dir, "USER": user.pw_name}
     environ |= dict(each.split("=", 1) for each in unit["Environment"])
-    environ |= {"NOTIFY_SOCKET": "@prediction-server-notify", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    if listener is not None:
+        environ |= {"NOTIFY_SOCKET": "@prediction-server-notify", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
     hide_and_protect(unit, user)
     files = int(unit["LimitNOFILE"][0])
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -79,12 +111,13 @@ def run(unit: dict[str, list[str]], listener: int) -> None:
     os.setuid(user.pw_uid)
     assert unit["NoNewPrivileges"] == ["yes"]
     assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-    os.dup2(listener, 3)
-    os.set_inheritable(3, True)  # also where it was 3 already
-    os.closerange(4, 100)
+    if listener is not None:
+        os.dup2(listener, 3)
+        os.set_inheritable(3, True)  # also where it was 3 already
+    os.closerange(3 if listener is None else 4, 100)
     filter_calls(calls)
-    command = shlex.split(unit["ExecStart"][0])
-    os.execve(command[0], command, environ)
+    words = shlex.split(command)
+    os.execve(words[0], words, environ)
 
 
 def hide_and_protect(unit: dict[str, list[str]], user: pwd.struct_passwd) -> None:
@@ -160,6 +193,11 @@ def main(namespace: str, *arguments: str) -> None:
             pass  # it would try for as long as there is no user
         case ("start", "prediction-server.service"):
             start("prediction-server.service")
+        case ("restart", "prediction-server"):
+            with expecting_ready():
+                os.kill(int(PID.read_text()), signal.SIGTERM)
+        case ("reload", "prediction-server"):
+            reload("prediction-server.service")
         case ("reload", "nginx"):
             pid = Path("/run/nginx.pid")
             if pid.exists() and pid.read_text():  # `nginx -t` makes an empty one

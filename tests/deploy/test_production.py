@@ -47,6 +47,7 @@ STAND_INS = {
     "apt-get": 'shift; for each; do [ "${{each#-}}" != "$each" ] || dpkg -s "$each" >/dev/null || exit 1; done',
     "systemctl": f'exec {sys.executable} /stand-ins/systemctl_stand_in.py {{namespace}} "$@"',
     "curl": 'exec ip netns exec {namespace} /usr/bin/curl "$@"',
+    "journalctl": "cat /var/log/prediction-server.log",
 }
 
 

@@ -1,0 +1,113 @@
+"""docs/upgrades.md, typed word for word: one release up and back, under load, without a failed request."""
+
+import http.client
+import json
+import re
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, basic, records
+from nginx_tools import needs_nginx
+from test_hosts import Namespace
+from test_production import block, host_network, needs_a_host, pids, type_in
+
+PAGE = (ROOT / "docs/upgrades.md").read_text("utf-8")
+BODY = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
+
+# A host is set up; then a new release comes, which changes a module; then the way back. A reload is refused while the
+# link leads to another release than the one that serves.
+BEFORE = r"""
+git clone -q --no-hardlinks {root} /root/origin
+git -C /root/origin checkout -q -B main
+git clone -q /root/origin /root/clone
+cd /root/clone
+{install}
+set +x; echo; echo "SERVES $(readlink /proc/$(cat /run/prediction-server.pid)/cwd)"; set -x
+"""
+RELEASE = r"""
+cd /root/origin
+git config user.email someone@example.com; git config user.name Someone
+echo '# A comment.' >> web/callers.py
+git commit -qam "Another release"
+cd /root/clone
+{up}
+set +x; echo "SERVES $(readlink /proc/$(cat /run/prediction-server.pid)/cwd)"; set -x
+systemctl reload prediction-server
+"""
+BACK = r"""
+ln -sfT "$(readlink -f /opt/prediction-server-before)" /opt/prediction-server
+! systemctl reload prediction-server
+ln -sfT $release /opt/prediction-server
+{back}
+set +x; echo "SERVES $(readlink /proc/$(cat /run/prediction-server.pid)/cwd)"; set -x
+"""
+
+
+def commands(section: str) -> str:
+    """Return the first block of commands of a section of the page."""
+    found = re.search(rf"^## {section}\n.*?^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert found
+    return found[1]
+
+
+class Callers(threading.Thread):
+    """Asks one request after the other, as alice and through nginx, from the first that is answered on."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__()
+        self._namespace, self.ending = namespace, threading.Event()
+        self.statuses: list[int] = []
+        self.errors: list[str] = []
+
+    def run(self) -> None:
+        """Ask until the event is set."""
+        headers = {"Content-Type": "application/json", "Authorization": basic("alice")}
+        while not self.ending.wait(0.05):
+            try:
+                with self._namespace:
+                    front = http.client.HTTPSConnection(
+                        "127.0.0.1", timeout=60, context=ssl._create_unverified_context()
+                    )
+                    front.connect()
+                front.request("POST", "/predict", BODY, headers)
+                answer = front.getresponse()
+                body = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                if self.statuses:
+                    self.errors.append(repr(error))
+            else:
+                if self.statuses or answer.status == 200:
+                    self.statuses.append(answer.status)
+                    assert answer.status != 200 or json.loads(body) == {"prediction": [0]}
+            front.close()
+
+
+@pytest.mark.long
+@needs_nginx
+@needs_a_host
+def test_release_goes_up_and_back_under_load_and_keeps_the_state(tmp_path: Path) -> None:
+    script = BEFORE.format(root=ROOT, install=block()) + RELEASE.format(up=commands("Up"))
+    script += BACK.format(back=commands("Back"))
+    with host_network() as namespace:
+        callers = Callers(namespace)
+        callers.start()
+        try:
+            shown = type_in(script, tmp_path, namespace).replace("\r", "")
+            time.sleep(1.0)
+        finally:
+            callers.ending.set()
+            callers.join()
+        first, second, third = re.findall(r"^SERVES (/opt/prediction-server-\S+)$", shown, re.MULTILINE)
+        assert first == third != second, shown
+        assert "FAIL" not in shown
+        assert "ok    model: version" in shown
+        assert shown.count("would not bring it. Restart instead") == 1
+        assert callers.errors == []
+        assert set(callers.statuses) == {200}
+        (master, *_) = [pid for pid in pids(namespace) if "gunicorn" in Path(f"/proc/{pid}/cmdline").read_text()]
+        journal = Path(f"/proc/{master}/root/var/lib/prediction-server/journal")
+        answered = [record for record in records(journal) if record["user"] == "alice" and record["status"] == 200]
+        assert len(answered) >= len(callers.statuses)
