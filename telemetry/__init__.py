@@ -68,19 +68,23 @@ def init_app(app: "Flask", service: "Service") -> None:
     @app.get("/metrics")
     @require("metrics")
     def expose() -> Response:
-        accept, served = request.headers.get("Accept", ""), service.serving.describe() | {"ready": is_ready(service)}
-        body, content_type = service.run_in_thread(metrics.expose, accept, served)
+        accept, served = request.headers.get("Accept", ""), service.serving.describe()
+        body, content_type = service.run_in_thread(
+            metrics.expose, accept, served | {"ready": is_ready(service, served)}
+        )
         return Response(body, content_type=content_type)
 
 
-def is_ready(service: "Service") -> bool:
-    """Return whether GET /readyz would answer 200."""
+def is_ready(service: "Service", served: dict[str, Any]) -> bool:
+    """Return whether GET /readyz would answer 200, of a worker that serves this."""
     from model.serving import ModelNotReady
 
-    with suppress(ModelNotReady):
-        service.readyz()
-        return True
-    return False
+    try:
+        for hook in service.on_ready:
+            hook()
+    except ModelNotReady:
+        return False
+    return bool(served["ready"])
 
 
 def describe(api: Any) -> None:

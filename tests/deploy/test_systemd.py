@@ -34,7 +34,8 @@ needs_systemd = pytest.mark.skipif(
 
 @needs_systemd
 def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
-    there = {"/opt/prediction-server/.venv/bin/gunicorn": shutil.which("true") or ""}  # systemd looks whether it is
+    found = shutil.which("true") or ""  # systemd looks whether they are there
+    there = {f"/opt/prediction-server/.venv/bin/{name}": found for name in ("gunicorn", "python")}
     (tmp_path / "prediction-server.service").write_text(substitute(SERVICE, there))
     shutil.copy(SHIPPED / "prediction-server.socket", tmp_path)
     units = [str(tmp_path / f"prediction-server.{kind}") for kind in ("service", "socket")]
@@ -199,7 +200,7 @@ def test_command_runs_as_the_service_does(tmp_path: Path) -> None:
             "[Service]\nEnvironment=PORT=5001 X=y\n"
         )
         run = f"""import pathlib, runpy, sys
-module = runpy.run_path({str(SHIPPED / "as_service.py")!r})
+module = runpy.run_path({shutil.copy(SHIPPED / "as_service.py", place)!r})
 module["main"].__globals__["INSTALLED"] = pathlib.Path({place!r})
 module["main"](sys.argv[1:])"""
         given = os.environ | {"SUDO_USER": "erin", "MODEL_DIR": "/root/models", "TERM": "dumb"}
