@@ -68,23 +68,22 @@ def init_app(app: "Flask", service: "Service") -> None:
     @app.get("/metrics")
     @require("metrics")
     def expose() -> Response:
-        accept, served = request.headers.get("Accept", ""), service.serving.describe()
-        body, content_type = service.run_in_thread(
-            metrics.expose, accept, served | {"ready": is_ready(service, served)}
-        )
+        accept = request.headers.get("Accept", "")
+        body, content_type = service.run_in_thread(metrics.expose, accept, what_is_served(service))
         return Response(body, content_type=content_type)
 
 
-def is_ready(service: "Service", served: dict[str, Any]) -> bool:
-    """Return whether GET /readyz would answer 200, of a worker that serves this."""
+def what_is_served(service: "Service") -> dict[str, Any]:
+    """Return what `Serving.describe` does, with `ready` as GET /readyz has it."""
     from model.serving import ModelNotReady
 
+    served = service.serving.describe()
     try:
         for hook in service.on_ready:
             hook()
     except ModelNotReady:
-        return False
-    return bool(served["ready"])
+        served["ready"] = False
+    return served
 
 
 def describe(api: Any) -> None:
