@@ -123,7 +123,7 @@ def on_starting(server):
 
 
 def _call_extensions(function, argument):
-    """Call before_fork (in the master), after_fork or worker_starts (in a worker) of the extensions that have it."""
+    """Call before_fork or master_ready (in the master), after_fork or worker_starts (in a worker), if it is there."""
     for extension in _extensions:
         getattr(extension, function, lambda argument: None)(argument)
 
@@ -144,12 +144,13 @@ def _check_addresses(server):
 
 
 def when_ready(server):
-    """Limit sends, and spare the workers after a freeze."""
+    """Limit sends, spare the workers after a freeze, and let the extensions watch the workers."""
     for listener in server.LISTENERS:  # from which connections have their options
         if isinstance(listener.getsockname(), tuple) and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             # The kernel ends a connection when nothing of an answer was taken for so many milliseconds.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
     _spare_frozen_workers(server)
+    _call_extensions("master_ready", server)
 
 
 def _spare_frozen_workers(server):

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+TIMED_OUT = 124  # exit status of a worker at PREDICT_TIMEOUT, as timeout(1) has it
+
 # --- locks
 
 

@@ -10,7 +10,6 @@ model.predict(model.signature.validate([[5.1, 3.5, 1.4, 0.2]]))
 import gc
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from processes import run_hooks
+from processes import TIMED_OUT, run_hooks
 
 from .batching import Batcher, call_directly
 from .formats import ModelLoadError
@@ -178,7 +177,7 @@ class Serving:
         seconds = max((batcher.tick() for batcher in list(self._batchers)), default=0)
         if seconds >= timeout:
             log.critical("the model has been at one call for %d seconds (PREDICT_TIMEOUT): this worker ends", seconds)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(TIMED_OUT)
 
     # --- loading
 

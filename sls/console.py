@@ -145,7 +145,7 @@ def desired(
 
 def _alerts(file: dict[str, Any], values: Mapping[str, Any]) -> Iterator[Resource]:
     for given in file["alerts"]:
-        alert = fill(file["every"], values | fill(given, values))
+        alert = fill(file["every"], values | file["usual"] | fill(given, values))
         if joined := given.get("joined"):  # another query, of another time: a query of an alert spans a day at most
             configuration = alert["configuration"]
             configuration["queryList"].append(configuration["queryList"][0] | fill(joined, values))

@@ -2,7 +2,8 @@
 
 At least once: a record that SLS stored without our hearing of it is sent again, with the same `record_id`. Two files in
 the journal's directory are locked: `serving.lock` by all workers together, `ship.lock` by the one shipper. Progress is
-in `ship.json`, which is replaced after each batch; records that SLS rejects for their content are in `refused.json`.
+in `ship.json`, which is replaced after each batch; records that SLS rejects for their content are in `refused.json`,
+which once it is full becomes `refused.old.json`.
 """
 
 import gc
@@ -29,7 +30,8 @@ log = logging.getLogger("sls")
 ROOT = Path(__file__).resolve().parent.parent
 
 STATE = "ship.json"
-DEAD_LETTERS = "refused.json"
+DEAD_LETTERS, OLD_DEAD_LETTERS = "refused.json", "refused.old.json"
+DEAD_LETTERS_BYTES = 8 * 2**20  # from which on the file becomes the old one
 BATCH_RECORDS = 2048  # SLS takes 4096 in one call; decoded, these are some 5 MB
 BATCH_BYTES = 2 * 2**20  # of journal lines; SLS takes 10 MB, and 3 MB of raw logs is advised
 LINGER = 2.0  # seconds that a batch which is not full waits for more
@@ -251,8 +253,13 @@ class Shipper:
 
     def _dead_letter(self, records: list[dict[str, Any]], error: SLSError) -> bool:
         """Keep records that SLS rejects for their content in a file, for an operator; return False if that fails."""
+        path, old = self._directory / DEAD_LETTERS, self._directory / OLD_DEAD_LETTERS
         try:
-            with (self._directory / DEAD_LETTERS).open("ab") as file:
+            if path.exists() and path.stat().st_size >= DEAD_LETTERS_BYTES:
+                if old.exists():
+                    log.error("%s is full: the records in %s are lost", path, old)
+                path.rename(old)
+            with path.open("ab") as file:
                 file.write(b"".join(orjson.dumps({"refused": str(error), **record}) + b"\n" for record in records))
         except OSError as failure:
             message = "a record that SLS rejects cannot be kept in %s: %s"
@@ -298,6 +305,15 @@ class Progress:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # sent again rather than never
             log.error("%s cannot be used, so everything is sent again: %s", directory / STATE, error)
             return None
+
+    @staticmethod
+    def refused_bytes(directory: Path) -> int:
+        """Return the size of the records that SLS rejected, and that are kept."""
+        size = 0
+        for name in (DEAD_LETTERS, OLD_DEAD_LETTERS):
+            with suppress(FileNotFoundError):
+                size += (directory / name).stat().st_size
+        return size
 
     def waiting(self, directory: Path) -> tuple[int, float | None]:
         """Return how many bytes of the journal wait, and when the oldest record in them was written (since 1970)."""

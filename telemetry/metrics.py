@@ -10,6 +10,7 @@ never anything that a caller sent.
 """
 
 import logging
+import os
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -38,14 +39,15 @@ AUTH_STATUSES = ("401", "403", "429")
 class Metrics:
     """The metrics of a process. Its methods may be called from any thread, under gevent from native ones too."""
 
-    def __init__(self, journal_dir: Path, ships: bool = False) -> None:
+    def __init__(self, journal_dir: Path, ships: bool = False, journal_max_bytes: int = 10**9) -> None:
         """Begin to count in memory, alone.
 
         Args:
             journal_dir: the directory whose size is exposed, and in which workers keep what they count.
             ships: whether to expose how far shipping to SLS has come.
+            journal_max_bytes: the bound of the journal, which is exposed.
         """
-        self._journal_dir, self._ships = journal_dir, ships
+        self._journal_dir, self._ships, self._journal_max_bytes = journal_dir, ships, journal_max_bytes
         # Hooks of extensions, called with a function that takes their families of metrics, each time they are exposed.
         self.on_expose: list[Callable[[Callable[[Iterable[Metric]], None]], None]] = []
         self._is_alone = True
@@ -197,6 +199,12 @@ class Metrics:
             with suppress(OSError):  # shipped meanwhile, or dropped to make room
                 size += path.stat().st_size
         yield GaugeMetricFamily("prediction_journal_bytes", "Size of the journal", size)
+        text = "Size from which on the journal's oldest records go"
+        yield GaugeMetricFamily("prediction_journal_max_bytes", text, self._journal_max_bytes)
+        with suppress(OSError):  # there is no such directory yet
+            disk = os.statvfs(self._journal_dir)
+            text = "Free space of the journal's disk"
+            yield GaugeMetricFamily("prediction_journal_free_bytes", text, disk.f_bavail * disk.f_frsize)
         progress = shipping_progress(self._journal_dir, expected=True) if self._ships else None
         if progress is None:
             return
@@ -209,6 +217,9 @@ class Metrics:
         yield CounterMetricFamily("prediction_records_shipped", "Records that SLS has stored", progress.shipped)
         rejected = "Records that SLS rejected for their content"
         yield CounterMetricFamily("prediction_records_refused", rejected, progress.refused)
+        text = "Size of the records that SLS rejected, until someone removes refused.json and refused.old.json"
+        size = progress.refused_bytes(self._journal_dir)
+        yield GaugeMetricFamily("prediction_refused_records_bytes", text, size)
 
 
 def _models(served: dict[str, Any], workers: list[dict[str, Any]]) -> Iterator[Metric]:

@@ -67,7 +67,8 @@ class Summary:
             elif record.get("event") == "wrong_password":
                 pass  # it is among the requests without a valid password
             elif "event" in record:
-                self.events[f"{record['event']} of {record['model_version']}"] += 1
+                what = f"of {version}" if (version := record.get("model_version")) else record.get("reason", "")
+                self.events[f"{record['event']} {what}"] += 1
             elif "requests" in record:
                 sums, count = self._of(), record["requests"] + 0
                 sums.requests, sums.unauthenticated = sums.requests + count, sums.unauthenticated + count

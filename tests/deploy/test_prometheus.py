@@ -1,6 +1,7 @@
 """Rules, alerts and dashboard agree with the metrics, by promtool and by a real Prometheus."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -23,13 +24,16 @@ from sklearn.dummy import DummyClassifier
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures, wilson
 from model.batching import call_directly
 from monitor import LOSSES, Journal
+from operations import exits
+from telemetry.certificate import families as certificate_families
 from telemetry.drift import Drift
 from telemetry.feedback_metrics import families
-from telemetry.metrics import OUTCOMES, Metrics
+from telemetry.metrics import AUTH_STATUSES, OUTCOMES, Metrics
 from worker_slot import WorkerSlot
 
 HERE = ROOT / "deploy/prometheus"
 RULES = yaml.safe_load((HERE / "rules.yml").read_text())
+RUNBOOKS = "https://git.example.org/prediction-server"  # until somebody puts in the address of a copy
 CONFIGURATION = yaml.safe_load((HERE / "prometheus.yml").read_text())
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboard.json").read_text())
 
@@ -37,6 +41,8 @@ ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert
 RECORDED = {rule["record"] for group in RULES["groups"] for rule in group["rules"] if "record" in rule}
 IN_RULES = [rule["expr"] for group in RULES["groups"] for rule in group["rules"]]
 IN_DASHBOARD = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+NEW_CERTIFICATE = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "/dev/null", "-subj", "/CN=localhost"]
 
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("promtool") and shutil.which("prometheus")),
@@ -62,27 +68,72 @@ def test_prometheus_accepts_the_configuration_and_rules(tmp_path: Path) -> None:
     promtool("check", "rules", tmp_path / "rules.yml")
 
 
+@pytest.mark.long
 @needs_prometheus
 def test_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", HERE / "rules_test.yml")
 
 
-def test_each_alert_is_tested_firing_and_silent() -> None:
+def minutes(time: str) -> float:
+    """Return the minutes of a time of promtool, such as 1h15m."""
+    return sum(int(n) * {"m": 1, "h": 60, "d": 1440}[unit] for n, unit in re.findall(r"(\d+)([mhd])", time))
+
+
+def test_each_alert_is_tested_silent_then_firing_then_resolved() -> None:
     cases = yaml.safe_load((HERE / "rules_test.yml").read_text())["tests"]
-    asked = [each for case in cases for each in case["alert_rule_test"]]
+    tested: dict[str, set[str]] = {"silent": set(), "firing": set(), "resolved": set()}
+    for case in cases:
+        fired: dict[str, float] = {}
+        for each in case["alert_rule_test"]:
+            name, at = each["alertname"], minutes(each["eval_time"])
+            if each.get("exp_alerts"):
+                tested["firing"].add(name)
+                fired.setdefault(name, at)
+            else:
+                tested["resolved" if fired.get(name, math.inf) < at else "silent"].add(name)
     names = {alert["alert"] for alert in ALERTS}
-    assert {each["alertname"] for each in asked if each.get("exp_alerts")} == names
-    assert {each["alertname"] for each in asked if not each.get("exp_alerts")} == names
+    assert tested["firing"] == names
+    assert tested["silent"] == tested["resolved"] == names - {"Watchdog"}  # which always fires
+
+
+def page_of(alert: dict[str, Any]) -> str:
+    """Return the title of an alert's page."""
+    file, _, anchor = alert["annotations"]["runbook_url"].removeprefix(f"{RUNBOOKS}/").partition("#")
+    headings = re.findall(r"^### (Alert: .*)$", (ROOT / file).read_text(), re.MULTILINE)
+    (found,) = (each for each in headings if each.lower().replace(":", "").replace(" ", "-") == anchor)
+    return str(found.removeprefix("Alert: "))
 
 
 def test_each_alert_has_its_page_and_a_severity() -> None:
-    headings = re.findall(r"^### (Alert: .*)$", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
     for alert in ALERTS:
-        where, _, page = alert["annotations"]["page"].partition(", ")
-        assert (where, page in headings) == ("docs/alerts.md", True), page
-        words = page.removeprefix("Alert: ").split()
-        assert "".join(word.capitalize() for word in words) == alert["alert"]
-        assert alert["labels"]["severity"] in ("critical", "warning")
+        assert "".join(word.capitalize() for word in page_of(alert).split()) == alert["alert"]
+        severities = ("none",) if alert["alert"] == "Watchdog" else ("critical", "warning")
+        assert alert["labels"]["severity"] in severities
+
+
+@pytest.mark.skipif(shutil.which("amtool") is None, reason="needs amtool: sudo apt install prometheus-alertmanager")
+def test_alertmanager_routes_each_severity() -> None:
+    file = HERE / "alertmanager.yml"
+
+    def amtool(*arguments: str) -> str:
+        done = subprocess.run(["amtool", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    amtool("check-config", str(file))
+    routes = {"critical": "on-call", "warning": "mail"}
+    for alert in ALERTS:
+        labels = [f"alertname={alert['alert']}", f"severity={alert['labels']['severity']}", "job=prediction-server"]
+        receiver = amtool("config", "routes", "test", f"--config.file={file}", *labels)
+        assert receiver == routes.get(alert["labels"]["severity"], "dead-mans-switch"), alert["alert"]
+
+
+def test_alerts_that_inhibit_others_are_there() -> None:
+    names = {alert["alert"] for alert in ALERTS}
+    for rule in yaml.safe_load((HERE / "alertmanager.yml").read_text())["inhibit_rules"]:
+        for matcher in (*rule["source_matchers"], *rule["target_matchers"]):
+            label, values = re.split("=~|=", matcher, maxsplit=1)
+            assert label != "alertname" or set(values.strip('"').split("|")) <= names
 
 
 def test_pages_say_which_alerts_only_prometheus_has() -> None:
@@ -90,7 +141,7 @@ def test_pages_say_which_alerts_only_prometheus_has() -> None:
     only = set(re.findall(r"^### Alert: (.*)\n\nPrometheus only\.", guide, re.MULTILINE))
     of_sls = {alert["title"] for alert in json.loads((ROOT / "deploy/sls/alerts.json").read_text())["alerts"]}
     assert set(re.findall(r"^### Alert: (.*)$", guide, re.MULTILINE)) == only | of_sls
-    assert {alert["annotations"]["page"].partition("Alert: ")[2] for alert in ALERTS} == only | of_sls - {"Test alert"}
+    assert {page_of(alert) for alert in ALERTS} == only | of_sls - {"Test alert"}
 
 
 @needs_prometheus
@@ -137,6 +188,12 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     answer: Any = SimpleNamespace(model=model, prediction=["a"])
     drift.count([[0.5]], answer, {"method": "predict", "model_version": "1"})
     metrics.on_expose.append(lambda add: add(drift.families([model])))
+    certificate = place / "certificate.pem"
+    subprocess.run(["openssl", *NEW_CERTIFICATE, "-days", "1", "-out", certificate], check=True, capture_output=True)
+    metrics.on_expose.append(lambda add: add(certificate_families(certificate)))
+    state = {"configured": 1, "exits": dict.fromkeys(exits.REASONS, 0)}
+    (place / "workers/exits.json").write_text(json.dumps(state))
+    metrics.on_expose.append(lambda add: add(exits.families(place / "workers")))
     metrics.count_request(0.1, {"error_type": "", "model_version": "1", "variant": "stable"})
     stable = {"version": "1", "load_seconds": 1.0, "error_bound": 0.1}
     text = metrics.expose("", {"ready": True, "stable": stable, "canary": None})[0]
@@ -151,8 +208,8 @@ def test_names_and_values_are_those_of_the_metrics(expression: str, exposed: set
     assert names <= exposed
     assert recorded <= RECORDED
     assert names or recorded or re.search(r"\bup\b|vector", expression)
-    known = {"outcome": set(OUTCOMES.values()), "reason": set(LOSSES), "variant": {"stable", "canary", ""}}
-    known["model_version"] = {""}
+    known = {"outcome": set(OUTCOMES.values()), "reason": {*LOSSES, *exits.REASONS}, "status": set(AUTH_STATUSES)}
+    known |= {"variant": {"stable", "canary", ""}, "model_version": {""}}
     for label, values in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', expression):
         assert label == "job" or set(values.split("|")) <= known[label]
 
@@ -252,7 +309,9 @@ def test_real_prometheus_sees_right_sums_and_alerts(tmp_path: Path, monkeypatch:
             watching.wait_until(lambda n=total: watching.value('prediction_requests_total{outcome="success"}') == n)
         watching.wait_until(lambda: watching.value("up") == 1)  # a late scrape has no values
         watching.wait_until(lambda: watching.value("prediction_model_workers") == 2)
-        watching.wait_until(lambda: watching.firing() == set())  # at first it has not yet seen that the server is up
+        watching.wait_until(
+            lambda: watching.firing() == {"Watchdog"}
+        )  # at first it has not yet seen that the server is up
         for _ in range(30):
             assert server.predict([[-1.0]])[0] == 500
         watching.wait_until(lambda: {"ErrorRate", "ErrorBudget"} <= watching.firing())

@@ -85,7 +85,7 @@ def test_setup_creates_everything(sls: LoopbackSLS, operator: Operator) -> None:
             assert there["ttl"] == KEEP_DAYS
         elif "." in kind:
             assert (there["id"], json.loads(there["value"])) == (name, body["value"])
-    assert len(sls.console) == len(resources) == len(operator.lines) == 23
+    assert len(sls.console) == len(resources) == len(operator.lines) == 26
     assert all(line.endswith((": created", ": written")) for line in operator.lines)
 
 
@@ -221,7 +221,7 @@ def test_setup_that_failed_half_way_continues_when_run_again(
     assert "run it again" in operator.lines[-1]
     sls.heal()
     assert operator.setup(make_project=True) == 0
-    assert len(sls.console) == 23
+    assert len(sls.console) == 26
 
 
 def test_setup_waits_for_a_new_logstore_to_be_known(sls: LoopbackSLS, operator: Operator) -> None:
@@ -365,9 +365,11 @@ def query_of(body: dict[str, Any]) -> str:
 
 
 QUERIES = {name: query_of(body) for name, body in (ALERTS | CHARTS).items()} | SEARCHES
-QUERIES["no-feedback, the day before"] = ALERTS["no-feedback"]["configuration"]["queryList"][1]["query"]
+for _name in ("no-feedback", "rows-rejected"):
+    QUERIES[f"{_name}, the day before"] = ALERTS[_name]["configuration"]["queryList"][1]["query"]
 SQL_WORDS = {
-    *"select as from log group by having order desc limit and or not is null in distinct time cast double".split()  # noqa: SIM905
+    *"select as from log where group by having order desc limit and or not is null in distinct time cast".split(),  # noqa: SIM905
+    "double",
 }
 FUNCTIONS = {
     *"count count_if sum avg min max round sqrt greatest coalesce nullif if approx_percentile".split(),  # noqa: SIM905
@@ -527,6 +529,9 @@ OTHERS = [UNAUTHENTICATED, DROPPED, CHECK, TEST]
 # As telemetry/drift.py writes it, for each version and day.
 DRIFT = {"event": "drift", "model_version": "1", "variant": "", "day": "2026-01-31", "rows": 1000, "psi": 0.21}
 DRIFT |= {"record_id": "d", "pid": 1}
+# As operations/exits.py writes it.
+DEATH = {"event": "worker_exit", "model_version": "", "variant": "", "reason": "killed", "worker_pid": 1}
+DEATH |= {"record_id": "e", "pid": 1}
 
 
 def truth(number: int = 0, **fields: Any) -> dict[str, Any]:
@@ -608,8 +613,8 @@ def as_indexed(key: str, value: Any) -> Any:
     return float(value) if value else None
 
 
-def fires(name: str, records: list[dict[str, Any]], hours: float = 0.0) -> bool:
-    """Return whether an alert's condition holds over records, `hours` after the first of them."""
+def fires(name: str, records: list[dict[str, Any]], hours: float = 2 / 60) -> bool:
+    """Return whether an alert's condition holds, so many hours after the first record; at first when they are indexed."""
     configuration = ALERTS[name]["configuration"]
     condition = configuration["severityConfigurations"][0]["evalCondition"]["condition"]
     condition = condition.replace("&&", "and").replace("||", "or")
@@ -631,7 +636,7 @@ def since(time: str) -> float:
 
 def columns(alert: dict[str, Any]) -> set[str]:
     """Return the columns of an alert's queries."""
-    records = [truth(error_bound=0.1), DRIFT]
+    records = [truth(error_bound=0.1), DRIFT, DEATH, request()]
     found = [run(query["query"], records) for query in alert["configuration"]["queryList"]]
     return {name for rows in found for row in rows for name in row}
 
@@ -693,6 +698,12 @@ STABLE = [request() for _ in range(100)]
         ("prediction-error-rate", errors(*[0.0, -0.3] * 100), True),
         ("prediction-error-rate", errors(*[0.0, 0.3] * 100, error_bound=0.13), False),
         ("prediction-error-rate", errors(*[0.3] * 199), False),
+        ("rejected-passwords", STABLE * 10, False),
+        ("rejected-passwords", [UNAUTHENTICATED | {"requests": 50}] * 2, False),
+        ("rejected-passwords", [UNAUTHENTICATED | {"requests": 50}] * 3, True),
+        ("rejected-passwords", [failed("auth")] * 500, False),  # of which each had a password
+        ("worker-deaths", [*STABLE, *OTHERS], False),
+        ("worker-deaths", [*STABLE, DEATH], True),
         ("no-feedback", [], False),
         ("no-feedback", [truth()], False),
         ("no-feedback", [*STABLE, *OTHERS], False),
@@ -708,6 +719,28 @@ STABLE = [request() for _ in range(100)]
 )
 def test_alert_fires_when_it_should_and_not_otherwise(name: str, records: list[dict[str, Any]], expected: bool) -> None:
     assert fires(name, records) is expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ((90, 10), (60, 40), True),
+        ((90, 10), (75, 25), False),
+        ((50, 50), (40, 60), False),
+        ((90, 10), (1, 18), False),
+        ((18, 1), (0, 100), False),  # too few to compare with
+        ((0, 0), (0, 100), False),
+    ],
+)
+def test_version_whose_callers_cannot_use_it_is_compared_with_the_day_before(
+    before: tuple[int, int], now: tuple[int, int], expected: bool
+) -> None:
+    earlier = [*[request()] * before[0], *[failed("client")] * before[1]]
+    later = [*[request(model_version="2")] * now[0], *[failed("client", model_version="2")] * now[1]]
+    others = [*OTHERS, *[failed("auth", model_version="")] * 500, *[failed("client", model_version="")] * 500]
+    found = [each | {"__time__": 1000} for each in earlier + others]
+    found += [each | {"__time__": 1000 + 86_400} for each in later + others]
+    assert fires("rows-rejected", found, 24 + 2 / 60) is expected
 
 
 @pytest.mark.parametrize(("hours", "expected"), [(23, False), (25, True), (47, True), (49, False)])
@@ -774,12 +807,26 @@ def test_feedback_that_a_server_has_shipped_is_what_the_queries_take(
 def test_records_that_are_not_requests_change_no_figure() -> None:
     requests = [*STABLE, *CANARY, *[failed("model")] * 3, *[failed("client")] * 5]
     for name, query in QUERIES.items():
-        if name not in ("dropped", "outside", "test", "ls-dropped", "ls-strangers") and not re.search(
-            "feedback|drift", query
-        ):
-            with_others = run(query, [*requests, *OTHERS * 10, *truths(50, 10), DRIFT])
+        others = ("dropped", "outside", "test", "rejected-passwords", "worker-deaths", "ls-dropped", "ls-strangers")
+        if name not in others and not re.search("feedback|drift", query):
+            with_others = run(query, [*requests, *OTHERS * 10, *truths(50, 10), DRIFT, DEATH])
             assert with_others == run(query, requests), name
             assert with_others or name in ("ls-request", "ls-slow"), name
+
+
+@pytest.mark.parametrize("days", [7, 30])
+def test_charts_of_days_show_the_latest_minutes(days: int) -> None:
+    records = [request(__time__=60 * n) for n in range(days * 1440)]
+    times = [row["time"] for row in run(QUERIES["rate"], records)]
+    assert times == list(range(60 * (days * 1440 - 10_000), 60 * days * 1440, 60))
+    per_minute = [name for name, query in QUERIES.items() if "__time__ % 60 as time" in query]
+    assert len(per_minute) == 5
+    assert all("order by time desc limit 10000) order by time limit 10000" in QUERIES[name] for name in per_minute)
+
+
+def test_windows_of_alerts_end_where_records_are_indexed() -> None:
+    ends = {name: alert["configuration"]["queryList"][0]["end"] for name, alert in ALERTS.items()}
+    assert {name for name, end in ends.items() if end != "-1m"} == {"test"}  # for which somebody waits
 
 
 def test_dashboard_shows_what_happened() -> None:
