@@ -2,7 +2,7 @@
 
     prediction_worker_exits_total{reason="killed"} 3
 
-Only gunicorn's master learns how a worker ended. It counts from its start, in `workers/exits.json` in JOURNAL_DIR. Every
+Only gunicorn's master learns how a worker ended. It counts from its start, in JOURNAL_DIR/workers/exits.json. Every
 worker reads that for GET /metrics, and the one that is started next records the event. gunicorn: wraps `reap_workers`
 and `manage_workers` of its master.
 """

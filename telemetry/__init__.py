@@ -35,8 +35,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     from telemetry.metrics import Metrics
 
     settings = service.settings
-    metrics = Metrics(settings.journal_dir, settings.ships, settings.journal_max_bytes)
-    slot = slot_of(app, service)
+    metrics, slot = Metrics(settings.journal_dir, settings.ships, settings.journal_max_bytes), slot_of(app, service)
     # Whatever comes first, this or an extension that has metrics of its own, makes the list.
     metrics.on_expose = app.extensions.setdefault("on_metrics", metrics.on_expose)
     app.extensions.setdefault("on_fast_path_difference", []).append(metrics.count_fast_path_difference)

@@ -614,7 +614,7 @@ def as_indexed(key: str, value: Any) -> Any:
 
 
 def fires(name: str, records: list[dict[str, Any]], hours: float = 2 / 60) -> bool:
-    """Return whether an alert's condition holds, so many hours after the first record; at first when they are indexed."""
+    """Return whether an alert's condition holds, so many hours after the first record; by then it is indexed."""
     configuration = ALERTS[name]["configuration"]
     condition = configuration["severityConfigurations"][0]["evalCondition"]["condition"]
     condition = condition.replace("&&", "and").replace("||", "or")
