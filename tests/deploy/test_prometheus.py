@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,16 +250,22 @@ class Prometheus(Server):
 
 
 @contextmanager
-def prometheus(place: Path, target: int) -> Iterator[Prometheus]:
-    """Run Prometheus with the files of deploy/prometheus; a minute of the rules takes a tenth of a second."""
+def prometheus(place: Path, *targets: int, change: Callable[[str], str] = str) -> Iterator[Prometheus]:
+    """Run Prometheus with the files of deploy/prometheus; for alerts, a minute takes a tenth of a second.
+
+    Args:
+        place: a directory for it.
+        targets: the ports of servers.
+        change: makes other rules of those.
+    """
     place.mkdir(exist_ok=True)
     configuration = json.loads(json.dumps(CONFIGURATION))
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms", "scrape_timeout": "500ms"}
     (job,) = configuration["scrape_configs"]
-    job["static_configs"] = [{"targets": [f"127.0.0.1:{target}"]}]
+    job["static_configs"] = [{"targets": [f"127.0.0.1:{target}" for target in targets]}]
     rules = re.sub(r"^( *for): (\d+)m$", r"\1: \g<2>00ms", (HERE / "rules.yml").read_text(), flags=re.MULTILINE)
     (place / "prometheus.yml").write_text(json.dumps(configuration))
-    (place / "rules.yml").write_text(rules)
+    (place / "rules.yml").write_text(change(rules))
     (place / job["basic_auth"]["password_file"]).write_text(PASSWORD)
     port = free_port()
     arguments = [f"--config.file={place / 'prometheus.yml'}", f"--storage.tsdb.path={place / 'data'}"]
