@@ -106,6 +106,27 @@ def test_record_that_sls_rejects_for_its_content_is_a_dead_letter_and_the_others
     assert (refused["request_id"], state(tmp_path)["refused"], state(tmp_path)["shipped"]) == ("13", 1, 50)
 
 
+def test_dead_letters_are_bounded_and_the_latest_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sls.shipper.DEAD_LETTERS_BYTES", 2000)
+    directory = journal_of(tmp_path, 100)
+
+    def reject(batch: list[dict[str, Any]]) -> None:
+        raise SLSError("PostBodyInvalid", "not this", 400)
+
+    Shipper(directory, reject).run()
+    kept = [directory / name for name in ("refused.old.json", "refused.json")]
+    found = [json.loads(line)["request_id"] for path in kept for line in path.read_text().splitlines()]
+    assert found == [str(n) for n in range(100)][-len(found) :]
+    assert 10 < len(found) < 50
+    progress = Progress.read(directory)
+    assert progress
+    assert progress.refused == 100
+    assert progress.refused_bytes(directory) == sum(path.stat().st_size for path in kept) < 5000
+    assert "the records in" in caplog.text
+
+
 def test_second_shipper_of_a_journal_ends_at_once(tmp_path: Path, sls: LoopbackSLS) -> None:
     with shipper(tmp_path, sls, "--forever") as first:
         sls.wait_until(lambda: shippers(tmp_path / "journal") == [first.pid])

@@ -168,6 +168,11 @@ def test_what_is_served_and_the_journals_size_are_looked_up(iris: Client) -> Non
     assert total(found, "prediction_workers_with_error") == 0
     size = sum(path.stat().st_size for path in iris.journal_dir.glob("*.jsonl"))
     assert total(found, "prediction_journal_bytes") == size > 0
+    assert total(found, "prediction_journal_max_bytes") == 10**9
+    disk = os.statvfs(iris.journal_dir)
+    free = total(found, "prediction_journal_free_bytes")
+    assert 0 < free <= disk.f_blocks * disk.f_frsize
+    assert free % disk.f_frsize == 0
     assert not any("waiting" in name or "shipped" in name for name, _ in found)  # nobody ships
 
 
@@ -184,6 +189,11 @@ def test_waiting_records_are_exposed_even_if_no_shipper_could_start(tmp_path: Pa
     found = samples(metrics.expose("", SERVED)[0].decode())
     assert total(found, "prediction_records_shipped_total") == 7
     assert total(found, "prediction_records_refused_total") == 2
+    assert total(found, "prediction_refused_records_bytes") == 0
+    (tmp_path / "refused.json").write_text("{}\n" * 100)
+    (tmp_path / "refused.old.json").write_text("{}\n")
+    found = samples(metrics.expose("", SERVED)[0].decode())
+    assert total(found, "prediction_refused_records_bytes") == 303
 
 
 def test_nothing_is_missed_if_sls_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
