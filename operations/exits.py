@@ -51,8 +51,7 @@ def master_ready(server: Any) -> None:
     def noting_waitpid(pid: int, options: int) -> tuple[int, int]:
         ended, status = waitpid(pid, options)
         worker = server.WORKERS.get(ended)
-        # A server that stops has closed its listeners.
-        if worker and server.LISTENERS and (reason := reason_of(status, worker.aborted)):
+        if worker and (reason := reason_of(status, worker.aborted)):
             exits[reason] += 1
             _deaths.append({"event": "worker_exit", "reason": reason, "worker_pid": ended})
         return ended, status
@@ -64,7 +63,7 @@ def master_ready(server: Any) -> None:
         finally:
             os.waitpid = waitpid
 
-    def write_and_manage() -> None:  # once a second, and after each death
+    def write_and_manage() -> None:  # once a second, and after each death; no longer when the server stops
         nonlocal written
         state = {"configured": server.num_workers, "exits": dict(exits)}
         if state != written and _write(state):

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from operations.exits import REASONS, reason_of
 from processes import TIMED_OUT
 from telemetry.report import summarise
+from telemetry.rollups import read_events
 
 # A model that some rows kill.
 DOOMED_MODULE = """
@@ -100,6 +101,12 @@ def test_each_death_is_counted_and_recorded_by_its_reason(tmp_path: Path, doomed
             return Counter(record["reason"] for record in found)
 
         server.wait_until(lambda: events() == Counter(REASONS))
+
+        def shown() -> Counter[str]:
+            found = read_events(server.journal_dir, 0.0)
+            return Counter(event["reason"] for event in found if event["event"] == "worker_exit")
+
+        server.wait_until(lambda: shown() == Counter(REASONS))  # on the monitor page
         lines = dict(summarise(server.journal_dir, 0.0, 2e9).table(60.0))
         assert {lines[f"worker_exit {reason}"] for reason in REASONS} == {"1"}
         # These were asked for.
