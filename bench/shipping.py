@@ -100,7 +100,7 @@ def connect(server: Any, head: str, workers: int) -> list[socket.socket]:
     for number in range(200):
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=30.0)
         load([connection], f"{head}X-Request-ID: bench-{number}\r\n\r\n".encode() + BODY, 0.0)
-        (pid,) = [entry["pid"] for entry in records(server.journal_dir) if entry["request_id"] == f"bench-{number}"]
+        (pid,) = [entry["pid"] for entry in records(server.journal_dir) if entry.get("request_id") == f"bench-{number}"]
         opened.setdefault(pid, []).append(connection)
         if len(opened) == workers and min(map(len, opened.values())) >= 2:
             return [connection for each in opened.values() for connection in each[:2]]

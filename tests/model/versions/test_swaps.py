@@ -118,8 +118,9 @@ class World:
         return self.server.log.read_bytes()[self._log :].decode()
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events in the journal of this test."""
-        return [each for each in records(self.server.journal_dir) if "event" in each and each["time"] >= self.began]
+        """Return the rollbacks in the journal of this test."""
+        found = [each for each in records(self.server.journal_dir) if each.get("event") == "rollback"]
+        return [each for each in found if each["time"] >= self.began]
 
 
 @pytest.fixture(scope="module")
