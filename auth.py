@@ -2,28 +2,32 @@
 
     python -m auth add alice --role predict         asks for the password (auth_commands.py)
 
-The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600. Running servers
-see a change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of
-errors, and may ask for a version; `metrics` may read /metrics; `feedback` may send truths to /feedback; `monitor` may
-see /monitor.
+The users file is JSON, `{"alice": {"password": "<werkzeug hash>", "roles": ["predict"]}}`, mode 0600; with `"old":
+{"password": …, "until": …}` another password is valid as well, until then (seconds since 1970). Running servers see a
+change within a second. `predict` may call /predict and see /model; `admin` sees /model with the reasons of errors, and
+may ask for a version; `metrics` may read /metrics; `feedback` may send truths to /feedback; `monitor` may see /monitor.
 """
 
+import fcntl
 import hashlib
-import ipaddress
 import json
 import logging
 import mmap
+import os
 import re
 import secrets
 import shlex
 import stat
+import struct
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +40,7 @@ from werkzeug.exceptions import Forbidden, ServiceUnavailable, TooManyRequests, 
 from werkzeug.security import check_password_hash
 
 from processes import LogLimit
+from web.callers import network_of
 
 log = logging.getLogger(__name__)
 View = Callable[..., Any]
@@ -48,10 +53,8 @@ HASH = re.compile(r"(scrypt:\d+:\d+:\d+|pbkdf2:(sha1|sha256|sha512)(:\d+)?)\$[^$
 MAX_WAITING = 32  # passwords that wait to be checked; callers with others are asked to come back
 RESERVED = 8  # of those places, for addresses from which a password was right before
 MAX_CACHED = 10_000  # Authorization headers whose password was verified; about 2 MB
-PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
 FAILURES_ALLOWED = 10  # wrong passwords in a row from one address …
 SECONDS_PER_RETRY = 6.0  # … and the time until one more is allowed
-MAX_ADDRESSES = 10_000  # whose failures are counted; about 1 MB
 
 _basic = HTTPBasicAuth()
 
@@ -113,19 +116,30 @@ class User:
     name: str
     password: str  # werkzeug's salted hash
     roles: frozenset[str]
+    old: str = ""  # the hash of a password that is valid as well …
+    until: float = 0.0  # … until then (seconds since 1970)
+
+    def hashes(self) -> list[str]:
+        """Return the hashes of the passwords that are valid now."""
+        return [self.password, self.old] if time.time() < self.until else [self.password]
 
 
 class Verified:
-    """What was verified since gunicorn's master started: in memory that its workers share and inherit, never on disk.
+    """What gunicorn's workers share of passwords, and inherit from the master: in memory, never on disk.
 
-    Format: places of 32 bytes, each a digest under a random key of this object, at a place that its own bytes give. One
-    that is overwritten, or half written, is not found: what it stood for is verified again.
+    Format: what was verified, places of 32 bytes, each a digest under a random key of this object, at a place that its
+    own bytes give. One that is overwritten, or half written, is not found: what it stood for is verified again.
+    What failed, a count-min sketch: an address has four of the times, and its failures are forgiven at the earliest.
+    None is pushed out by others, and an address pays for others only if they share all four with it.
     """
 
     def __init__(self) -> None:
         """Make the memory; to be called before the fork."""
         self.key = secrets.token_bytes(32)
-        self._places = mmap.mmap(-1, 32 * 2**15)
+        self._places, self._times = mmap.mmap(-1, 32 * 2**15), memoryview(mmap.mmap(-1, 8 * 2**16)).cast("d")
+        with tempfile.TemporaryFile() as file:  # it stays empty: only its bytes are locked
+            self._locks = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._locks)
 
     def add(self, *parts: str) -> None:
         """Remember some strings."""
@@ -139,6 +153,27 @@ class Verified:
     def _find(self, parts: tuple[str, ...]) -> tuple[int, bytes]:
         digest = hashlib.blake2b(repr(parts).encode(), key=self.key, digest_size=32).digest()
         return int.from_bytes(digest[:2]) % 2**15 * 32, digest
+
+    def forgiven(self, address: str, failures: int = 0) -> float:
+        """Count failures of an address; return when all are forgiven, in seconds of the system's monotonic clock."""
+        cells = self._cells(address)
+        due = max(time.monotonic(), min(self._times[cell] for cell in cells)) + failures * SECONDS_PER_RETRY
+        for cell in cells if failures else ():
+            self._times[cell] = max(self._times[cell], due)
+        return due
+
+    @contextmanager
+    def locked(self, address: str, run_in_thread: Callable[..., Any]) -> Iterator[None]:
+        """Let one worker at a time check an address that has failed; a killed one holds no lock."""
+        if self.forgiven(address) > time.monotonic():
+            run_in_thread(fcntl.lockf, self._locks, fcntl.LOCK_EX, 1, self._cells(address)[0])
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self._cells(address)[0])
+
+    def _cells(self, address: str) -> tuple[int, ...]:
+        return struct.unpack("4H", self._find((address,))[1][:8])
 
 
 shared: Verified | None = None  # by all workers of a gunicorn, whose master makes it
@@ -163,7 +198,6 @@ class Users:
         self._dummy_hash = "scrypt:32768:8:1$salt$00"  # an unknown name is checked as slowly as most that are known
         self._shared = shared or Verified()
         self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
-        self._forgiven: dict[str, float] = {}  # network → time from which none of its failures counts any more
         self._checking = threading.Semaphore(1)
         self._next_stranger = threading.Semaphore(1)  # the others wait behind it; addresses that are known pass them
         self._waiting: Counter[bytes] = Counter()  # digest of a header → callers that wait for its check
@@ -174,7 +208,9 @@ class Users:
         """Return the user whose password was verified by this very Authorization header, if it is still the same."""
         verified = self._verified.get(self._digest(header))
         user = self._users.get(verified.name) if verified else None
-        return user if user and verified and user.password == verified.password else None
+        if user and verified and (user.password == verified.password or verified.password in user.hashes()):
+            return user
+        return None
 
     def verify(self, header: str, name: str, password: str, address: str) -> User | None:
         """Return the user if the password in an Authorization header is theirs.
@@ -183,28 +219,33 @@ class Users:
         """
         digest, network = self._digest(header), network_of(address)
         user = self._users.get(name)
-        if user and (header, user.password) in self._shared:
-            return self._cache(digest, user)
+        for valid in user.hashes() if user else ():
+            if user and (header, valid) in self._shared:
+                return self._cache(digest, replace(user, password=valid))
         self._reject_throttled(network)
         is_known = (network,) in self._shared
         if digest not in self._waiting and len(self._waiting) >= MAX_WAITING - (0 if is_known else RESERVED):
             raise ServiceUnavailable("too many passwords are being checked; try again", retry_after=1)
         self._waiting[digest] += 1
         try:
-            with nullcontext() if is_known else self._next_stranger, self._checking:
+            alone = self._shared.locked(network, self._run_in_thread)
+            with nullcontext() if is_known else self._next_stranger, self._checking, alone:
                 if user := self.cached(header):  # verified while this caller waited
                     return user
                 self._reject_throttled(network)
                 user = self._users.get(name)
-                expected = user.password if user else self._dummy_hash
-                good = digest not in self._rejected and self._run_in_thread(_is_right, expected, password)
-                if not user or not good:
+                # As many checks for every name, or the time would show which users have two passwords.
+                count = max((len(each.hashes()) for each in self._users.values()), default=1)
+                hashes = [*(user.hashes() if user else ()), self._dummy_hash, self._dummy_hash][:count]
+                checked = hashes if digest not in self._rejected else []
+                right = next((each for each in checked if self._run_in_thread(_is_right, each, password)), None)
+                if not user or not right:
                     self._rejected.add(digest)  # for the others that wait with the same header
-                    self._count_failure(network)
+                    self._shared.forgiven(network, failures=1)
                     return None
-                self._shared.add(header, user.password)
+                self._shared.add(header, right)
                 self._shared.add(network)
-                return self._cache(digest, user)
+                return self._cache(digest, replace(user, password=right))
         finally:
             self._waiting[digest] -= 1
             if not self._waiting[digest]:
@@ -243,28 +284,10 @@ class Users:
         return hashlib.blake2b(self._shared.key + header.encode()).digest()  # a quarter of a microsecond less than key=
 
     def _reject_throttled(self, network: str) -> None:
-        wait = self._forgiven.get(network, 0.0) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
+        wait = self._shared.forgiven(network) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
         if wait > 0:
             detail = "too many wrong passwords from your address; wait before the next one"
             raise TooManyRequests(detail, retry_after=int(wait) + 1)
-
-    def _count_failure(self, network: str) -> None:
-        now = time.monotonic()
-        before = self._forgiven.pop(network, now)  # to the end: the dict is in the order of the latest failure
-        self._forgiven[network] = max(now, before) + SECONDS_PER_RETRY
-        if len(self._forgiven) > MAX_ADDRESSES:
-            del self._forgiven[next(iter(self._forgiven))]
-
-
-def network_of(address: str) -> str:
-    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6.
-
-    Some proxies write a port after the address, such as Azure's gateway: it is another for each connection.
-    """
-    without_port = PORT_AFTER_ADDRESS.sub(r"\1\2", address)
-    with suppress(ValueError):  # IPv4, a unix socket's "", or what a proxy made up
-        return str(ipaddress.IPv6Network((without_port, 64), strict=False))
-    return without_port
 
 
 def _is_right(expected: str, password: str) -> bool:
@@ -273,19 +296,28 @@ def _is_right(expected: str, password: str) -> bool:
     return False
 
 
+def _is_hash(given: Any) -> bool:
+    return isinstance(given, str) and HASH.fullmatch(given) is not None
+
+
 def read_users(path: Path) -> dict[str, User]:
     """Read a users file. Raises: UsersFileError, it is not of the form above; the message holds no hash."""
     users = {}
     for name, entry in read_entries(path).items():
         entry = entry if isinstance(entry, dict) else {}
         password, roles = entry.get("password"), entry.get("roles")
-        if not isinstance(password, str) or not HASH.fullmatch(password):
+        old: Any = entry.get("old", {"password": password, "until": 0})
+        if not _is_hash(password):
             raise UsersFileError(
                 f"{path}: user {name!r} has no password hash; set one with: python -m auth passwd {shlex.quote(name)}"
             )
         if not isinstance(roles, list) or not all(role in ROLES for role in roles):
             raise UsersFileError(f"{path}: user {name!r}: expected roles to be a list of {', '.join(ROLES)}")
-        users[name] = User(name, password, frozenset(roles))
+        if not (isinstance(old, dict) and _is_hash(old.get("password")) and isinstance(old.get("until"), int | float)):
+            raise UsersFileError(
+                f"{path}: user {name!r}: expected old to be an object with password (a hash) and until"
+            )
+        users[name] = User(name, str(password), frozenset(roles), old["password"], old["until"])
     return users
 
 

@@ -1,5 +1,6 @@
 """What the command lines share: usage, exit statuses, errors on one line, and progress on a terminal."""
 
+import re
 import sys
 from typing import Any
 
@@ -28,6 +29,20 @@ def run(module: str, command: click.Command, arguments: list[str] | None, *error
     except errors as error:
         click.echo(" ".join([f"{module.rpartition('.')[2]}:", *str(error).splitlines()]), err=True)
         return status
+
+
+def duration(text: str) -> float:
+    """Parse `90s`, `15m`, `1h` or `7d` to seconds, as the type of an option. Raises: click.BadParameter."""
+    if not (found := re.fullmatch(r"([0-9]{1,6})([smhd])", text)):
+        raise click.BadParameter(f"{text!r}: expected a number with s, m, h or d, such as 15m")
+    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
+
+
+def echo_table(lines: list[tuple[str, ...]]) -> None:
+    """Print lines in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def progressbar(length: int, label: str) -> Any:

@@ -224,7 +224,7 @@ class Journal:
 
 def segments(directory: Path) -> list[Path]:
     """List a journal's segments, the oldest first."""
-    return sorted(directory.glob("*.jsonl"))
+    return sorted(directory.glob("[0-9]*.jsonl"))
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:

@@ -12,6 +12,7 @@ import click
 import orjson
 
 import cli
+from history import HEAD, History, cells_of
 from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
@@ -37,7 +38,7 @@ def command(function: Callable[..., int | None]) -> click.Command:
     @click.pass_obj
     def run(directory: Path | None, /, **given: Any) -> int | None:
         settings = Settings.load()
-        return function(Store(directory or settings.model_dir), settings, **given)
+        return function(Store(directory or settings.model_dir, History(settings).note), settings, **given)
 
     return commands.command(function.__name__.removesuffix("_command"))(run)
 
@@ -162,6 +163,15 @@ def remove(store: Store, settings: Settings, version: str) -> None:
     """Remove a version that is not in use."""
     store.remove(version)
     click.echo(f"removed version {version}")
+
+
+@command
+@click.option("--since", type=cli.duration, metavar="TIME", help="How far back: 90s, 15m, 1h or 7d (default: all).")
+@click.option("--last", type=click.IntRange(1), metavar="N", help="The latest N only.")
+def history(store: Store, settings: Settings, since: float | None, last: int | None) -> None:
+    """Print who changed versions, routing, users and roles: when, where, by which command, from what to what."""
+    changes = [each for each in History.read(settings.journal_dir) if not since or each["time"] >= time.time() - since]
+    cli.echo_table([HEAD, *map(cells_of, changes[-(last or 0) :])])
 
 
 @command

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import cli
+from history import History
 
 from .versions.publishing import publish
 from .versions.store import ROUTING, Store, StoreError
@@ -40,7 +41,7 @@ def demo(directory: Path) -> None:
     import joblib
 
     click.echo("training the demo model (iris), and trying it in a process of its own: some seconds")
-    store = Store(directory)
+    store = Store(directory, History().note)
     model, sample = train()
     if not (directory / "1").exists():  # it exists if a run was stopped between the two steps
         with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,6 @@ The journal is read if it has all requests of that time; if some were shipped or
 """
 
 import math
-import re
 import sys
 import time
 from array import array
@@ -27,7 +26,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from cli import run
+import cli
 from processes import replace_file
 from telemetry import rollups, shipping_progress
 from telemetry.rollups import Sums
@@ -67,8 +66,8 @@ class Summary:
             elif record.get("event") == "wrong_password":
                 pass  # it is among the requests without a valid password
             elif "event" in record:
-                what = f"of {version}" if (version := record.get("model_version")) else record.get("reason", "")
-                self.events[f"{record['event']} {what}"] += 1
+                what = f" of {version}" if (version := record.get("model_version")) else f" {record.get('reason', '')}"
+                self.events[(record["event"] + what).rstrip()] += 1
             elif "requests" in record:
                 sums, count = self._of(), record["requests"] + 0
                 sums.requests, sums.unauthenticated = sums.requests + count, sums.unauthenticated + count
@@ -215,10 +214,7 @@ def percentile(ordered: list[float], q: float) -> float:
 
 def duration(text: str) -> tuple[float, str]:
     """Parse `90s`, `15m`, `1h` or `7d` to seconds, and `all` to infinity. Raises: click.BadParameter."""
-    found = re.fullmatch(r"(\d{1,6})([smhd])", text)
-    if not found and text != "all":
-        raise click.BadParameter(f"{text!r}: expected a number with s, m, h or d, such as 15m, or all")
-    return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]] if found else math.inf, text
+    return (math.inf if text == "all" else cli.duration(text)), text
 
 
 class CannotReport(Exception):
@@ -338,7 +334,7 @@ def echo_failures(directory: Path, since: float, now: float) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    return run("telemetry.report", report, arguments, CannotReport, NoSuchRequest, OSError, status=1)
+    return cli.run("telemetry.report", report, arguments, CannotReport, NoSuchRequest, OSError, status=1)
 
 
 if __name__ == "__main__":

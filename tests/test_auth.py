@@ -208,8 +208,9 @@ class RunInThread:
         self.hold = hold
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self.calls.append(arguments)
-        self.hold()
+        if function is auth._is_right:  # not a wait for a lock
+            self.calls.append(arguments)
+            self.hold()
         return function(*arguments)
 
 
@@ -254,9 +255,9 @@ def counted(tmp_path: Path) -> CountedUsers:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time as `auth` sees it; `clock.now` may be set."""
+    """The time as `auth` sees it, of both its clocks; `clock.now` may be set."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
     return clock
 
 
@@ -356,6 +357,69 @@ def test_unchanged_file_is_not_read_again(counted: CountedUsers, caplog: pytest.
     assert not caplog.records
 
 
+def old(password: str, until: Any) -> dict[str, Any]:
+    return {"password": cheap_hash(password), "until": until}
+
+
+def test_old_password_is_valid_until_its_time_also_if_it_is_cached(
+    counted: CountedUsers, clock: SimpleNamespace
+) -> None:
+    assert counted.verify()
+    counted.change(
+        predict={"password": cheap_hash("new"), "old": {"password": CHEAP, "until": 1100}, "roles": ["admin"]}
+    )
+    counted.checks()
+    assert counted.verify(), "the caller with the old one"
+    assert counted.checks() == 0, "it stays cached"
+    assert counted.verify(password="new")
+    assert counted.roles("predict") == counted.roles("predict", "new") == {"admin"}
+    clock.now = 1099.9
+    assert counted.verify()
+    clock.now = 1100.0
+    counted.path.unlink()  # it needs no file to expire
+    counted.users.refresh()
+    assert not counted.verify()
+    assert counted.verify(password="new")
+
+
+def test_old_password_that_is_taken_back_is_invalid_at_once(counted: CountedUsers, clock: SimpleNamespace) -> None:
+    counted.change(predict=entry(cheap_hash("new")) | {"old": {"password": CHEAP, "until": 1e12}})
+    assert counted.verify()
+    counted.change(predict=entry(cheap_hash("new")))
+    assert not counted.verify()
+
+
+def test_two_passwords_show_in_no_number_of_checks(counted: CountedUsers, clock: SimpleNamespace) -> None:
+    both = entry(cheap_hash("new")) | {"old": old("old", 1100)}
+    counted.change(predict=both, admin=entry(), dummy=entry(cheap_hash("x")))
+    counted.checks()
+    for name in ("predict", "admin", "nobody of that name"):
+        assert not counted.verify(name, "wrong", address=name)
+        assert counted.checks() == 2, name
+    assert counted.verify("predict", "old")
+    assert counted.checks() == 2
+    clock.now = 1200.0
+    for name in ("predict", "admin", "nobody of that name"):
+        assert not counted.verify(name, "also wrong", address=name)
+        assert counted.checks() == 1, name
+
+
+def test_worker_knows_an_old_password_that_another_has_verified(
+    workers: tuple[CountedUsers, CountedUsers], clock: SimpleNamespace
+) -> None:
+    one, other = workers
+    for each in workers:
+        each.change(predict=entry(cheap_hash("new")) | {"old": {"password": CHEAP, "until": 1100}})
+    assert one.verify()
+    one.checks()
+    clock.now = 1099.0
+    assert other.verify()
+    assert other.checks() == 0
+    clock.now = 1101.0
+    assert not other.verify()
+    assert not one.verify()
+
+
 BROKEN = {
     "empty": "",
     "cut off": '{"predict": {"password": "' + CHEAP,
@@ -371,6 +435,10 @@ BROKEN = {
     "a hash by a method that werkzeug does not know": json.dumps({"predict": entry("sha256$salt$0123abcd")}),
     "a hash whose parameters are wrong": json.dumps({"predict": entry("scrypt:many:8:1$salt$0123abcd")}),
     "no roles": json.dumps({"predict": {"password": CHEAP}}),
+    "an old password that is none": json.dumps({"predict": entry() | {"old": {"password": PASSWORD, "until": 1e12}}}),
+    "an old password without an end": json.dumps({"predict": entry() | {"old": {"password": CHEAP}}}),
+    "an old password until a day": json.dumps({"predict": entry() | {"old": {"password": CHEAP, "until": "2030"}}}),
+    "an old hash without its object": json.dumps({"predict": entry() | {"old": CHEAP}}),
     "a role alone": json.dumps({"predict": entry(roles="predict")}),
     "an unknown role": json.dumps({"predict": entry(roles=("king",))}),
     "a role that is a list": json.dumps({"predict": entry(roles=(["predict"],))}),
@@ -548,6 +616,18 @@ def test_what_workers_share_holds_no_password_and_no_header(workers: tuple[Count
         assert text.encode() not in content
 
 
+def test_ten_tries_are_ten_in_all_workers_together(
+    workers: tuple[CountedUsers, CountedUsers], clock: SimpleNamespace
+) -> None:
+    one, other = workers
+    one.fail(FAILURES_ALLOWED - 4)
+    other.fail(4)
+    for each in workers:
+        with pytest.raises(TooManyRequests):
+            each.fail(1)
+        assert each.verify(address="192.0.2.2"), "another address"
+
+
 # --- floods
 
 
@@ -593,19 +673,17 @@ def test_good_passwords_are_no_failures(counted: CountedUsers, clock: SimpleName
         assert counted.verify(password=f"{n}")
 
 
-def test_memory_of_addresses_is_bounded_and_forgets_the_oldest(
-    counted: CountedUsers, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def test_memory_of_addresses_is_bounded_and_no_flood_pushes_one_out_or_locks_another_out(
+    counted: CountedUsers, clock: SimpleNamespace
 ) -> None:
-    monkeypatch.setattr(auth, "MAX_ADDRESSES", 10)
     counted.fail(FAILURES_ALLOWED, "192.0.2.1")
-    for n in range(2, 11):
-        counted.fail(1, f"192.0.2.{n}")
+    shared = counted.users._shared
+    for n in range(10_000):  # as many as some minutes of a flood: each costs a check
+        shared.forgiven(f"198.51.{n >> 8}.{n & 255}", failures=1)
     with pytest.raises(TooManyRequests):
         counted.fail(1, "192.0.2.1")
-    for n in range(11, 61):
-        counted.fail(1, f"192.0.2.{n}")
-    assert len(counted.users._forgiven) <= 10  # looked at from inside: it is memory that counts
-    counted.fail(1, "192.0.2.1")
+    assert counted.verify(address="192.0.2.2")
+    assert shared._times.nbytes == 512 * 1024  # looked at from inside: it is memory that counts
 
 
 def at_once(count: int, call: Callable[[int], Any]) -> Counter[Any]:
@@ -640,6 +718,14 @@ def test_many_callers_with_the_same_wrong_password_share_a_hash_check(counted: C
     results = at_once(64, lambda n: counted.verify(password="wrong", address=f"2001:db8:{n}::1"))
     assert results == {False: 64}
     assert counted.checks() < 16  # those who come after a check has ended begin another
+
+
+def test_ipv4_addresses_of_a_socket_for_both_are_not_one_network(counted: CountedUsers, clock: SimpleNamespace) -> None:
+    for n in range(FAILURES_ALLOWED):
+        assert not counted.verify(password=f"wrong {n}", address="::ffff:203.0.113.9")
+    with pytest.raises(TooManyRequests):
+        counted.verify(address="203.0.113.9")
+    assert counted.verify(address="::ffff:203.0.113.10")
 
 
 @pytest.mark.parametrize("form", ["203.0.113.9:{}", "[2001:db8::9]:{}"])
@@ -770,7 +856,7 @@ def start_cli(file: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [sys.executable, "-m", "auth", *arguments],
         cwd=ROOT,
-        env={"PATH": os.environ["PATH"], "USERS_FILE": str(file)},
+        env={"PATH": os.environ["PATH"], "USERS_FILE": str(file), "JOURNAL_DIR": str(file.with_name("journal"))},
         umask=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -791,6 +877,7 @@ def cli(file: Path, *arguments: str | bytes, given: str | bytes = "") -> tuple[i
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.setenv("USERS_FILE", str(file))
+        patch.setenv("JOURNAL_DIR", str(file.with_name("journal")))
         # As Python opens it on Linux without a locale, in containers for one.
         patch.setattr(sys, "stdin", io.TextIOWrapper(stdin, "utf-8", "surrogateescape", newline="\n"))
         status = auth_commands.main([os.fsdecode(each) for each in arguments])
@@ -827,40 +914,49 @@ def test_a_users_life(tmp_path: Path) -> None:
     results.append(run_cli(file, "remove", "bob"))
     assert set(read_users(file)) == {"eve"}
     assert [status for status, _, _ in results] == [0] * len(results)
+    added, _, _, changed, removed = (output for _, output, _ in results)
+    assert added == "bob: no user → admin,predict\n"
+    assert changed == "bob: admin,predict → admin,predict; new password\n"
+    assert removed == "bob: admin,predict → no user\n"
     for text in [file.read_text(), *(output + errors for _, output, errors in results)]:
         assert "pässwort" not in text
         assert "without a newline" not in text
 
 
 def test_password_from_a_file_made_on_windows_has_no_carriage_return(users_file: Path) -> None:
-    assert cli(users_file, "passwd", "alice", given="new\r\n")[0] == 0
-    assert check_password_hash(read_users(users_file)["alice"].password, "new")
+    assert cli(users_file, "passwd", "alice", given="new password\r\n")[0] == 0
+    assert check_password_hash(read_users(users_file)["alice"].password, "new password")
 
 
 def test_file_option_goes_before_the_variable(tmp_path: Path, users_file: Path) -> None:
     other = tmp_path / "other.json"
     before = users_file.read_bytes()
-    assert cli(users_file, "--file", str(other), "add", "bob", "--role", "predict", given="b\n")[0] == 0
+    assert cli(users_file, "--file", str(other), "add", "bob", "--role", "predict", given="battery staple\n")[0] == 0
     assert set(read_users(other)) == {"bob"}
     assert users_file.read_bytes() == before
 
 
 REFUSED = {  # arguments, standard input, what the message holds
-    "a user that exists": (["add", "alice", "--role", "predict"], "new\n", "alice"),
-    "an unknown user's password": (["passwd", "mallory"], "new\n", "mallory"),
+    "a user that exists": (["add", "alice", "--role", "predict"], "new password\n", "alice"),
+    "an unknown user's password": (["passwd", "mallory"], "new password\n", "mallory"),
     "an unknown user's removal": (["remove", "mallory"], "", "mallory"),
-    "an empty name": (["add", "", "--role", "predict"], "new\n", "name"),
-    "a colon in the name": (["add", "a:b", "--role", "predict"], "new\n", "a:b"),
-    "a control character": (["add", "a\nb", "--role", "predict"], "new\n", "name"),
-    "a name of 65 characters": (["add", "x" * 65, "--role", "predict"], "new\n", "64"),
-    "a name that is not UTF-8": (["add", b"\xff\xfe", "--role", "predict"], "new\n", "name"),
+    "an empty name": (["add", "", "--role", "predict"], "new password\n", "name"),
+    "a colon in the name": (["add", "a:b", "--role", "predict"], "new password\n", "a:b"),
+    "a control character": (["add", "a\nb", "--role", "predict"], "new password\n", "name"),
+    "a name of 65 characters": (["add", "x" * 65, "--role", "predict"], "new password\n", "64"),
+    "a name that is not UTF-8": (["add", b"\xff\xfe", "--role", "predict"], "new password\n", "name"),
     "an empty password": (["add", "bob", "--role", "predict"], "\n", "empty password"),
     "no new password": (["passwd", "alice"], "", "empty password"),
+    "a password of seven characters": (["passwd", "alice"], "seven é\n", "at least 8"),
+    "roles of an unknown user": (["role", "mallory", "--role", "predict"], "", "mallory"),
     "a password that is not UTF-8": (["passwd", "alice"], b"\xff\xfe\n", "UTF-8"),
 }
 MISUSED = {  # arguments, what the message holds
     "an unknown role": (["add", "bob", "--role", "king"], "king"),
     "no role": (["add", "bob"], "--role"),
+    "no role in place of those of now": (["role", "alice"], "--role"),
+    "a time without a unit": (["passwd", "alice", "--keep-old", "1"], "s, m, h or d"),
+    "a time that is none": (["passwd", "alice", "--keep-old", "-1h"], "s, m, h or d"),
     "an unknown command": (["promote", "alice"], "promote"),
     "no command": ([], "COMMAND"),
 }
@@ -881,19 +977,26 @@ def test_refused_command_says_why_on_one_line_and_changes_nothing(
 
 @pytest.mark.parametrize(("arguments", "words"), MISUSED.values(), ids=MISUSED)
 def test_misuse_shows_the_usage(users_file: Path, arguments: list[str], words: str) -> None:
-    status, output, errors = cli(users_file, *arguments, given="new\n")
+    status, output, errors = cli(users_file, *arguments, given="new password\n")
     assert (status, output) == (2, "")
     assert errors.startswith("Usage: python -m auth")
     assert words in errors
 
 
 @pytest.mark.parametrize(
-    "command", [["add", "bob", "--role", "predict"], ["passwd", "alice"], ["remove", "alice"], ["list"]]
+    "command",
+    [
+        ["add", "bob", "--role", "predict"],
+        ["passwd", "alice"],
+        ["role", "alice", "--role", "admin"],
+        ["remove", "alice"],
+        ["list"],
+    ],
 )
 def test_broken_users_file_is_explained_and_left_alone(users_file: Path, command: list[str]) -> None:
     broken = '{"alice": {"password": "' + CHEAP
     users_file.write_text(broken)
-    status, output, errors = cli(users_file, *command, given="new\n")
+    status, output, errors = cli(users_file, *command, given="new password\n")
     assert (status, output) == (1, "")
     assert str(users_file) in errors
     assert CHEAP not in errors
@@ -903,7 +1006,7 @@ def test_broken_users_file_is_explained_and_left_alone(users_file: Path, command
 @pytest.mark.parametrize("command", [["passwd", "alice"], ["remove", "alice"], ["list"]])
 def test_missing_users_file_is_reported(tmp_path: Path, command: list[str]) -> None:
     file = tmp_path / "users.json"
-    status, _, errors = cli(file, *command, given="new\n")
+    status, _, errors = cli(file, *command, given="new password\n")
     assert status == 1
     assert str(file) in errors
     assert not file.exists()
@@ -913,8 +1016,8 @@ def test_command_that_an_error_advises_fixes_the_file(users_file: Path) -> None:
     users_file.write_text(json.dumps({"alice": entry(PASSWORD), "bob": entry()}))
     advised = re.search(r"python -m auth ([\w ]+)", cli(users_file, "list")[2])
     assert advised
-    assert cli(users_file, *advised[1].split(), given="new\n")[0] == 0
-    assert check_password_hash(read_users(users_file)["alice"].password, "new")
+    assert cli(users_file, *advised[1].split(), given="new password\n")[0] == 0
+    assert check_password_hash(read_users(users_file)["alice"].password, "new password")
 
 
 def test_change_keeps_the_files_mode_and_owner(users_file: Path) -> None:
@@ -922,7 +1025,7 @@ def test_change_keeps_the_files_mode_and_owner(users_file: Path) -> None:
         os.chown(users_file, NOBODY, NOBODY)
     users_file.chmod(0o640)
     before = users_file.stat()
-    assert cli(users_file, "passwd", "alice", given="new\n")[0] == 0
+    assert cli(users_file, "passwd", "alice", given="new password\n")[0] == 0
     after = users_file.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
@@ -930,7 +1033,7 @@ def test_change_keeps_the_files_mode_and_owner(users_file: Path) -> None:
 def test_change_through_a_link_changes_the_file_it_leads_to(tmp_path: Path, users_file: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(users_file)
-    assert cli(link, "add", "bob", "--role", "predict", given="b\n")[0] == 0
+    assert cli(link, "add", "bob", "--role", "predict", given="battery staple\n")[0] == 0
     assert link.is_symlink()
     assert set(read_users(users_file)) == {"alice", "bob"}
 
@@ -950,10 +1053,10 @@ def test_killed_command_leaves_the_old_file_and_no_lock(users_file: Path) -> Non
     process = subprocess.Popen(
         [sys.executable, "-c", script, "--file", str(users_file), "passwd", "alice"], cwd=ROOT, stdin=subprocess.PIPE
     )
-    process.communicate(b"new\n", timeout=30)
+    process.communicate(b"new password\n", timeout=30)
     assert process.returncode == -signal.SIGKILL
     assert users_file.read_bytes() == before
-    assert cli(users_file, "add", "bob", "--role", "predict", given="b\n")[0] == 0
+    assert cli(users_file, "add", "bob", "--role", "predict", given="battery staple\n")[0] == 0
 
 
 def test_command_that_fails_leaves_the_old_file_and_no_other(users_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -964,7 +1067,10 @@ def test_command_that_fails_leaves_the_old_file_and_no_other(users_file: Path, m
     monkeypatch.setattr(os, "rename", fail)
     assert cli(users_file, "remove", "alice") == (1, "", "auth: [Errno 28] No space left on device\n")
     assert users_file.read_bytes() == before
-    assert {path.name for path in users_file.parent.iterdir()} <= {"users.json", ".users.json.lock"}
+    assert {path.name for path in users_file.parent.iterdir()} <= {
+        "users.json",
+        ".users.json.lock",
+    }  # no history either
 
 
 def test_list_is_quiet_if_nobody_reads_it(users_file: Path) -> None:
@@ -977,7 +1083,7 @@ def test_list_is_quiet_if_nobody_reads_it(users_file: Path) -> None:
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("command", [[], ["add"], ["passwd"], ["remove"], ["list"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["add"], ["passwd"], ["role"], ["remove"], ["list"], ["demo"]])
 def test_help_is_there(users_file: Path, command: list[str]) -> None:
     status, output, errors = cli(users_file, *command, "--help")
     assert (status, errors) == (0, "")
@@ -1050,19 +1156,22 @@ class Terminal:
 
 def test_password_is_asked_for_twice_without_echo(users_file: Path) -> None:
     terminal = Terminal(users_file, "add", "bob", "--role", "predict")
-    for first, second in (("hünter2\n", "hunter2\n"), ("hünter2\n", "hünter2\n")):  # until the two are the same
+    for first, second in (
+        ("hünter two\n", "hunter two\n"),
+        ("hünter two\n", "hünter two\n"),
+    ):  # until the two are the same
         terminal.answer("Password: ", first)
         terminal.answer("Again: ", second)
     assert terminal.end() == 0
-    assert "nter2" not in terminal.screen
-    assert check_password_hash(read_users(users_file)["bob"].password, "hünter2")
+    assert "nter two" not in terminal.screen
+    assert check_password_hash(read_users(users_file)["bob"].password, "hünter two")
 
 
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
 def test_interrupted_prompt_changes_nothing(users_file: Path, key: str) -> None:
     before = users_file.read_bytes()
     terminal = Terminal(users_file, "passwd", "alice")
-    terminal.answer("Password: ", "one\n")
+    terminal.answer("Password: ", "one password\n")
     terminal.answer("Again: ", key)
     assert terminal.end() not in (0, 2)
     assert users_file.read_bytes() == before
@@ -1071,19 +1180,19 @@ def test_interrupted_prompt_changes_nothing(users_file: Path, key: str) -> None:
 
 def test_user_who_was_added_meanwhile_is_not_overwritten(users_file: Path) -> None:
     slow = Terminal(users_file, "add", "bob", "--role", "admin")
-    slow.answer("Password: ", "slow\n")
-    assert cli(users_file, "add", "bob", "--role", "predict", given="quick\n")[0] == 0
-    slow.answer("Again: ", "slow\n")
+    slow.answer("Password: ", "slow password\n")
+    assert cli(users_file, "add", "bob", "--role", "predict", given="quick password\n")[0] == 0
+    slow.answer("Again: ", "slow password\n")
     assert slow.end() == 1
     assert "bob" in slow.screen
-    assert check_password_hash(read_users(users_file)["bob"].password, "quick")
+    assert check_password_hash(read_users(users_file)["bob"].password, "quick password")
 
 
 def test_password_of_a_user_who_was_removed_meanwhile_is_no_success(users_file: Path) -> None:
     slow = Terminal(users_file, "passwd", "alice")
-    slow.answer("Password: ", "slow\n")
+    slow.answer("Password: ", "slow password\n")
     assert cli(users_file, "remove", "alice")[0] == 0
-    slow.answer("Again: ", "slow\n")
+    slow.answer("Again: ", "slow password\n")
     assert slow.end() == 1
     assert read_users(users_file) == {}
 

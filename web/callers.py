@@ -1,8 +1,11 @@
 """Who sent a request, and whether they still wait for the answer: for the model's queue."""
 
+import ipaddress
+import re
 import select
 from collections.abc import Callable, Hashable
-from functools import partial
+from contextlib import suppress
+from functools import lru_cache, partial
 from typing import Any
 
 from werkzeug.exceptions import BadRequest
@@ -11,9 +14,25 @@ poll = select.poll  # not gevent's, which may switch to another greenlet: worker
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # without it, as on macOS, only connections that are wholly closed count
 
 
+PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
+
+
+@lru_cache(1024)
+def network_of(address: str) -> str:
+    """Return the part of an address that one customer of a provider has: all of IPv4, the first 64 bits of IPv6.
+
+    Some proxies write a port after the address, such as Azure's gateway: it is another for each connection.
+    """
+    without_port = PORT_AFTER_ADDRESS.sub(r"\1\2", address)
+    with suppress(ValueError):  # IPv4, a unix socket's "", or what a proxy made up
+        found = ipaddress.IPv6Address(without_port)
+        return str(found.ipv4_mapped or ipaddress.IPv6Network((int(found), 64), strict=False))
+    return without_port
+
+
 def caller_of(environ: dict[str, Any], user: str) -> tuple[Hashable, Callable[[], None]]:
     """Return who sent a request, and a function that raises BadRequest if nobody waits for its answer any more."""
-    return (user, environ.get("REMOTE_ADDR")), partial(_check, environ)
+    return (user, network_of(environ.get("REMOTE_ADDR", ""))), partial(_check, environ)
 
 
 def _check(environ: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from history import History
 from worker_slot import WorkerSlot, slot_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def init_app(app: "Flask", service: "Service") -> None:
     settings = service.settings
     if settings.model_path is None:
         service.serving.source = StoreWatcher(settings.model_dir, settings.journal_dir)
-        guard = Guard(settings.journal_dir, settings.model_dir)
+        guard = Guard(settings.journal_dir, settings.model_dir, History(settings).note)
         service.every_second.append(partial(guard.watch, service))
         service.serving.on_describe.append(partial(guard.describe, service))
     service.serving.on_update.append(partial(publish_status, slot_of(app, service)))

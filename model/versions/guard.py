@@ -50,7 +50,7 @@ from processes import FileLock
 
 from ..formats import ModelLoadError
 from ..serving import Routes
-from .store import LOCAL_ROLLBACK, Routing, Store, StoreError, write_json
+from .store import LOCAL_ROLLBACK, Note, Routing, Store, StoreError, unnoted, write_json
 from .watcher import StoreRoutes
 
 if TYPE_CHECKING:
@@ -206,9 +206,9 @@ class Tail:
 class Guard:
     """Guards the canary of one host's service. One worker at a time does, the one that has the lock."""
 
-    def __init__(self, directory: Path, store: Path) -> None:
+    def __init__(self, directory: Path, store: Path, note: Note = unnoted) -> None:
         """`directory` is the service's JOURNAL_DIR, with the journal, the lock and a rollback of this host."""
-        self._directory, self._store = directory, Store(store)
+        self._directory, self._store = directory, Store(store, note)
         self.lock = FileLock(directory / "guard.lock")  # its content is what the guard that holds it has to say
         self._noted: str | None = None
         self._tail: Tail | None = None  # of the journal, while this process guards
@@ -294,6 +294,7 @@ class Guard:
         except (StoreError, ModelLoadError):
             rollback = {"routing": routing.etag, "canary": routing.canary, "reason": reason}
             write_json(self._directory / LOCAL_ROLLBACK, rollback)
+            self._store.note(why, str(routing), f"canary {routing.canary} rolled back on this host", routing.canary)
             return True
 
 

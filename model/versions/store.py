@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,12 @@ LOCAL_ROLLBACK = "guard.json"  # of the guard on one host, in its JOURNAL_DIR, i
 MAX_PREVIOUS = 10  # earlier stable versions that the routing remembers
 MAX_SAMPLE_ROWS = 1000
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Note = Callable[[str, str, str, str], None]  # of a change: command, before, after, version (history.py)
+
+
+def unnoted(command: str, before: str, after: str, version: str) -> None:
+    """Note nothing."""
 
 
 class StoreError(Exception):
@@ -166,8 +172,9 @@ class Routing:
 class Store:
     """A version store, as its operators use it. Servers only read it (`read_manifest`, `Routing.read`)."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, note: Note = unnoted) -> None:
+        """Remember the directory, and what is called with each change."""
+        self.directory, self.note = directory, note
 
     def versions(self) -> list[str]:
         """List the versions in the order in which they were published."""
@@ -214,6 +221,7 @@ class Store:
                 self._check_new(version)
                 staging.rename(self.directory / version)
                 sync_directory(self.directory)
+            self.note(f"model publish {version}", "", f"SHA-256 {manifest.about['sha256'][:12]}…", version)
         finally:
             os.close(holder)
             shutil.rmtree(staging, ignore_errors=True)
@@ -286,6 +294,7 @@ class Store:
             removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
             (self.directory / version).rename(removed / "removed")
             sync_directory(self.directory)
+        self.note(f"model remove {version}", "published", "", version)
         shutil.rmtree(removed, ignore_errors=True)  # _remove_leftovers removes the rest
 
     def manifest(self, version: str) -> Manifest:
@@ -302,6 +311,9 @@ class Store:
     def _route(self, old: Routing, new: Routing, why: str) -> Routing:
         new = replace(new, generation=old.generation + 1, changed=_now(), by=_user(), why=why)
         write_json(self.directory / ROUTING, new.to_json())
+        version = new.stable if new.stable != old.stable else new.canary or old.canary
+        command = why if why.startswith("guard") else f"model {why}"
+        self.note(command, str(old) if old.generation else "", str(new), version)
         return new
 
     def _check_new(self, version: str) -> None:
