@@ -1,8 +1,10 @@
 """Who may do what: roles, odd headers, a users file that changes, floods of wrong passwords, and the command line."""
 
+import fcntl
 import io
 import json
 import logging
+import multiprocessing
 import netrc
 import os
 import re
@@ -23,7 +25,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHEAP, PASSWORD, ROOT, Client, Gunicorn, basic, gunicorn, ready, records, write_users
+from conftest import (
+    CHEAP,
+    PASSWORD,
+    ROOT,
+    WORKER_CLASSES,
+    Client,
+    Gunicorn,
+    basic,
+    gunicorn,
+    ready,
+    records,
+    write_users,
+)
 from flask import Blueprint, Flask, g
 from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from werkzeug.security import check_password_hash, generate_password_hash
@@ -628,6 +642,34 @@ def test_ten_tries_are_ten_in_all_workers_together(
         assert each.verify(address="192.0.2.2"), "another address"
 
 
+def test_worker_that_is_killed_during_a_check_keeps_no_other_waiting() -> None:
+    shared, checking = auth.Verified(), multiprocessing.get_context("fork").Event()
+    shared.forgiven("192.0.2.1", failures=1)
+
+    def check() -> None:
+        with shared.locked("192.0.2.1", lambda function, *arguments: function(*arguments)):
+            checking.set()
+            time.sleep(600)
+
+    def is_free() -> bool:
+        def lock(function: Any, file: int, how: int, *where: int) -> None:
+            function(file, how | fcntl.LOCK_NB, *where)
+
+        try:
+            with shared.locked("192.0.2.1", lock):
+                return True
+        except BlockingIOError:
+            return False
+
+    worker = multiprocessing.get_context("fork").Process(target=check)
+    worker.start()
+    assert checking.wait(30)
+    assert not is_free()
+    worker.kill()
+    worker.join(30)
+    assert is_free()
+
+
 # --- floods
 
 
@@ -833,6 +875,7 @@ def test_forwarded_address_is_believed_only_from_trusted_proxies(
     assert [answer.status_code for answer in answers] == [401] * FAILURES_ALLOWED + [429]
     assert answers[-1].content_type == "application/problem+json"
     assert 0 < int(answers[-1].headers["Retry-After"]) <= SECONDS_PER_RETRY + 1
+    assert call("203.0.113.1, 198.51.100.7:50001").status_code == 429  # as some proxies write it
     assert call("203.0.113.1, 198.51.100.8").status_code == (401 if hops else 429)
     assert call("203.0.113.1, 198.51.100.7", peer="192.0.2.2").status_code == (429 if hops else 401)
 
@@ -1265,3 +1308,27 @@ def test_flood_of_wrong_passwords_leaves_a_good_caller_all_answers(server: Gunic
     assert set(floods) <= {401, 429, 503}
     assert floods[401] <= FAILURES_ALLOWED + 2
     assert "Traceback" not in server.log.read_text(), "a stranger filled the log"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
+@pytest.mark.parametrize("form", ["203.0.113.7:{}", "[2001:db8::7]:{}"])
+def test_ten_tries_at_once_are_ten_in_all_workers(
+    tmp_path: Path, iris_file: Path, form: str, worker_class: str
+) -> None:
+    write_users(tmp_path / "users.json", generate_password_hash(PASSWORD))
+    given = {"model_path": iris_file, "trusted_proxies": 1, "web_concurrency": 4, "worker_class": worker_class}
+
+    with gunicorn(tmp_path, **given) as server:
+        server.wait_until(server.all_ready)
+        began = time.monotonic()
+
+        def call(n: int) -> int:
+            body, password = json.dumps({"data": [ROW]}).encode(), basic("predict", f"wrong {n}")
+            headers = {"Content_Type": "application/json", "Authorization": password}
+            return server.ask("POST", "/predict", body, X_Forwarded_For=form.format(50_000 + n), **headers)[0]
+
+        answers = at_once(24, call) + at_once(24, call)
+        more = int((time.monotonic() - began) / SECONDS_PER_RETRY)  # that are allowed on a busy machine
+        assert set(answers) == {401, 429}
+        assert FAILURES_ALLOWED <= answers[401] <= FAILURES_ALLOWED + more

@@ -3,8 +3,11 @@
 
     sudo deploy/systemd/as_service.py -m auth add alice --role predict
 
+<<<<<<< HEAD
 In a release that does not serve yet (docs/upgrades.md) it runs the code of that release.
 
+=======
+>>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
 The service's settings are in a file that only root reads, and its syntax is systemd's, not the shell's.
 """
 
@@ -68,12 +71,17 @@ def main(arguments: list[str]) -> None:
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
     os.umask(int(known["UMask"], 8))
+<<<<<<< HEAD
     python, release = Path(shlex.split(known["ExecStart"])[0]).with_name("python"), here.parents[2]
     if (release / ".venv/bin/python").exists():
         python = release / ".venv/bin/python"
         os.chdir(release)
     else:
         os.chdir(known["WorkingDirectory"])
+=======
+    os.chdir(known["WorkingDirectory"])
+    python = Path(shlex.split(known["ExecStart"])[0]).with_name("python")
+>>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
     os.execve(python, [str(python), *arguments], environ)  # noqa: S606  # no shell is wanted
 
 

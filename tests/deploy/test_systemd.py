@@ -200,7 +200,11 @@ def test_command_runs_as_the_service_does(tmp_path: Path) -> None:
             "[Service]\nEnvironment=PORT=5001 X=y\n"
         )
         run = f"""import pathlib, runpy, sys
+<<<<<<< HEAD
 module = runpy.run_path({shutil.copy(SHIPPED / "as_service.py", place)!r})
+=======
+module = runpy.run_path({str(SHIPPED / "as_service.py")!r})
+>>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
 module["main"].__globals__["INSTALLED"] = pathlib.Path({place!r})
 module["main"](sys.argv[1:])"""
         given = os.environ | {"SUDO_USER": "erin", "MODEL_DIR": "/root/models", "TERM": "dumb"}
