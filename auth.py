@@ -13,17 +13,14 @@ import hashlib
 import json
 import logging
 import mmap
-import os
 import re
 import secrets
 import shlex
 import stat
-import struct
 import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -137,9 +134,10 @@ class Verified:
         """Make the memory; to be called before the fork."""
         self.key = secrets.token_bytes(32)
         self._places, self._times = mmap.mmap(-1, 32 * 2**15), memoryview(mmap.mmap(-1, 8 * 2**16)).cast("d")
-        with tempfile.TemporaryFile() as file:  # it stays empty: only its bytes are locked
-            self._locks = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._locks)
+        self._locks = tempfile.TemporaryFile()  # noqa: SIM115  # it stays empty: only its bytes are locked
+
+    def __del__(self) -> None:
+        self._locks.close()
 
     def add(self, *parts: str) -> None:
         """Remember some strings."""
@@ -156,7 +154,7 @@ class Verified:
 
     def forgiven(self, address: str, failures: int = 0) -> float:
         """Count failures of an address; return when all are forgiven, in seconds of the system's monotonic clock."""
-        cells = self._cells(address)
+        cells = memoryview(self._find((address,))[1]).cast("H")[:4]
         due = max(time.monotonic(), min(self._times[cell] for cell in cells)) + failures * SECONDS_PER_RETRY
         for cell in cells if failures else ():
             self._times[cell] = max(self._times[cell], due)
@@ -165,15 +163,13 @@ class Verified:
     @contextmanager
     def locked(self, address: str, run_in_thread: Callable[..., Any]) -> Iterator[None]:
         """Let one worker at a time check an address that has failed; a killed one holds no lock."""
+        place, _ = self._find((address,))
         if self.forgiven(address) > time.monotonic():
-            run_in_thread(fcntl.lockf, self._locks, fcntl.LOCK_EX, 1, self._cells(address)[0])
+            run_in_thread(fcntl.lockf, self._locks, fcntl.LOCK_EX, 1, place)
         try:
             yield
         finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, self._cells(address)[0])
-
-    def _cells(self, address: str) -> tuple[int, ...]:
-        return struct.unpack("4H", self._find((address,))[1][:8])
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
 
 
 shared: Verified | None = None  # by all workers of a gunicorn, whose master makes it
@@ -195,7 +191,7 @@ class Users:
         self._etag: tuple[int, ...] = ()  # of the file when it was last read
         self._log_limit = LogLimit(log)
         self._users: dict[str, User] = {}
-        self._dummy_hash = "scrypt:32768:8:1$salt$00"  # an unknown name is checked as slowly as most that are known
+        self._nobody = User("", "scrypt:32768:8:1$salt$00", frozenset())  # as slow to check as most that are known
         self._shared = shared or Verified()
         self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
         self._checking = threading.Semaphore(1)
@@ -218,9 +214,9 @@ class Users:
         Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many passwords wait to be checked.
         """
         digest, network = self._digest(header), network_of(address)
-        user = self._users.get(name)
-        for valid in user.hashes() if user else ():
-            if user and (header, valid) in self._shared:
+        user = self._users.get(name, self._nobody)
+        for valid in user.hashes():
+            if (header, valid) in self._shared:
                 return self._cache(digest, replace(user, password=valid))
         self._reject_throttled(network)
         is_known = (network,) in self._shared
@@ -230,16 +226,15 @@ class Users:
         try:
             alone = self._shared.locked(network, self._run_in_thread)
             with nullcontext() if is_known else self._next_stranger, self._checking, alone:
-                if user := self.cached(header):  # verified while this caller waited
-                    return user
+                if found := self.cached(header):  # verified while this caller waited
+                    return found
                 self._reject_throttled(network)
-                user = self._users.get(name)
+                user = self._users.get(name, self._nobody)
                 # As many checks for every name, or the time would show which users have two passwords.
                 count = max((len(each.hashes()) for each in self._users.values()), default=1)
-                hashes = [*(user.hashes() if user else ()), self._dummy_hash, self._dummy_hash][:count]
-                checked = hashes if digest not in self._rejected else []
+                checked = [] if digest in self._rejected else [*user.hashes(), self._nobody.password][:count]
                 right = next((each for each in checked if self._run_in_thread(_is_right, each, password)), None)
-                if not user or not right:
+                if not right:
                     self._rejected.add(digest)  # for the others that wait with the same header
                     self._shared.forgiven(network, failures=1)
                     return None
@@ -274,7 +269,7 @@ class Users:
         self._verified = {digest: user for digest, user in self._verified.copy().items() if user.name in self._users}
         costs = Counter(user.password.partition("$")[0] for user in self._users.values())
         for cost, _ in costs.most_common(1):
-            self._dummy_hash = f"{cost}$salt$00"
+            self._nobody = replace(self._nobody, password=f"{cost}$salt$00")
         log.info("read %s: %d user%s", self._path, len(self._users), "" if len(self._users) == 1 else "s")
         if found.st_mode & stat.S_IROTH:
             mode = found.st_mode & 0o777
@@ -307,16 +302,14 @@ def read_users(path: Path) -> dict[str, User]:
         entry = entry if isinstance(entry, dict) else {}
         password, roles = entry.get("password"), entry.get("roles")
         old: Any = entry.get("old", {"password": password, "until": 0})
-        if not _is_hash(password):
+        until = old.get("until") if isinstance(old, dict) else None
+        if type(until) not in (int, float) or not _is_hash(password) or not _is_hash(old.get("password")):
             raise UsersFileError(
-                f"{path}: user {name!r} has no password hash; set one with: python -m auth passwd {shlex.quote(name)}"
+                f"{path}: user {name!r} has no password hash, or an old one without hash or time; set one with: "
+                f"python -m auth passwd {shlex.quote(name)}"
             )
         if not isinstance(roles, list) or not all(role in ROLES for role in roles):
             raise UsersFileError(f"{path}: user {name!r}: expected roles to be a list of {', '.join(ROLES)}")
-        if not (isinstance(old, dict) and _is_hash(old.get("password")) and isinstance(old.get("until"), int | float)):
-            raise UsersFileError(
-                f"{path}: user {name!r}: expected old to be an object with password (a hash) and until"
-            )
         users[name] = User(name, str(password), frozenset(roles), old["password"], old["until"])
     return users
 

@@ -194,4 +194,4 @@ def _words(entry: Any, before: Any = None) -> str:
 
 
 def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(seconds, 253_402_300_799)))  # the year 9999

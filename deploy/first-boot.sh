@@ -5,7 +5,7 @@
 # It holds no key and no password: records are shipped with the machine's RAM role, and the first user is made by hand, once
 # you are logged in:
 #
-#     cd /opt/prediction-server && sudo -u predictions .venv/bin/python -m auth add alice --role predict
+#     cd /opt/prediction-server && sudo deploy/systemd/as_service.py -m auth add alice --role predict
 #
 # The service answers from then on, with the demo model until you publish yours.
 set -eu
@@ -33,7 +33,7 @@ cd /opt/prediction-server-first
 python3 -m venv .venv
 .venv/bin/pip install -q --require-hashes -r requirements.txt
 ln -sfT /opt/prediction-server-first /opt/prediction-server
-runuser -u predictions -- .venv/bin/python -m model.demo
+deploy/systemd/as_service.py -m model.demo
 
 [ -e /etc/ssl/private/prediction-server.key ] || openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj "/CN=$(hostname)" \
     -keyout /etc/ssl/private/prediction-server.key -out /etc/ssl/certs/prediction-server.pem

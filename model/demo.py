@@ -30,9 +30,9 @@ def train() -> tuple[Any, list[list[float]]]:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default="var/models")
+@click.argument("directory", type=click.Path(path_type=Path), envvar="MODEL_DIR", default="var/models")
 def demo(directory: Path) -> None:
-    """Train a model on iris, publish it as version 1 in DIRECTORY (default: var/models), and promote it.
+    """Train a model on iris, publish it as version 1 in DIRECTORY (default: MODEL_DIR, or var/models), and promote it.
 
     If a version is served from there already, nothing is done.
     """

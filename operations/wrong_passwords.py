@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from flask import request
 
-from auth import network_of
 from processes import LogLimit
+from web.callers import network_of
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -452,6 +452,7 @@ BROKEN = {
     "an old password that is none": json.dumps({"predict": entry() | {"old": {"password": PASSWORD, "until": 1e12}}}),
     "an old password without an end": json.dumps({"predict": entry() | {"old": {"password": CHEAP}}}),
     "an old password until a day": json.dumps({"predict": entry() | {"old": {"password": CHEAP, "until": "2030"}}}),
+    "an old password until true": json.dumps({"predict": entry() | {"old": {"password": CHEAP, "until": True}}}),
     "an old hash without its object": json.dumps({"predict": entry() | {"old": CHEAP}}),
     "a role alone": json.dumps({"predict": entry(roles="predict")}),
     "an unknown role": json.dumps({"predict": entry(roles=("king",))}),
@@ -642,6 +643,30 @@ def test_ten_tries_are_ten_in_all_workers_together(
         assert each.verify(address="192.0.2.2"), "another address"
 
 
+def test_workers_that_check_at_once_allow_no_more_tries_than_one(tmp_path: Path) -> None:
+    shared, tries = auth.Verified(), tmp_path / "tries"
+
+    def work() -> None:
+        while True:
+            with shared.locked("192.0.2.1", lambda function, *arguments: function(*arguments)):
+                if shared.forgiven("192.0.2.1") - time.monotonic() > (FAILURES_ALLOWED - 1) * 1000.0:
+                    return
+                time.sleep(0.02)  # a check
+                shared.forgiven("192.0.2.1", failures=1)
+                with tries.open("a") as file:
+                    file.write("x")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auth, "SECONDS_PER_RETRY", 1000.0)
+        workers = [multiprocessing.get_context("fork").Process(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert len(tries.read_text()) == FAILURES_ALLOWED
+
+
 def test_worker_that_is_killed_during_a_check_keeps_no_other_waiting() -> None:
     shared, checking = auth.Verified(), multiprocessing.get_context("fork").Event()
     shared.forgiven("192.0.2.1", failures=1)
@@ -663,10 +688,12 @@ def test_worker_that_is_killed_during_a_check_keeps_no_other_waiting() -> None:
 
     worker = multiprocessing.get_context("fork").Process(target=check)
     worker.start()
-    assert checking.wait(30)
-    assert not is_free()
-    worker.kill()
-    worker.join(30)
+    try:
+        assert checking.wait(30)
+        assert not is_free()
+    finally:
+        worker.kill()
+        worker.join(30)
     assert is_free()
 
 
@@ -1003,6 +1030,31 @@ MISUSED = {  # arguments, what the message holds
     "an unknown command": (["promote", "alice"], "promote"),
     "no command": ([], "COMMAND"),
 }
+
+
+@pytest.mark.parametrize("until", [10**400, 1e300, float("inf"), float("nan"), -(10**400)])
+def test_odd_time_of_an_old_password_is_a_time(users_file: Path, until: float) -> None:
+    users_file.write_text(json.dumps({"alice": entry() | {"old": {"password": CHEAP, "until": until}}}))
+    status, output, errors = cli(users_file, "list")
+    assert (status, errors) == (0, "")
+    assert output == "alice\tpredict" + ("\told password until 9999-12-31 23:59:59 UTC\n" if until > 0 else "\n")
+
+
+def test_list_shows_until_when_an_old_password_is_valid(users_file: Path) -> None:
+    assert cli(users_file, "passwd", "alice", "--keep-old", "2h", given="new password\n")[0] == 0
+    before = json.loads(users_file.read_text())["alice"]
+    assert check_password_hash(before["password"], "new password")
+    assert before["old"]["password"] == CHEAP
+    assert abs(before["old"]["until"] - time.time() - 7200) < 60
+    shown = re.fullmatch(r"alice\tpredict\told password until (.*) UTC\n", cli(users_file, "list")[1])
+    assert shown
+    assert cli(users_file, "passwd", "alice", "--keep-old", "0s", given="newer password\n")[0] == 0
+    assert cli(users_file, "passwd", "alice", "--keep-old", "1d", given="newest password\n")[0] == 0
+    assert check_password_hash(read_users(users_file)["alice"].old, "newer password"), "two at most"
+    assert cli(users_file, "role", "alice", "--role", "admin")[1] == "alice: predict → admin\n"
+    assert read_users(users_file)["alice"].old
+    assert cli(users_file, "passwd", "alice", given="last password\n")[0] == 0
+    assert "old" not in json.loads(users_file.read_text())["alice"]
 
 
 @pytest.mark.parametrize(("arguments", "given", "words"), REFUSED.values(), ids=REFUSED)

@@ -17,7 +17,7 @@ EXTRAS = (
     *("model/versions/", "model/__main__.py", "model/demo.py"),
     *(f"model/formats/{name}.py" for name in ("base", "tensor_signature", "onnx", "torch", "keras", "archive_checks")),
     *("model/formats/skops.py", "model/foreign.py", "worker_slot.py", "platforms.py", "development.py"),
-    *("auth_commands.py", "cli.py", "log_format.py"),
+    *("auth_commands.py", "cli.py", "history.py", "log_format.py"),
 )
 
 

@@ -116,7 +116,7 @@ FIRST_BOOT = """
 sed 's|^repository=.*|repository=file://{root}|' deploy/first-boot.sh >/first-boot
 env -i PATH="$PATH" sh /first-boot
 env -i PATH="$PATH" sh /first-boot
-cd /opt/prediction-server && sudo -u predictions .venv/bin/python -m auth add alice --role predict
+cd /opt/prediction-server && sudo deploy/systemd/as_service.py -m auth add alice --role predict
 systemctl start prediction-server.service
 curl -k -u alice -H 'Content-Type: application/json' -d '{{"data": [[5.1, 3.5, 1.4, 0.2]]}}' https://localhost/predict
 """
