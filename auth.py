@@ -204,9 +204,8 @@ class Users:
         """Return the user whose password was verified by this very Authorization header, if it is still the same."""
         verified = self._verified.get(self._digest(header))
         user = self._users.get(verified.name) if verified else None
-        if user and verified and (user.password == verified.password or verified.password in user.hashes()):
-            return user
-        return None
+        now = verified and user and (verified.password == user.password or verified.password in user.hashes())
+        return user if now else None
 
     def verify(self, header: str, name: str, password: str, address: str) -> User | None:
         """Return the user if the password in an Authorization header is theirs.
@@ -291,19 +290,16 @@ def _is_right(expected: str, password: str) -> bool:
     return False
 
 
-def _is_hash(given: Any) -> bool:
-    return isinstance(given, str) and HASH.fullmatch(given) is not None
-
-
 def read_users(path: Path) -> dict[str, User]:
     """Read a users file. Raises: UsersFileError, it is not of the form above; the message holds no hash."""
     users = {}
     for name, entry in read_entries(path).items():
         entry = entry if isinstance(entry, dict) else {}
         password, roles = entry.get("password"), entry.get("roles")
-        old: Any = entry.get("old", {"password": password, "until": 0})
-        until = old.get("until") if isinstance(old, dict) else None
-        if type(until) not in (int, float) or not _is_hash(password) or not _is_hash(old.get("password")):
+        old = entry.get("old", {"password": password, "until": 0})
+        old = old if isinstance(old, dict) else {}
+        hashes = all(HASH.fullmatch(str(each)) for each in (password, old.get("password")))
+        if not hashes or type(old.get("until")) not in (int, float):
             raise UsersFileError(
                 f"{path}: user {name!r} has no password hash, or an old one without hash or time; set one with: "
                 f"python -m auth passwd {shlex.quote(name)}"

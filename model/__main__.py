@@ -170,7 +170,8 @@ def remove(store: Store, settings: Settings, version: str) -> None:
 @click.option("--last", type=click.IntRange(1), metavar="N", help="The latest N only.")
 def history(store: Store, settings: Settings, since: float | None, last: int | None) -> None:
     """Print who changed versions, routing, users and roles: when, where, by which command, from what to what."""
-    changes = [each for each in History.read(settings.journal_dir) if not since or each["time"] >= time.time() - since]
+    first = 0.0 if since is None else time.time() - since
+    changes = [each for each in History.read(settings.journal_dir) if each["time"] >= first]
     cli.echo_table([HEAD, *map(cells_of, changes[-(last or 0) :])])
 
 

@@ -165,7 +165,9 @@ def check_service(namespace: Namespace) -> None:
             Path(f"/proc/{pid}/root/opt/prediction-server/written").touch()
     state = Path(f"/proc/{found[0]}/root/var/lib/prediction-server")
     assert {"users.json", "models", "journal"} <= {path.name for path in state.iterdir()}
-    (record,) = records(state / "journal")
+    recorded = records(state / "journal")
+    assert {"auth add alice", "model promote 1"} <= {each.get("command") for each in recorded}  # who set it up
+    (record,) = [each for each in recorded if "event" not in each]
     assert (record["user"], record["status"]) == ("alice", 200)
 
 
