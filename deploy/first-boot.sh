@@ -42,7 +42,7 @@ rm -f /etc/nginx/sites-enabled/default
 nginx -t
 systemctl reload nginx
 
-# Last, since these files say that all else is done. Until there is a user the service tries again every two seconds; nobody
+# Last, since these files say that all else is done. Until there is a user the service tries again twice a minute; nobody
 # waits for that here.
 cp deploy/systemd/prediction-server.socket deploy/systemd/prediction-server.service /etc/systemd/system/
 systemctl daemon-reload

@@ -4,7 +4,11 @@ import json
 import os
 import pwd
 import re
+<<<<<<< HEAD
 import runpy
+=======
+import shlex
+>>>>>>> 9d00313 (A server that refuses to start is started twice a minute, no longer every two seconds)
 import shutil
 import signal
 import socket
@@ -75,6 +79,24 @@ def test_gunicorn_tells_systemd_when_it_listens(tmp_path: Path, iris_file: Path)
             socket.create_connection(("127.0.0.1", server.port), timeout=5).close()  # it is there already
             server.wait_until(server.all_ready)
             assert server.predict(IRIS) == SETOSA
+
+
+def test_start_that_is_refused_is_tried_again_more_slowly_than_one_that_crashed(tmp_path: Path) -> None:
+    (tmp_path / "users.json").write_text("[]")
+    with gunicorn(tmp_path, ready=False, model_path=tmp_path / "none.joblib") as server:
+        refused = server.process.wait(60)
+    assert "cannot start" in server.log.read_text()
+    (stop,) = directives("ExecStopPost")
+    program, option, script = shlex.split(stop.replace("$$", "$"))
+    (tmp_path / "sleep").write_text('#!/bin/sh\nprintf %s "$1"\n')
+    (tmp_path / "sleep").chmod(0o755)
+    slept = {}
+    for status in (str(refused), "0", "3", "TERM", "KILL"):
+        environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EXIT_STATUS": status}
+        slept[status] = subprocess.run([program, option, script], env=environ, capture_output=True, check=True).stdout
+    assert slept == {"1": b"30", "0": b"", "3": b"", "TERM": b"", "KILL": b""}
+    (wait,) = directives("TimeoutStopSec")
+    assert int(wait) > 30
 
 
 @contextmanager
