@@ -210,8 +210,9 @@ class Users:
     def verify(self, header: str, name: str, password: str, address: str) -> User | None:
         """Return the user if the password in an Authorization header is theirs.
 
-        Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many passwords wait to be checked.
+        Raises: TooManyRequests, with the time to wait; ServiceUnavailable, too many wait to be checked, or as `check`.
         """
+        self.check()
         digest, network = self._digest(header), network_of(address)
         user = self._users.get(name, self._nobody)
         for valid in user.hashes():
@@ -252,6 +253,11 @@ class Users:
             del self._verified[next(iter(self._verified))]
         return user
 
+    def check(self) -> None:
+        """Check that anyone can log in. Raises: ServiceUnavailable, there are no users; the log says why."""
+        if not self._users:
+            raise ServiceUnavailable("not ready: there are no users; the server's log says why", retry_after=5)
+
     def refresh(self) -> None:
         """Read the users file again if it has changed. If it cannot be used, the last good users stay."""
         try:
@@ -270,6 +276,8 @@ class Users:
         for cost, _ in costs.most_common(1):
             self._nobody = replace(self._nobody, password=f"{cost}$salt$00")
         log.info("read %s: %d user%s", self._path, len(self._users), "" if len(self._users) == 1 else "s")
+        if not self._users:
+            log.error("NOT READY, nobody can log in. Make a user with: python -m auth add NAME --role predict")
         if found.st_mode & stat.S_IROTH:
             mode = found.st_mode & 0o777
             log.warning("%s has mode %o: anyone here can read its hashes and guess passwords", self._path, mode)

@@ -150,6 +150,7 @@ class Service:
             log.warning("AUTH=off: ANYONE who reaches this port gets predictions; only for platforms that authenticate")
         else:
             self.every_second.append(self.users.refresh)
+            self.on_ready.append(self.users.check)
 
     def _models_of_rows(self) -> list[LoadedModel]:  # as they are sent
         return self.serving.loaded() if self.before_predict is _unchanged else []
@@ -187,7 +188,7 @@ class Service:
         return json_response({"status": "ok"})
 
     def readyz(self) -> Response:
-        """GET /readyz: the model is loaded and has answered its sample."""
+        """GET /readyz: the model is loaded and has answered its sample, and there are users."""
         self.serving.choose()
         for hook in self.on_ready:
             hook()

@@ -475,7 +475,8 @@ def test_broken_users_file_is_explained_and_keeps_the_last_good_users(
         read_users(counted.path)  # as the master does before it starts
     # A worker that is started again meanwhile serves on: nobody can log in until the file is fixed.
     late = Users(counted.path, RunInThread())
-    assert not late.verify(basic("late"), "late", PASSWORD, "192.0.2.1")
+    with pytest.raises(ServiceUnavailable):
+        late.verify(basic("late"), "late", PASSWORD, "192.0.2.1")
     for text in (caplog.text, str(error.value)):
         assert str(counted.path) in text
         assert CHEAP not in text
@@ -496,6 +497,42 @@ def test_vanished_users_file_keeps_the_last_good_users(counted: CountedUsers, ca
     counted.path.write_text(good.replace('"admin": {', '"late": {'))
     counted.users.refresh()
     assert counted.verify("late")
+
+
+@pytest.mark.parametrize("content", ["{}", "{", None])
+def test_without_users_it_is_not_ready_and_says_why_until_there_are_some(
+    tmp_path: Path, iris_file: Path, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    users = tmp_path / "users.json"
+    if content is not None:
+        users.write_text(content)
+    client = Client(Settings(model_path=iris_file, users_file=users, journal_dir=tmp_path / "journal"))
+    assert "ERROR" in [record.levelname for record in caplog.records]
+    for answer in (client.get("/readyz"), client.post({"data": [ROW]})):  # not 401, by which callers give up
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert answer.json["detail"] == "not ready: there are no users; the server's log says why"
+    write_users(users)
+    assert client.service.users is not None
+    client.service.users.refresh()
+    assert client.get("/readyz").status_code == 200
+    assert client.predict([ROW]) == {"prediction": [0]}
+
+
+@pytest.mark.long
+def test_worker_that_is_replaced_while_there_is_no_users_file_is_not_ready(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file) as server:
+        assert server.predict([ROW])[0] == 200
+        users, away = tmp_path / "users.json", tmp_path / "away"
+        users.rename(away)
+        assert server.predict([ROW])[0] == 200
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait_until(lambda: server.log.read_text().count("serving version") == 2)
+        statuses = {server.predict([ROW])[0] for _ in range(FAILURES_ALLOWED + 2)}
+        assert statuses == {503}
+        assert server.ask("GET", "/readyz")[0] == 503
+        away.rename(users)
+        server.wait_until(server.is_ready)
+        assert server.predict([ROW])[0] == 200
 
 
 @contextmanager
