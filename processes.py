@@ -25,21 +25,26 @@ def flock(fd: int, *, shared: bool = False, wait: bool = False) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock of a file. Raises: OSError, there is no such file."""
-    fd = os.open(path, os.O_RDONLY)
+    """Return whether a process holds the lock of a file; a shared one only who may write it sees. Raises: OSError."""
+    fd = _open(path)
     try:
-        return not flock(fd)
+        return not flock(fd, shared=not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_RDWR)
     finally:
         os.close(fd)
+
+
+def _open(path: Path, flags: int = 0, mode: int = 0) -> int:
+    """Open a file to lock it: for writing, without which NFS gives no exclusive lock, if this user may write it."""
+    only_read = path.exists() and not os.access(path, os.W_OK, effective_ids=True)
+    return os.open(path, flags | (os.O_RDONLY if only_read else os.O_RDWR), mode)
 
 
 class FileLock:
     """The lock of a file, which is made if it does not exist. A child process made by `fork` does not inherit it."""
 
-    def __init__(self, path: Path, *, any_reader: bool = False) -> None:
-        """Remember the file. With `any_reader`, every user who may read it can lock it, not only its owner."""
-        self._path = path
-        self._flags, self._mode = (os.O_RDONLY, 0o644) if any_reader else (os.O_RDWR, 0o640)
+    def __init__(self, path: Path, mode: int = 0o640) -> None:
+        """Remember the file, and the mode of a new one: who may read it can lock it, but on NFS only its writers."""
+        self._path, self._mode = path, mode
         self.fd: int | None = None
         after_fork(self.release)
 
@@ -49,7 +54,7 @@ class FileLock:
             self.release()
         if self.fd is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self._path, self._flags | os.O_CREAT, self._mode)
+            self.fd = _open(self._path, os.O_CREAT, self._mode)
         return flock(self.fd, shared=shared, wait=wait)
 
     def release(self) -> None:

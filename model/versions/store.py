@@ -26,11 +26,12 @@ from typing import Any
 
 import orjson
 
-from processes import FileLock, flock, is_locked, replace_file, sync_directory
+from processes import FileLock, is_locked, replace_file, sync_directory
 
 from ..formats import ModelLoadError
 
 ROUTING = "routing.json"
+LOCK = ".lock"  # of the store, and of a version while it is made
 LOCAL_ROLLBACK = "guard.json"  # of the guard on one host, in its JOURNAL_DIR, if it cannot write the store
 MAX_PREVIOUS = 10  # earlier stable versions that the routing remembers
 MAX_SAMPLE_ROWS = 1000
@@ -210,20 +211,22 @@ class Store:
             version = version or self._next()
             self._check_new(version)
             staging = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            holder = os.open(staging, os.O_RDONLY)
+            holder = FileLock(staging / LOCK)
+            holder.acquire()  # until this process ends: see _remove_leftovers
         try:
-            flock(holder, wait=True)  # until this process ends: see _remove_leftovers
             manifest = _copy(artifact, staging, version)
             yield manifest
             write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
             staging.chmod(0o755)
             with self._locked():
                 self._check_new(version)
+                holder.release()  # first: NFS keeps a removed file that is open under another name
+                (staging / LOCK).unlink()
                 staging.rename(self.directory / version)
                 sync_directory(self.directory)
             self.note(f"model publish {version}", "", f"SHA-256 {manifest.about['sha256'][:12]}…", version)
         finally:
-            os.close(holder)
+            holder.release()
             shutil.rmtree(staging, ignore_errors=True)
 
     def same_file(self, version: str) -> list[str]:
@@ -326,18 +329,19 @@ class Store:
         return str(1 + max((int(each[1]) for each in found if each), default=0))
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes have left. A process that is using a directory holds its lock."""
+        """Remove what killed processes have left. One that is using a directory holds the lock of a file in it."""
         for path in self.directory.glob(".*-????????"):  # as tempfile names them
             with suppress(OSError):
-                # A directory that was made just now is not locked yet.
-                if not is_locked(path) and time.time() - path.stat().st_mtime > 60.0:
+                is_used = (path / LOCK).exists() and is_locked(path / LOCK)
+                # A directory that was made just now is not locked yet; nor is one that is becoming a version.
+                if not is_used and time.time() - path.stat().st_mtime > 60.0:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep others from changing the store meanwhile. Raises: StoreError, it cannot be written."""
         try:
-            with FileLock(self.directory / ".lock", any_reader=True):
+            with FileLock(self.directory / LOCK, mode=0o666):  # less the umask
                 yield
         except OSError as error:
             raise StoreError(f"the store cannot be written: {error}") from error
