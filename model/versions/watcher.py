@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from ..formats import ModelLoadError
 from ..loaded import LoadedModel
 from ..serving import Routes, Serving, Update
@@ -70,14 +72,11 @@ class StoreWatcher:
         try:
             return self._read(serving)
         except ModelLoadError as error:
-            if not serving.routes:
-                with suppress(ModelLoadError):
-                    last = Routing.read(self._journal_dir)
-                    if last.stable:
-                        errors.append(str(error))
-                        log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
-                        return last
-            raise
+            if serving.routes or not (last := self._remembered()).stable:
+                raise
+            errors.append(str(error))
+            log.error("FALLING BACK on the routing that was served last, generation %d", last.generation)
+            return last
 
     def _read(self, serving: Serving) -> Routing:
         routing: Routing = serving.run_in_thread(Routing.read, self._directory)
@@ -126,11 +125,19 @@ class StoreWatcher:
             return True
         return now.stable == routing.stable and routing.canary in ("", now.canary)
 
+    def _remembered(self) -> Routing:
+        """Return the routing of this store that was served last, an empty one if that is unknown."""
+        with suppress(ModelLoadError, OSError, ValueError, KeyError, TypeError):
+            if orjson.loads((self._journal_dir / ROUTING).read_bytes())["store"] == str(self._directory.resolve()):
+                return Routing.read(self._journal_dir)
+        return Routing()
+
     def _remember(self, routing: Routing) -> None:
+        remembered = routing.to_json() | {"store": str(self._directory.resolve())}
         try:
             self._journal_dir.mkdir(parents=True, exist_ok=True)
             # Not durable: this runs in the event loop, and what a power failure may cost is only a hint.
-            write_json(self._journal_dir / ROUTING, routing.to_json(), durable=False)
+            write_json(self._journal_dir / ROUTING, remembered, durable=False)
         except OSError as error:
             log.warning("a start with a broken routing.json will not know what was served last: %s", error)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,17 @@ def test_start_with_a_broken_routing_serves_what_was_served_last(store: Store, t
     write_json(store.directory / "routing.json", {"stable": "2"})
     wait_until(lambda: serving.describe()["error"] is None)
     assert serving.choose()[0].version == "2"
+
+
+def test_routing_that_another_store_was_served_by_is_not_taken(store: Store, tmp_path: Path) -> None:
+    started(store, tmp_path / "journal")
+    other = Store(tmp_path / "other")
+    shutil.copytree(store.directory, other.directory)
+    (other.directory / "routing.json").write_text("{")
+    serving = started(other, tmp_path / "journal")
+    assert "other/routing.json cannot be used" in serving.describe()["error"]
+    with pytest.raises(ModelNotReady):
+        serving.choose()
 
 
 def test_routing_that_was_removed_does_not_stop_a_start(store: Store, tmp_path: Path) -> None:
