@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # By default, in this order.
 EXTENSIONS = (
-    *("telemetry", "model.versions", "sls", "speedups"),
+    *("operations.ownership", "telemetry", "model.versions", "sls", "speedups"),
     *("endpoints.feedback", "endpoints.docs", "endpoints.monitor_page", "development"),
     *("operations.failures", "operations.wrong_passwords", "operations.traces", "operations.exits"),
     *("operations.readiness", "operations.upgrades", "operations.exits"),
