@@ -142,12 +142,13 @@ def test_files_that_break_while_serving_end_neither_worker_nor_server(tmp_path: 
         (old,) = server.workers()
         os.kill(old, signal.SIGKILL)
         server.wait_until(lambda: server.log.read_text().count("serving version") >= 2)
-        assert server.predict(IRIS)[0] == 401  # nobody is let in on the word of a file that cannot be read
+        status, answer = server.predict(IRIS)  # nobody is let in on the word of a file that cannot be read
+        assert (status, answer["detail"]) == (503, "not ready: there are no users; the server's log says why")
         model.unlink()
         server.process.send_signal(signal.SIGHUP)
         server.wait_until(lambda: "NOT READY" in server.log.read_text())
         (tmp_path / "users.json").write_text(good)
-        server.wait_until(lambda: server.predict(IRIS)[0] == 503)
+        server.wait_until(lambda: "the model did not load" in server.predict(IRIS)[1].get("detail", ""))
         assert server.ask("GET", "/healthz")[0] == 200
 
 
