@@ -122,8 +122,13 @@ def on_starting(server):
     gc.freeze()  # in a worker the collector would write to what it shares with the others
 
 
+def on_reload(server):
+    """Let the extensions prepare for the workers that take the others' place."""
+    _call_extensions("on_reload", _settings)
+
+
 def _call_extensions(function, argument):
-    """Call before_fork or master_ready (in the master), after_fork or worker_starts (in a worker), if it is there."""
+    """Call before_fork, master_ready or on_reload (in the master), after_fork or worker_starts (in a worker), if it is there."""
     for extension in _extensions:
         getattr(extension, function, lambda argument: None)(argument)
 

@@ -1,6 +1,7 @@
 """The command line for model versions: `python -m model --help`."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from history import HEAD, History, cells_of
 from settings import Settings, SettingsError
 
 from .formats import ModelLoadError
-from .versions import worker_statuses
+from .versions import living_workers, worker_statuses
+from .versions.callers import differences
+from .versions.guard import changed_at, watching
 from .versions.publishing import preflight, publish, validate
 from .versions.store import Routing, Store, StoreError, read_manifest, read_rows
 
@@ -52,7 +55,10 @@ def _json(given: str) -> Any:
 
 _version = click.argument("version")
 _sample = click.option("--sample", type=read_rows, metavar="ROWS.JSON", help='Rows, as in "data".')
-_force = click.option("--force", is_flag=True, help="Serve it even if it does not fit this machine.")
+_force_help = "Serve it even if callers of the stable version notice a difference."
+_force = click.option("--force", is_flag=True, help=_force_help)
+_machine_help = "Serve it even if it was not made for this machine: memory, processor, libraries."
+_any_machine = click.option("--any-machine", is_flag=True, help=_machine_help)
 _wait_help = "Wait until all workers of this host serve it (default: 60 seconds)."
 _bound_help = "Error rate (or mean absolute error) that alerts (default: that of the metrics)."
 _wait = click.option("--wait", type=float, is_flag=False, flag_value=60.0, metavar="[SECONDS]", help=_wait_help)
@@ -83,11 +89,17 @@ def publish_command(store: Store, settings: Settings, file: Path, **given: Any) 
 @command
 @_version
 @_force
+@_any_machine
 @_wait
-def promote(store: Store, settings: Settings, version: str, force: bool, wait: float | None) -> int:
-    """Make a version the stable one, which answers every request that a canary does not."""
-    _check_fit(store, version, settings, force)
-    return _report(store, store.promote(version), settings, wait)
+def promote(store: Store, settings: Settings, version: str, force: bool, any_machine: bool, wait: float | None) -> int:
+    """Make a version the stable one, which answers every request that a canary does not.
+
+    It must predict its sample here, and answer each request that the present stable version answers.
+    """
+    before = Routing.read(store.directory)
+    store.promoted(before, version)  # raises at once, and not after the proof
+    _prove(store, version, before, settings, force, any_machine)
+    return _report(store, before, store.promote(version, before.stable), settings, wait)
 
 
 @command
@@ -95,20 +107,31 @@ def promote(store: Store, settings: Settings, version: str, force: bool, wait: f
 @click.option("--weight", type=float, required=True, metavar="PERCENT", help="Its share of the requests.")
 @click.option("--guard", is_flag=True, help="Roll it back automatically if it is worse than the stable version.")
 @_force
+@_any_machine
 @_wait
-def canary(
-    store: Store, settings: Settings, version: str, weight: float, guard: bool, force: bool, wait: float | None
-) -> int:
-    """Serve a version to a share of the requests, beside the stable one."""
-    _check_fit(store, version, settings, force)
-    return _report(store, store.canary(version, weight, guard), settings, wait)
+def canary(store: Store, settings: Settings, version: str, weight: float, guard: bool, **given: Any) -> int:
+    """Serve a version to a share of the requests, beside the stable one. The same must hold as for `promote`."""
+    before = Routing.read(store.directory)
+    store.with_canary(before, version, weight, guard)  # raises at once, and not after the proof
+    _prove(store, version, before, settings, given["force"], given["any_machine"])
+    after = store.canary(version, weight, guard, before.stable)
+    return _report(store, before, after, settings, given["wait"])
 
 
 @command
+@click.argument("version", default="")
 @_wait
-def rollback(store: Store, settings: Settings, wait: float | None) -> int:
-    """Withdraw the canary, or return to the previous stable version if there is none."""
-    return _report(store, store.rollback(), settings, wait)
+def rollback(store: Store, settings: Settings, version: str, wait: float | None) -> int:
+    """Withdraw the canary; without one, return to the stable version before the last promotion.
+
+    A second rollback in a row changes nothing, also after the guard's: to go further back, name the VERSION.
+    """
+    before, after = Routing.read(store.directory), store.rollback(version=version)
+    if after.stable != before.stable:
+        click.echo(f"back to version {after.stable}, from version {before.stable}")
+        for each in _noticed(store, before, after):
+            click.echo(f"callers notice: {each}")
+    return _report(store, before, after, settings, wait)
 
 
 @command
@@ -126,12 +149,18 @@ def list_command(store: Store, settings: Settings) -> None:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
     if routing.generation:
         click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
+    if (ahead := changed_at(routing) - time.time()) > 60.0:
+        clocks = "the clock here, or where it was changed, is wrong"
+        click.echo(f"warning: the routing was changed {ahead:.0f} s from now: {clocks}", err=True)
     if reason := routing.local_rollback(settings.journal_dir):
         click.echo(f"the canary was rolled back on this host: guard, {reason}")
+    elif said := watching(settings.journal_dir, routing):
+        click.echo(f"guard: {said}")
     for each in worker_statuses(settings.journal_dir):
         canary = f", canary {each['canary']}" if each["canary"] else ""
         error = f", {each['error']}" if each["error"] else ""
-        click.echo(f"worker {each['pid']}: generation {each['generation']}, stable {each['stable']}{canary}{error}")
+        what = f"generation {each['generation']}, stable {each['stable']}{canary}{error}"
+        click.echo(f"worker {each['pid']}: {_other_source(each, store) or what}")
 
 
 @command
@@ -176,6 +205,31 @@ def history(store: Store, settings: Settings, since: float | None, last: int | N
 
 
 @command
+@click.option("--keep", type=click.IntRange(min=0), default=5, show_default=True, help="How many, newest first.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
+def prune(store: Store, settings: Settings, keep: int, dry_run: bool) -> int:
+    """Remove old versions: all but those in use and the newest others.
+
+    In use are the stable version, the one before it, the canary, and what the workers of this host serve.
+    """
+    served = [each[name] for each in worker_statuses(settings.journal_dir) for name in ("stable", "canary")]
+    status, freed, removed = 0, 0, 0
+    for version in store.prunable(keep, filter(None, served)):
+        try:
+            size = store.size(version)
+            if not dry_run:
+                store.remove(version)
+        except (StoreError, OSError) as error:
+            status = 1
+            click.echo(f"model: kept version {version}: {error}", err=True)
+            continue
+        freed, removed = freed + size, removed + 1
+        click.echo(f"{'would remove' if dry_run else 'removed'} version {version}, {size / 1e6:.1f} MB")
+    click.echo(f"{removed} versions, {freed / 1e6:.1f} MB {'would be freed' if dry_run else 'freed'}")
+    return status
+
+
+@command
 @click.argument("file", type=PATH)
 @click.argument("out", type=PATH)
 @_sample
@@ -189,39 +243,81 @@ def export_command(store: Store, settings: Settings, file: Path, **given: Any) -
     click.echo(f"{report}\nwrote {out}; make a version of it with: python -m model publish {out}{sample}")
 
 
-def _check_fit(store: Store, version: str, settings: Settings, force: bool) -> None:
-    """Print whether a version fits this machine. Raises: StoreError, it does not."""
+def _prove(store: Store, version: str, before: Routing, settings: Settings, force: bool, any_machine: bool) -> None:
+    """Print whether a version fits this machine, predicts its sample, and fits the callers of the stable version.
+
+    Raises: StoreError, it does not. `any_machine` skips the first of these, `force` the last.
+    """
     manifest = store.manifest(version)
-    is_loaded = store.in_use().get(version, "").startswith(("stable", "canary"))
-    found = preflight(manifest, 0 if is_loaded else settings.web_concurrency)
+    is_loaded = version in (before.stable, before.canary)
+    found = preflight(manifest, 0 if is_loaded else settings.web_concurrency, settings.allow_version_mismatch)
     for fits, comparison in found:
         click.echo(f"{'fits' if fits else 'DOES NOT FIT'}  {comparison}")
-    if not force:
-        if not all(fits for fits, _ in found):
-            raise StoreError(f"version {version} does not fit this machine; --force serves it anyway")
-        validate(manifest)
-        click.echo("fits  it predicts its sample here as when it was published")
+    if not any_machine and not all(fits for fits, _ in found):
+        raise StoreError(f"version {version} does not fit this machine; --any-machine serves it anyway")
+    old, noticed = None, []
+    if before.stable:
+        try:
+            old = read_manifest(store.directory, before.stable)
+        except ModelLoadError as error:
+            noticed = [f"nobody knows what they send: {error}"]
+    noticed += validate(manifest, old).get("differences", [])
+    click.echo("fits  it predicts its sample here as when it was published")
+    for each in noticed:
+        click.echo(f"DOES NOT FIT  callers of version {before.stable}: {each}")
+    if noticed and not force:
+        raise StoreError(
+            f"version {version} does not fit the callers of version {before.stable}; --force serves it anyway"
+        )
+    if old and not noticed:
+        click.echo(f"fits  it answers each request that version {before.stable} answers")
 
 
-def _report(store: Store, routing: Routing, settings: Settings, wait: float | None) -> int:
-    """Print the routing; with `wait` (seconds), wait until all workers of this host serve it."""
+def _noticed(store: Store, before: Routing, after: Routing) -> list[str]:
+    """Return what callers notice of a rollback. It is not tried: that would take seconds."""
+    try:
+        old, new = (read_manifest(store.directory, each.stable).about for each in (before, after))
+    except ModelLoadError as error:  # which may be why it was rolled back
+        return [f"nobody knows what: {error}"]
+    return differences(old, new)
+
+
+def _report(store: Store, before: Routing, routing: Routing, settings: Settings, wait: float | None) -> int:
+    """Print the routing and what became of the canary; with `wait` (seconds), wait until this host serves it."""
     click.echo(routing)
-    if wait is None:
-        return 0
+    guarded = ", guarded" if before.guard else ""
+    if not before.canary or routing.stable == before.canary:
+        pass
+    elif not routing.canary:
+        click.echo(f"canary {before.canary} is withdrawn ({before.weight:g} % of the requests{guarded})")
+    elif routing.canary != before.canary:
+        was = f"canary {before.canary} ({before.weight:g} % of the requests{guarded})"
+        click.echo(f"it replaces {was}, which gets no requests any more")
+    elif before.guard and routing.etag != before.etag:
+        click.echo("its guard counts anew" if routing.guard else "it is NOT guarded any more")
+    return 0 if wait is None else _wait_for_workers(store, routing, settings, wait)
+
+
+def _wait_for_workers(store: Store, routing: Routing, settings: Settings, wait: float) -> int:
+    """Wait until all workers of this host serve a routing. Raises: StoreError, they never will."""
     began, expected = time.monotonic(), (routing.generation, routing.changed)
-    workers: list[dict[str, Any]] = []
-    while time.monotonic() - began < wait:
-        workers = worker_statuses(settings.journal_dir)
-        late = [each for each in workers if (each["generation"], each["changed"]) != expected]
+    while True:
+        workers = living_workers(settings.journal_dir)
+        if not workers:
+            raise StoreError(
+                f"it is routed, but no server runs on this host with JOURNAL_DIR={settings.journal_dir}: one that "
+                "starts will serve it. If one runs, give this command its settings"
+            )
+        if other := next(filter(None, (_other_source(each, store) for each in workers)), ""):
+            raise StoreError(f"it is routed, but the server with JOURNAL_DIR={settings.journal_dir} {other}")
+        late = [each for each in workers if (each.get("generation"), each.get("changed")) != expected]
         now = Routing.read(store.directory)
         if now.etag != routing.etag:
             raise StoreError(f"the routing was changed again meanwhile: generation {now.generation}, {now.why}")
-        if workers and not late:
+        if not late or not time.monotonic() - began < wait:
             break
         time.sleep(0.1)
-    if not workers:
-        raise StoreError(f"no worker has published in {settings.journal_dir} what it serves")
-    broken = [each for each in workers if each["error"]]
+    broken = [each for each in workers if each.get("error")]
     for each in broken:
         click.echo(f"worker {each['pid']}: {each['error']}", err=True)
     serving = sum(each not in late and each not in broken for each in workers)
@@ -230,6 +326,15 @@ def _report(store: Store, routing: Routing, settings: Settings, wait: float | No
         return 1
     click.echo(f"all {len(workers)} workers serve it, after {time.monotonic() - began:.1f} s")
     return 0
+
+
+def _other_source(worker: dict[str, Any], store: Store) -> str:
+    """Return what a worker serves instead of this store, or "". One of an older release does not publish that."""
+    if not worker or worker.get("store", "") is None:
+        return "serves a file, not versions: unset MODEL_PATH and restart it" if worker else ""
+    if worker.get("store", here := os.path.realpath(store.directory)) != here:
+        return f"serves another store: MODEL_DIR={worker['store']}"
+    return ""
 
 
 def _line(store: Store, version: str, use: str) -> tuple[str, ...]:

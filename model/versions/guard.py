@@ -10,7 +10,8 @@ canary is rolled back
   stable version's p99 plus 5 ms.
 
 Only requests that reached a version by chance are counted: with `X-Routing-Key` or `X-Model-Version` a caller chooses
-the version, and one with bad rows could have every canary taken back. If too few come by chance, `GET /model` says so.
+the version, and one with bad rows could have every canary taken back. `python -m model list` and `GET /model` show how
+many were counted.
 
 Both are counted over the same window of time, so that an incident that affects both is held against neither. The window
 begins with the last change of the routing, and again once the canary has had `MAX_CANARY_REQUESTS`, or the two together
@@ -35,6 +36,7 @@ as many labelled rows once more.
 import logging
 import math
 import os
+import time
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
@@ -46,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monitor import read_lines, segments
-from processes import FileLock
+from processes import FileLock, is_locked
 
 from ..formats import ModelLoadError
 from ..serving import Routes
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOCK = "guard.lock"  # in JOURNAL_DIR
 MIN_REQUESTS = 200  # of each variant
 MIN_LABELLED_ROWS = 200  # of each variant
 MAX_CANARY_REQUESTS = 2_000  # in one window
@@ -147,15 +150,17 @@ def judge(stable: Tally, canary: Tally) -> str:
     return ""
 
 
-def _why_not(stable: Tally, canary: Tally) -> str:
-    """Return why the two cannot be compared though there were requests enough, or ""."""
-    if min(stable.requests, canary.requests) >= MIN_REQUESTS or stable.chosen + canary.chosen < MIN_REQUESTS:
-        return ""
-    return (
-        f"cannot judge the canary: by chance {stable.requests} requests reached the stable version and "
-        f"{canary.requests} the canary, and {MIN_REQUESTS} of each are needed; {stable.chosen + canary.chosen} others "
-        "came with X-Routing-Key or X-Model-Version"
-    )
+def _so_far(stable: Tally, canary: Tally) -> str:
+    """Return how many requests have been counted, and what they show."""
+    counts = f"{canary.requests} requests reached the canary by chance, and {stable.requests} the stable version"
+    chosen = stable.chosen + canary.chosen
+    if min(stable.requests, canary.requests) >= MIN_REQUESTS:
+        shares = (f"{100 * each.faults / each.requests:.1f} %" for each in (canary, stable))
+        return f"the canary is no worse so far: {counts}; of these failed {' and '.join(shares)}"
+    needed = f"{counts}; {MIN_REQUESTS} of each are needed"
+    if chosen < MIN_REQUESTS:
+        return f"too early to judge the canary: {needed}"
+    return f"cannot judge the canary: {needed}, and {chosen} others came with X-Routing-Key or X-Model-Version"
 
 
 def judge_predictions(stable: Labelled, canary: Labelled, measure: str) -> str:
@@ -209,12 +214,14 @@ class Guard:
     def __init__(self, directory: Path, store: Path, note: Note = unnoted) -> None:
         """`directory` is the service's JOURNAL_DIR, with the journal, the lock and a rollback of this host."""
         self._directory, self._store = directory, Store(store, note)
-        self.lock = FileLock(directory / "guard.lock")  # its content is what the guard that holds it has to say
-        self._noted: str | None = None
+        self.lock = FileLock(directory / LOCK)  # its content: what the guard that holds it has to say
+        self._noted = ""
+        self._last_verdict = ""  # of the window before
         self._tail: Tail | None = None  # of the journal, while this process guards
         self._window: tuple[str, str] | None = None  # the routing that is evaluated, and the stable version that serves
         self._tallies: dict[tuple[str, str], Tally] = {}  # by variant and version
         self._routing: tuple[str, str] | None = None  # as `_window`, but it only changes with the routing
+        self._since = 0.0  # seconds since 1970: when that began
         self._labelled: dict[tuple[str, str, str], Labelled] = {}  # by measure, variant and version
 
     def watch(self, service: "Service") -> None:
@@ -222,9 +229,9 @@ class Guard:
         routing = guarded(service.serving.routes)
         if routing is None or routing.local_rollback(self._directory):
             self.lock.release()  # for a worker that serves the canary
-            self._tail = self._noted = None
+            self._tail, self._noted = None, ""
         elif self.lock.acquire():
-            tail = self._tail = self._tail or Tail(self._directory, changed_at(routing))
+            tail = self._tail = self._tail or Tail(self._directory, min(changed_at(routing), time.time()))
             reason = service.run_in_thread(lambda: self.evaluate(routing, tail.read()))
             if reason:
                 log.warning("the guard rolls back canary %s: %s", routing.canary, reason)
@@ -232,15 +239,14 @@ class Guard:
                 service.journal.append(event)
 
     def describe(self, service: "Service", found: dict[str, Any]) -> None:
-        """Add to what GET /model shows whether the guard of this host can judge the canary."""
-        if guarded(service.serving.routes):
-            with suppress(OSError, UnicodeDecodeError):
-                found["guard"] = (self._directory / "guard.lock").read_text("utf-8") or None
+        """Add to what GET /model shows what the guard of this host has seen of the canary."""
+        if routing := guarded(service.serving.routes):
+            found["guard"] = _noted(self._directory, routing) or None
 
     def evaluate(self, routing: Routing, records: Iterable[dict[str, Any]]) -> str:
         """Count new records; roll the canary back if it is worse, and return why, else ""."""
         self._begin(routing)
-        since = changed_at(routing)
+        since = self._since = min(self._since, time.time())  # a clock that is set back is no reason to wait
         for record in records:
             with suppress(KeyError, TypeError, ValueError):  # another version's, or of something else
                 if record.get("event") == "feedback":
@@ -248,17 +254,28 @@ class Guard:
                 elif record["time"] >= since:
                     self._tallies[record["variant"], record["model_version"]].add(record)
         stable, canary = self._tallies.values()
-        self._note(_why_not(stable, canary))
+        so_far = _so_far(stable, canary)
+        self._note(routing, f"{so_far}{self._labelled_so_far()}{self._last_verdict}")
         reason = judge(stable, canary) or self._judge_predictions()
         if reason or canary.requests >= MAX_CANARY_REQUESTS or stable.requests + canary.requests >= MAX_REQUESTS:
             self._window = None  # the next evaluation begins another
+            self._last_verdict = f". The requests before these: {so_far}"
         return reason if reason and self._roll_back(routing, reason) else ""
 
-    def _note(self, why_not: str) -> None:
-        if self._noted != why_not and self.lock.fd is not None:
-            os.truncate(self.lock.fd, 0)
-            os.pwrite(self.lock.fd, why_not.encode(), 0)
-            self._noted = why_not
+    def _note(self, routing: Routing, words: str) -> None:
+        """Write what `watching` returns. The old content is written over, and then cut: readers take the first line."""
+        line = f"{routing.etag}: {words}"
+        if self._noted != line and self.lock.fd is not None:
+            os.pwrite(self.lock.fd, f"{line}\n".encode(), 0)
+            os.truncate(self.lock.fd, len(line.encode()) + 1)
+            self._noted = line
+
+    def _labelled_so_far(self) -> str:
+        counted = {variant: each.rows for (_, variant, _), each in self._labelled.items() if each.rows}
+        if not counted:
+            return ""
+        canary, stable = (counted.get(variant, 0) for variant in ("canary", "stable"))
+        return f"; the truth came for {canary} rows of the canary and {stable} of the stable version"
 
     def _begin(self, routing: Routing) -> None:
         """Count from zero if the routing changed, or the stable version that serves; requests in a new window too."""
@@ -266,7 +283,11 @@ class Guard:
         if self._window != present:
             self._window, self._tallies = present, {variant: Tally() for variant in variants}
         if self._routing != present:
-            self._routing = present
+            self._routing, self._last_verdict = present, ""
+            self._since = changed_at(routing)
+            if (ahead := self._since - time.time()) > 60.0:
+                why = "the clock of this host, or of the one that changed it, is wrong"
+                log.warning("the routing was changed %d s from now: %s; the guard counts from now on", ahead, why)
             self._labelled = {(measure, *variant): Labelled() for measure in MEASURES for variant in variants}
 
     def _add_feedback(self, record: dict[str, Any], since: float) -> None:
@@ -296,6 +317,25 @@ class Guard:
             write_json(self._directory / LOCAL_ROLLBACK, rollback)
             self._store.note(why, str(routing), f"canary {routing.canary} rolled back on this host", routing.canary)
             return True
+
+
+def watching(journal_dir: Path, routing: Routing) -> str:
+    """Return what the guard of this host has seen of the canary of a routing, in words; "" if it has no guard."""
+    if not routing.guard:
+        return ""
+    with suppress(OSError):
+        if is_locked(journal_dir / LOCK):
+            return _noted(journal_dir, routing) or "it begins to count the requests of the canary"
+    return f"NOBODY watches the canary: no worker on this host with JOURNAL_DIR={journal_dir} serves it"
+
+
+def _noted(journal_dir: Path, routing: Routing) -> str:
+    """Return what the guard has noted of a routing, or ""."""
+    with suppress(OSError, UnicodeDecodeError):
+        line = (journal_dir / LOCK).read_text("utf-8").partition("\n")[0]
+        if line.startswith(start := f"{routing.etag}: "):
+            return line.removeprefix(start)
+    return ""
 
 
 def guarded(routes: Routes | None) -> Routing | None:

@@ -22,7 +22,7 @@ import cli
 from settings import Settings
 
 from ..formats import ModelLoadError
-from . import expectations
+from . import callers, expectations
 from .loading import load_version, model_facts
 from .store import Manifest, Store, StoreError
 
@@ -63,12 +63,16 @@ def publish(
     return manifest.version
 
 
-def validate(manifest: Manifest) -> dict[str, Any]:
+def validate(manifest: Manifest, callers_of: Manifest | None = None) -> dict[str, Any]:
     """Load a version in a fresh process, and return what its manifest has to record.
+
+    `callers_of` is a version that it is to replace, or to be served beside; what the callers of that one would notice
+    is returned as `differences` (see callers.py).
 
     Raises: StoreError, it does not load, or does not predict what its manifest records.
     """
     job = {"artifact": str(manifest.artifact), "version": manifest.version, "about": manifest.about}
+    job |= {"callers_of": callers_of.about} if callers_of else {}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.NamedTemporaryFile() as result:  # not a pipe: a model may print
         try:
@@ -91,7 +95,7 @@ def validate(manifest: Manifest) -> dict[str, Any]:
     return found
 
 
-def preflight(manifest: Manifest, workers: int) -> list[tuple[bool, str]]:
+def preflight(manifest: Manifest, workers: int, allow_version_mismatch: bool = False) -> list[tuple[bool, str]]:
     """Compare a version with this machine: memory, processor, Python, libraries; True for what fits."""
     found = []
     memory, free = manifest.about.get("memory"), free_memory()
@@ -106,7 +110,9 @@ def preflight(manifest: Manifest, workers: int) -> list[tuple[bool, str]]:
     for name, made in sorted(libraries.items()) if isinstance(libraries, dict) else []:
         # As in scikit-learn's own check: a patch release does not change how a model is stored.
         fits = str(made).split(".")[:2] == here.get(name, "").split(".")[:2]
-        found.append((fits, f"{name}: published with {made}, here {here.get(name) or 'none'}"))
+        allowed = ", allowed by ALLOW_VERSION_MISMATCH=1" if allow_version_mismatch and not fits else ""
+        words = f"{name}: published with {made}, here {here.get(name) or 'none'}{allowed}"
+        found.append((fits or allow_version_mismatch, words))
     return found
 
 
@@ -150,9 +156,10 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
     model = load_version(manifest, allow_version_mismatch=settings.allow_version_mismatch)
     sample = job["about"].get("sample") or model.about["example"]["data"]
     predictions = model.call(model.signature.parse(sample))
-    return model_facts(model) | {
+    found = model_facts(model) | {
         "sample": sample,
         "predictions": predictions,
+        "categories": callers.categories(model),
         "reference": expectations.reference(predictions, model.classes),
         "merges_requests": model.about["merges_requests"],
         "warnings": model.about["warnings"],
@@ -160,6 +167,9 @@ def validate_here(job: dict[str, Any]) -> dict[str, Any]:
         "machine": platform.machine(),
         "memory": before and _resident() - before,
     }
+    if old := job.get("callers_of"):
+        found["differences"] = callers.compare(model, old, job["about"] | model_facts(model))
+    return found
 
 
 def main(result: str) -> None:

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,11 +55,12 @@ class Manifest:
     Format: a JSON object with `version`, `artifact` (a file name), `format`, `size` (bytes), `sha256`, `signature` and
     `methods` and `classes` (as `GET /model` shows them), `signature_form` (the number of the form that the signature
     is described in; none in the first), `sample` (rows, as in the "data" of a request), `sample_from` ("operator", or
-    "synthetic" if none was given), `predictions` (the model's for the sample), `merges_requests` and `warnings` (as
+    "synthetic" if none was given), `predictions` (the model's for the sample), `categories` (that each column's
+    encoder has learned, see callers.py), `merges_requests` and `warnings` (as
     `GET /model` showed them then), `libraries` and `machine` (that it was published with), `memory` (bytes that loading
     it took, libraries included), `published`, `by`, the publisher's `metrics` and `note`, `error_bound` (from which on
     it alerts, null if that is unknown) and `reference` (how its predictions for the sample are distributed, null if the
-    sample is too small; see expectations.py). Older versions have neither of the last two.
+    sample is too small; see expectations.py). Older versions lack the last two, and `categories`.
     """
 
     artifact: Path
@@ -189,8 +190,9 @@ class Store:
     def in_use(self) -> dict[str, str]:
         """Return the versions that are in use, and as what."""
         routing = Routing.read(self.directory)
-        uses = dict.fromkeys(self._earlier(routing)[:1], "rollback returns to it")
-        uses |= {routing.canary: f"canary, {routing.weight:g} % of the requests", routing.stable: "stable"}
+        uses = dict.fromkeys(self.earlier(routing)[:1], "stable before")
+        guarded = ", guarded" if routing.guard else ""
+        uses |= {routing.canary: f"canary, {routing.weight:g} % of the requests{guarded}", routing.stable: "stable"}
         return {version: use for version, use in uses.items() if version}
 
     @contextmanager
@@ -218,6 +220,8 @@ class Store:
             yield manifest
             write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
             staging.chmod(0o755)
+            for path in (*staging.iterdir(), staging):
+                _give(path, self.directory)
             with self._locked():
                 self._check_new(version)
                 holder.release()  # first: NFS keeps a removed file that is open under another name
@@ -238,38 +242,51 @@ class Store:
                     found.append(other)
         return found
 
-    def promote(self, version: str) -> Routing:
-        """Make a version the stable one. If it was the canary, there is no canary any more. Raises: StoreError."""
-        with self._locked():
-            old = Routing.read(self.directory)
-            self.manifest(version)
-            if version == old.stable:
-                raise StoreError(f"version {version} is already the stable one")
-            previous = [name for name in (old.stable, *old.previous) if name and name != version]
-            new = replace(old, stable=version, previous=tuple(previous[:MAX_PREVIOUS]))
-            if old.canary == version:
-                new = replace(new, canary="", weight=0.0, guard=False)
-            return self._route(old, new, f"promote {version}")
+    def promoted(self, old: Routing, version: str) -> Routing:
+        """Return the routing with a version as the stable one. Raises: StoreError, that cannot be."""
+        self.manifest(version)
+        if version == old.stable:
+            raise StoreError(f"version {version} is already the stable one")
+        previous = [name for name in (old.stable, *old.previous) if name and name != version]
+        new = replace(old, stable=version, previous=tuple(previous[:MAX_PREVIOUS]), why=f"promote {version}")
+        return _without_canary(new) if old.canary == version else new
 
-    def canary(self, version: str, weight: float, guard: bool = False) -> Routing:
-        """Give a version `weight` percent of the requests. Raises: StoreError."""
+    def promote(self, version: str, compared_with: str | None = None) -> Routing:
+        """Make a version the stable one. If it was the canary, there is no canary any more.
+
+        `compared_with` is the stable version that it was compared with; "" if there was none. Raises: StoreError.
+        """
+        with self._locked():
+            old = self._as_compared(compared_with)
+            return self._route(old, self.promoted(old, version))
+
+    def with_canary(self, old: Routing, version: str, weight: float, guard: bool = False) -> Routing:
+        """Return the routing with `weight` percent of the requests for a version. Raises: StoreError, it cannot be."""
         if not 0 < weight <= 100:
             raise StoreError(f"weight {weight:g}: expected a percentage of the requests, more than 0 and at most 100")
-        with self._locked():
-            old = Routing.read(self.directory)
-            self.manifest(version)
-            if not old.stable:
-                raise StoreError("there is no stable version to compare a canary with; promote one first")
-            if version == old.stable:
-                raise StoreError(f"version {version} is the stable one; the canary must be another version")
-            why = f"canary {version} --weight {weight:g}" + (" --guard" if guard else "")
-            return self._route(old, replace(old, canary=version, weight=weight, guard=guard), why)
+        self.manifest(version)
+        if not old.stable:
+            raise StoreError("there is no stable version to compare a canary with; promote one first")
+        if version == old.stable:
+            raise StoreError(f"version {version} is the stable one; the canary must be another version")
+        why = f"canary {version} --weight {weight:g}" + (" --guard" if guard else "")
+        return replace(old, canary=version, weight=weight, guard=guard, why=why)
 
-    def rollback(self, why: str = "rollback", only: int | None = None) -> Routing:
-        """Withdraw the canary; if there is none, return to the previous stable version.
+    def canary(self, version: str, weight: float, guard: bool = False, compared_with: str | None = None) -> Routing:
+        """Give a version `weight` percent of the requests; see `promote`. Raises: StoreError."""
+        with self._locked():
+            old = self._as_compared(compared_with)
+            return self._route(old, self.with_canary(old, version, weight, guard))
+
+    def rollback(self, why: str = "rollback", version: str = "", only: int | None = None) -> Routing:
+        """Withdraw the canary; if there is none, return to the stable version before the last promotion.
+
+        A second rollback in a row is refused, also after the guard's: whoever runs it most likely does not know of the
+        first, and it would take a good version back.
 
         Args:
             why: the reason, for those who read the routing.
+            version: an earlier stable version to return to, whatever there is now.
             only: do nothing if the routing has another generation than this by now.
 
         Raises: StoreError, there is nothing to roll back.
@@ -278,14 +295,28 @@ class Store:
             old = Routing.read(self.directory)
             if only is not None and old.generation != only:
                 return old
-            if old.canary:
-                return self._route(old, replace(old, canary="", weight=0.0, guard=False), f"{why}: canary {old.canary}")
-            earlier = self._earlier(old)
-            if not earlier:
-                raise StoreError("there is no canary, and no earlier stable version to return to")
-            self.manifest(earlier[0])
-            new = replace(old, stable=earlier[0], previous=earlier[1:])
-            return self._route(old, new, f"{why}: from {old.stable} to {new.stable}")
+            if old.canary and version in ("", old.stable):
+                return self._route(old, replace(_without_canary(old), why=f"{why}: canary {old.canary}"))
+            new = _without_canary(self._back(old, version))
+            return self._route(old, replace(new, why=f"{why}: from {old.stable} to {new.stable}"))
+
+    def _back(self, old: Routing, version: str) -> Routing:
+        """Return the routing with an earlier stable version. Raises: StoreError, it stays as it is."""
+        earlier = self.earlier(old)
+        if not earlier:
+            raise StoreError("there is no canary, and no earlier stable version to return to")
+        names = ", ".join(earlier)
+        if not version and old.why.startswith(("rollback", "guard,")):
+            done = f"the last change was a rollback already, at {old.changed} by {old.by} ({old.why})"
+            way_out = f"To go further back, name the version: rollback VERSION, of {names}"
+            raise StoreError(f"{done}. So version {old.stable} stays the stable one. {way_out}")
+        version = version or earlier[0]
+        if version == old.stable:
+            raise StoreError(f"version {version} is already the stable one, and there is no canary")
+        if version not in earlier:
+            raise StoreError(f"version {version!r} was not the stable one lately; {names} were. Promote it instead")
+        self.manifest(version)
+        return replace(old, stable=version, previous=earlier[earlier.index(version) + 1 :])
 
     def remove(self, version: str) -> None:
         """Remove a version that is not in use. Raises: StoreError."""
@@ -295,10 +326,26 @@ class Store:
             if not _VERSION.fullmatch(version) or not (self.directory / version).is_dir():
                 raise StoreError(f"there is no version {version!r}; there are {', '.join(self.versions()) or 'none'}")
             removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            (self.directory / version).rename(removed / "removed")
+            _give(removed, self.directory)
+            try:
+                (self.directory / version).rename(removed / "removed")
+            except PermissionError as error:  # only its owner may move a directory
+                removed.rmdir()
+                owner = f"chown -R --reference={self.directory} {self.directory / version}"
+                raise StoreError(f"version {version} belongs to another user; as root: {owner}") from error
             sync_directory(self.directory)
         self.note(f"model remove {version}", "published", "", version)
         shutil.rmtree(removed, ignore_errors=True)  # _remove_leftovers removes the rest
+
+    def size(self, version: str) -> int:
+        """Return the bytes that a version takes on the disk."""
+        return sum(path.stat().st_size for path in (self.directory / version).iterdir())
+
+    def prunable(self, keep: int, used: Iterable[str] = ()) -> list[str]:
+        """Return the versions that are neither in use nor among the newest `keep` others; `used` are in use as well."""
+        kept = {*self.in_use(), *used}
+        others = [version for version in self.versions() if version not in kept]
+        return others[: max(0, len(others) - keep)]
 
     def manifest(self, version: str) -> Manifest:
         """Read the manifest of a version. Raises: StoreError, it names the versions that exist."""
@@ -307,15 +354,24 @@ class Store:
         except ModelLoadError as error:
             raise StoreError(f"{error}. There are: {', '.join(self.versions()) or 'none'}") from error
 
-    def _earlier(self, routing: Routing) -> tuple[str, ...]:
-        """Return the earlier stable versions that have not been removed."""
+    def earlier(self, routing: Routing) -> tuple[str, ...]:
+        """Return the earlier stable versions that have not been removed, the latest first."""
         return tuple(name for name in routing.previous if (self.directory / name).is_dir())
 
-    def _route(self, old: Routing, new: Routing, why: str) -> Routing:
-        new = replace(new, generation=old.generation + 1, changed=_now(), by=_user(), why=why)
+    def _as_compared(self, compared_with: str | None) -> Routing:
+        """Return the routing. Raises: StoreError, its stable version is no longer the one that was compared with."""
+        now = Routing.read(self.directory)
+        if compared_with not in (None, now.stable):
+            raise StoreError(
+                f"version {now.stable} became the stable one meanwhile; run it again, to compare with that"
+            )
+        return now
+
+    def _route(self, old: Routing, new: Routing) -> Routing:
+        new = replace(new, generation=old.generation + 1, changed=_now(), by=_user())
         write_json(self.directory / ROUTING, new.to_json())
         version = new.stable if new.stable != old.stable else new.canary or old.canary
-        command = why if why.startswith("guard") else f"model {why}"
+        command = new.why if new.why.startswith("guard") else f"model {new.why}"
         self.note(command, str(old) if old.generation else "", str(new), version)
         return new
 
@@ -341,7 +397,9 @@ class Store:
     def _locked(self) -> Iterator[None]:
         """Keep others from changing the store meanwhile. Raises: StoreError, it cannot be written."""
         try:
+            _make(self.directory)
             with FileLock(self.directory / LOCK, mode=0o666):  # less the umask
+                _give(self.directory / LOCK, self.directory)
                 yield
         except OSError as error:
             raise StoreError(f"the store cannot be written: {error}") from error
@@ -380,6 +438,27 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write a JSON file that anyone who may write to its directory can replace."""
     content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     replace_file(path, content.encode(), durable=durable, keep_owner=False)
+    _give(path, path.parent)
+
+
+def _make(directory: Path) -> None:
+    """Make a directory and those above it; each has the owner of the one above."""
+    if not directory.exists():
+        _make(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _give(directory, directory.parent)
+
+
+def _give(path: Path, directory: Path) -> None:
+    """Give what root has written to the owner of a directory: the service's user could not change or remove it."""
+    if os.geteuid() == 0:
+        with suppress(OSError):  # a file system without owners, or one that does not obey this root
+            owner = directory.stat()
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _without_canary(routing: Routing) -> Routing:
+    return replace(routing, canary="", weight=0.0, guard=False)
 
 
 def _now() -> str:

@@ -32,6 +32,7 @@ from model.versions.guard import (
     Tally,
     judge,
     judge_predictions,
+    watching,
 )
 from model.versions.store import Routing, Store, write_json
 from model.versions.watcher import StoreRoutes
@@ -274,7 +275,7 @@ def test_caller_who_chooses_the_canary_for_bad_rows_does_not_have_it_taken_back(
     assert re.fullmatch(r"\d\d\.\d % of its 650 requests failed, of stable's 0\.\d %", reason)
 
 
-def test_guard_that_cannot_judge_says_so_in_what_is_served(guard: Guard, store: Store) -> None:
+def test_guard_says_what_it_has_seen_and_whether_it_can_judge(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
     stable, canary = (SimpleNamespace(version=version) for version in ("1", "2"))
     routes = StoreRoutes(stable, canary, routing)  # type: ignore[arg-type]  # of a model only its version is looked at
@@ -287,16 +288,26 @@ def test_guard_that_cannot_judge_says_so_in_what_is_served(guard: Guard, store: 
 
     other = Guard(guard._directory, store.directory)  # another worker's
     assert said(other) is None
+    assert watching(guard._directory, routing).startswith("NOBODY watches the canary")
     assert guard.lock.acquire()
+    assert watching(guard._directory, routing) == "it begins to count the requests of the canary"
     guard.evaluate(routing, requests("stable", 300) + requests("canary", 30))
-    assert said(other) is None, "there were too few requests to say anything"
+    counts = "30 requests reached the canary by chance, and 300 the stable version; 200 of each are needed"
+    assert said(other) == watching(guard._directory, routing) == f"too early to judge the canary: {counts}"
     guard.evaluate(routing, requests("canary", 300, routed_by="key"))
+    chosen = "and 300 others came with X-Routing-Key or X-Model-Version"
+    assert said(other) == f"cannot judge the canary: {counts}, {chosen}"
+    guard.evaluate(routing, requests("canary", 300) + feedback("canary", 30, 0.0))
     assert said(other) == (
-        "cannot judge the canary: by chance 300 requests reached the stable version and 30 the canary, and 200 of each "
-        "are needed; 300 others came with X-Routing-Key or X-Model-Version"
+        "the canary is no worse so far: 330 requests reached the canary by chance, and 300 the stable version; of "
+        "these failed 0.3 % and 0.3 %; the truth came for 30 rows of the canary and 0 of the stable version"
     )
-    guard.evaluate(routing, requests("canary", 300))
-    assert said(other) is None
+    guard.evaluate(routing, requests("canary", MAX_CANARY_REQUESTS))
+    guard.evaluate(routing, requests("canary", 1))
+    assert said(other).startswith("too early to judge the canary: 1 requests")
+    assert ". The requests before these: the canary is no worse so far: 2330 requests" in said(other)
+    assert watching(guard._directory, store.canary("2", 6, guard=True)).startswith("it begins to count")
+    assert watching(guard._directory, store.canary("2", 6)) == ""
 
 
 def test_change_of_the_routing_begins_anew(guard: Guard, store: Store) -> None:
@@ -305,6 +316,22 @@ def test_change_of_the_routing_begins_anew(guard: Guard, store: Store) -> None:
     routing = store.canary("2", 10, guard=True)
     assert guard.evaluate(routing, requests("canary", 300, BAD)) == ""  # nothing is known of stable any more
     assert guard.evaluate(routing, requests("stable", 300)) != ""
+
+
+@pytest.mark.parametrize("when", ["before it begins", "while it guards"])
+def test_clock_that_was_an_hour_ahead_keeps_the_guard_from_nothing(
+    guard: Guard, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: Any, when: str
+) -> None:
+    ahead = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 3600))
+    routing = replace(Routing.read(store.directory), changed=ahead)
+    write_json(store.directory / "routing.json", routing.to_json())
+    with monkeypatch.context() as patch:
+        if when == "while it guards":  # then the clock is set back
+            patch.setattr("model.versions.guard.time", SimpleNamespace(time=lambda: time.time() + 3600))
+        assert guard.evaluate(routing, []) == ""
+    guard.evaluate(routing, [])
+    assert guard.evaluate(routing, requests("stable", 1000) + requests("canary", 1000, BAD)) != ""
+    assert ("the guard counts from now on" in caplog.text) is (when == "before it begins")
 
 
 def test_stable_version_that_comes_back_begins_anew(guard: Guard, store: Store) -> None:

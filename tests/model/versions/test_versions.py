@@ -1,6 +1,5 @@
 """The version store, and `python -m model` as its operators use it."""
 
-import io
 import json
 import os
 import platform
@@ -31,16 +30,23 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from version_tools import validate_in_this_process
 
 from model.__main__ import main
 from model.formats import ModelLoadError
 from model.versions import publish_status, publishing
+from model.versions.loading import SIGNATURE_FORM
 from model.versions.store import Manifest, Routing, Store, StoreError, read_manifest, read_rows, write_json
 from worker_slot import WorkerSlot
 
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
+COLUMNS = [{"name": name, "type": "number", "nullable": False} for name in load_iris().feature_names]
 # What a manifest says of a version that was not really validated.
-KNOWN = {
+KNOWN: dict[str, Any] = {
+    "signature": {"layout": "array", "columns": COLUMNS, "form": "[[0.5, 0.5, 0.5, 0.5]]"},
+    "signature_form": SIGNATURE_FORM,
+    "methods": ["predict", "predict_proba", "predict_log_proba", "decision_function"],
+    "classes": [0, 1, 2],
     "sample": SAMPLE,
     "sample_from": "operator",
     "predictions": [0, 1, 2],
@@ -53,11 +59,9 @@ KNOWN = {
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """A file to publish where it need not be a model."""
-    path = tmp_path / "iris.joblib"
-    path.write_bytes(b"not really a model")
-    return path
+def artifact(tmp_path: Path, iris: Path) -> Path:
+    """A model file that predicts what `KNOWN` says."""
+    return Path(shutil.copy(iris / "iris.joblib", tmp_path))
 
 
 @pytest.fixture
@@ -135,14 +139,7 @@ def command(store: Store, tmp_path: Path, capfd: Any, monkeypatch: Any) -> Calla
 @pytest.fixture
 def validated_here(monkeypatch: Any) -> None:
     """Let what proves a version run in this process, where a fresh one is not the point."""
-
-    def run(command: list[str], input: bytes, **_: Any) -> "subprocess.CompletedProcess[bytes]":
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.stdin", io.StringIO(input.decode()))
-            publishing.main(command[-1])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr("model.versions.publishing.subprocess.run", run)
+    validate_in_this_process(monkeypatch)
 
 
 # --- versions on disk
@@ -161,8 +158,9 @@ def test_published_version_is_whole_and_read_only(store: Store, artifact: Path) 
 
 def test_published_artifact_does_not_follow_the_file_it_came_from(store: Store, artifact: Path) -> None:
     put(store, artifact, "1")
+    before = artifact.read_bytes()
     artifact.write_bytes(b"retrained")
-    assert (store.directory / "1/model.joblib").read_bytes() == b"not really a model"
+    assert (store.directory / "1/model.joblib").read_bytes() == before
 
 
 def test_name_that_is_taken_during_the_proof_is_refused_and_nothing_stays(store: Store, artifact: Path) -> None:
@@ -319,18 +317,42 @@ LIVES = {
         ("promote 2", "2", ("1",), ""),
         ("promote 1", "1", ("2",), ""),
     ],
-    "rollback goes back step by step": [
+    "rollback goes back further if it is told how far": [
         ("promote 1", "1", (), ""),
         ("promote 2", "2", ("1",), ""),
         ("promote 3", "3", ("2", "1"), ""),
         ("rollback", "2", ("1",), ""),
-        ("rollback", "1", (), ""),
+        ("rollback 1", "1", (), ""),
+    ],
+    "rollback passes over versions": [
+        ("promote 1", "1", (), ""),
+        ("promote 2", "2", ("1",), ""),
+        ("promote 3", "3", ("2", "1"), ""),
+        ("rollback 1", "1", (), ""),
     ],
     "rollback takes the canary first": [
         ("promote 1", "1", (), ""),
         ("promote 2", "2", ("1",), ""),
         ("canary 3 --weight 5", "2", ("1",), "3"),
         ("rollback", "2", ("1",), ""),
+        ("rollback 1", "1", (), ""),
+    ],
+    "rollback to a version takes the canary as well": [
+        ("promote 1", "1", (), ""),
+        ("promote 2", "2", ("1",), ""),
+        ("canary 3 --weight 5", "2", ("1",), "3"),
+        ("rollback 1", "1", (), ""),
+    ],
+    "rollback to the stable version takes the canary": [
+        ("promote 1", "1", (), ""),
+        ("canary 2 --weight 5", "1", (), "2"),
+        ("rollback 1", "1", (), ""),
+    ],
+    "after another promotion rollback needs no name": [
+        ("promote 1", "1", (), ""),
+        ("promote 2", "2", ("1",), ""),
+        ("rollback", "1", (), ""),
+        ("promote 3", "3", ("1",), ""),
         ("rollback", "1", (), ""),
     ],
     "a canary that is promoted is none any more": [
@@ -352,6 +374,7 @@ LIVES = {
 
 
 @pytest.mark.parametrize("life", LIVES)
+@pytest.mark.usefixtures("validated_here")
 def test_routing_follows_the_commands(store: Store, artifact: Path, command: Any, life: str) -> None:
     put(store, artifact, "1", "2", "3")
     for generation, (line, *expected) in enumerate(LIVES[life], start=1):
@@ -360,7 +383,7 @@ def test_routing_follows_the_commands(store: Store, artifact: Path, command: Any
         assert list(state(store)) == expected
         routing = Routing.read(store.directory)
         assert routing.generation == generation
-        assert routing.why.startswith(line)
+        assert routing.why.startswith(line if words[0] != "rollback" else "rollback")
         assert routing.by
         assert abs(time.time() - publishing_time(routing.changed)) < 60
 
@@ -429,7 +452,7 @@ def test_guards_rollback_does_nothing_where_the_routing_has_moved_on(store: Stor
         ("remove routing.json", "there is no version 'routing.json'; there are 1, 2, 3$"),
         ("remove .lock", "there is no version '.lock'; there are 1, 2, 3$"),
         ("remove 2", "version 2 is in use: stable$"),
-        ("remove 1", "version 1 is in use: rollback returns to it$"),
+        ("remove 1", "version 1 is in use: stable before$"),
         ("remove 3", "version 3 is in use: canary, 5 % of the requests$"),
     ],
 )
@@ -474,8 +497,8 @@ def test_rollback_passes_over_what_was_removed(store: Store, artifact: Path, com
         store.promote(version)
     store.remove("2")
     shutil.rmtree(store.directory / "3")  # by hand
-    assert "rollback returns to it" in command("remove", "1").refusal()
-    assert command("rollback").out == "generation 5: stable 1\n"
+    assert "stable before" in command("remove", "1").refusal()
+    assert command("rollback").out == "back to version 1, from version 4\ngeneration 5: stable 1\n"
     assert "no earlier stable version" in command("rollback").refusal()
 
 
@@ -498,7 +521,8 @@ WRONG_LINES = [
     "canary 1",
     "canary 1 --weight half",
     "canary 1 --weight",
-    "rollback 1",
+    "rollback 1 2",
+    "prune --keep -1",
     "restart",
     "show",
     "remove",
@@ -517,7 +541,7 @@ def test_wrong_command_line_shows_the_usage(command: Any, line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "publish", "promote", "canary", "rollback", "list", "show", "verify", "remove", "export"]
+    "name", ["", "publish", "promote", "canary", "rollback", "list", "show", "verify", "remove", "prune", "export"]
 )
 def test_every_command_helps(command: Any, name: str) -> None:
     done = command(*([name] if name else []), "--help")
@@ -576,7 +600,7 @@ def test_list_shows_versions_in_order_of_publication_and_how_they_are_served(
     assert re.split(r"  +", lines[0]) == ["VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE"]
     found = {line[0]: line for line in lines[1:5]}
     assert list(found) == ["b", "a", "c", "d"]
-    assert re.match(r"b +joblib +1\.2 +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ  \S+ +rollback returns to it$", found["b"])
+    assert re.match(r"b +joblib +1\.2 +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ  \S+ +stable before$", found["b"])
     assert found["a"].endswith("stable")
     assert re.search(r"canary, 12\.5 % of the requests  two lines$", found["c"])
     assert found["d"].endswith("ITS MANIFEST CANNOT BE USED")
@@ -584,6 +608,7 @@ def test_list_shows_versions_in_order_of_publication_and_how_they_are_served(
     assert len(lines) == 6
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_list_says_which_workers_serve_what(
     store: Store, tmp_path: Path, artifact: Path, command: Any, worker: Any
 ) -> None:
@@ -636,6 +661,7 @@ def test_remove_removes_what_is_not_in_use_and_leaves_nothing(store: Store, arti
     assert [name for name in os.listdir(store.directory) if name.startswith(".")] == [".lock"]
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_broken_routing_stops_no_publish_and_is_named_by_the_rest(store: Store, artifact: Path, command: Any) -> None:
     put(store, artifact, "1")
     (store.directory / "routing.json").write_text('{"stable": "1"')
@@ -664,7 +690,7 @@ def worker(store: Store, tmp_path: Path) -> Iterator[Callable[..., None]]:
         served = {name: {"version": version} for name, version in (("stable", stable), ("canary", canary)) if version}
         changed = Routing.read(store.directory).changed
         routing = {"routing": {"generation": generation, "changed": changed}, "ready": True, "error": error or None}
-        publish_status(slot, {"stable": None, "canary": None} | served | routing)
+        publish_status(slot, str(store.directory), {"stable": None, "canary": None} | served | routing)
 
     yield publish
     assert slot._lock
@@ -689,28 +715,34 @@ def once_promoted(store: Store, act: Callable[..., object], *arguments: Any) -> 
     thread.join()
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_without_a_worker_ends_and_says_so(store: Store, tmp_path: Path, artifact: Path, command: Any) -> None:
     put(store, artifact, "1")
-    done = command("promote", "1", "--force", "--wait", "0.3")
-    assert f"no worker has published in {tmp_path / 'journal'} what it serves" in done.refusal()
+    done = command("promote", "1", "--force", "--wait", "1e9")  # seconds
+    assert f"no server runs on this host with JOURNAL_DIR={tmp_path / 'journal'}" in done.refusal()
     assert done.out.endswith("generation 1: stable 1\n")  # that much is done
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_that_is_interrupted_ends_without_a_traceback(
-    store: Store, artifact: Path, command: Any, monkeypatch: Any
+    store: Store, artifact: Path, command: Any, worker: Any, monkeypatch: Any
 ) -> None:
     put(store, artifact, "1")
+    worker(0)
     monkeypatch.setattr("model.__main__.time", SimpleNamespace(sleep=stop, monotonic=time.monotonic))
     done = command("promote", "1", "--force", "--wait")
     assert (done.status, done.err.strip()) == (130, "")
 
 
 @pytest.mark.parametrize("seconds", ["0", "nan"])
-def test_wait_of_no_time_ends_at_once(store: Store, artifact: Path, command: Any, seconds: str) -> None:
+@pytest.mark.usefixtures("validated_here")
+def test_wait_of_no_time_ends_at_once(store: Store, artifact: Path, command: Any, worker: Any, seconds: str) -> None:
     put(store, artifact, "1")
-    assert "no worker" in command("promote", "1", "--force", f"--wait={seconds}").refusal()
+    worker(0)
+    assert command("promote", "1", "--force", f"--wait={seconds}").err == "0 of 1 workers serve it\n"
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_ends_when_the_workers_serve_it(store: Store, artifact: Path, command: Any, worker: Any) -> None:
     put(store, artifact, "1", "2")
     store.promote("1")
@@ -721,6 +753,7 @@ def test_wait_ends_when_the_workers_serve_it(store: Store, artifact: Path, comma
     assert re.search(r"^all 1 workers serve it, after \d+\.\d s$", done.out, re.M)
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_tells_of_a_worker_that_cannot_serve_it(store: Store, artifact: Path, command: Any, worker: Any) -> None:
     put(store, artifact, "1", "2")
     store.promote("1")
@@ -731,6 +764,7 @@ def test_wait_tells_of_a_worker_that_cannot_serve_it(store: Store, artifact: Pat
     assert done.err == f"worker {os.getpid()}: version 2 does not load\n0 of 1 workers serve it\n"
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_tells_of_a_worker_that_is_late(store: Store, artifact: Path, command: Any, worker: Any) -> None:
     put(store, artifact, "1")
     worker(0)
@@ -738,6 +772,7 @@ def test_wait_tells_of_a_worker_that_is_late(store: Store, artifact: Path, comma
     assert (done.status, done.err) == (1, "0 of 1 workers serve it\n")
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_wait_ends_where_somebody_changed_the_routing_again(
     store: Store, artifact: Path, command: Any, worker: Any
 ) -> None:
@@ -770,6 +805,7 @@ def test_wait_ends_where_somebody_changed_the_routing_again(
     ids=str,
 )
 @pytest.mark.parametrize("line", ["promote 2", "canary 2 --weight 5"])
+@pytest.mark.usefixtures("validated_here")
 def test_version_that_does_not_fit_is_refused_unless_forced(
     store: Store, artifact: Path, command: Any, changes: Any, said: str, line: str
 ) -> None:
@@ -777,10 +813,11 @@ def test_version_that_does_not_fit_is_refused_unless_forced(
     store.promote("1")
     edit(store, "2", **changes)
     done = command(*line.split())
-    assert done.refusal() == "model: version 2 does not fit this machine; --force serves it anyway\n"
+    assert done.refusal() == "model: version 2 does not fit this machine; --any-machine serves it anyway\n"
     assert re.fullmatch(f"DOES NOT FIT  {said}", unfit(done))
+    assert command(*line.split(), "--force").refusal() == done.err
     assert state(store) == ("1", (), "")
-    forced = command(*line.split(), "--force")
+    forced = command(*line.split(), "--any-machine")
     assert forced.status == 0
     assert re.fullmatch(f"DOES NOT FIT  {said}", unfit(forced))  # it is said all the same
     assert state(store) in [("2", ("1",), ""), ("1", (), "2")]
@@ -1395,6 +1432,7 @@ def read_only(artifact: Path, command: Any, monkeypatch: Any) -> Iterator[Store]
     shutil.rmtree(place)
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_read_only_store_is_read_and_every_change_is_refused(read_only: Store, artifact: Path, command: Any) -> None:
     lines = ("promote 2 --force", "canary 2 --weight 5 --force", "rollback", "remove 2")
     before = tree(read_only)
@@ -1408,6 +1446,7 @@ def test_read_only_store_is_read_and_every_change_is_refused(read_only: Store, a
     assert tree(read_only) == before
 
 
+@pytest.mark.usefixtures("validated_here")
 def test_users_who_may_write_to_the_directory_share_a_store(read_only: Store, command: Any) -> None:
     read_only.directory.chmod(0o777)
     read_only.canary("2", 5)  # makes the lock, as another user
@@ -1426,6 +1465,7 @@ def test_store_below_a_file_is_refused(tmp_path: Path, artifact: Path, command: 
 
 
 @pytest.mark.parametrize("line", ["publish FILE", "promote 1 --force", "rollback", "remove 1"])
+@pytest.mark.usefixtures("validated_here")
 def test_lock_that_cannot_be_had_is_named(store: Store, artifact: Path, command: Any, line: str) -> None:
     put(store, artifact, "1")
     (store.directory / ".lock").unlink()
@@ -1511,7 +1551,7 @@ def operate(seed, into):
                     continue
             changes += 1
         except StoreError as error:
-            assert "the stable one" in str(error) or "no earlier stable" in str(error), error
+            assert any(words in str(error) for words in ("the stable one", "no earlier stable")), error
     os.write(into, json.dumps([changes, published]).encode())
 
 def read():
