@@ -308,13 +308,13 @@ class Store:
         names = ", ".join(earlier)
         if not version and old.why.startswith(("rollback", "guard,")):
             done = f"the last change was a rollback already, at {old.changed} by {old.by} ({old.why})"
-            way_out = f"To go further back, name the version: rollback VERSION, of {names}"
+            way_out = f"To go further back, name one of {names}: python -m model rollback {earlier[0]}"
             raise StoreError(f"{done}. So version {old.stable} stays the stable one. {way_out}")
         version = version or earlier[0]
         if version == old.stable:
             raise StoreError(f"version {version} is already the stable one, and there is no canary")
         if version not in earlier:
-            raise StoreError(f"version {version!r} was not the stable one lately; {names} were. Promote it instead")
+            raise StoreError(f"version {version!r} was not the stable one lately, as {names} was; promote it")
         self.manifest(version)
         return replace(old, stable=version, previous=earlier[earlier.index(version) + 1 :])
 

@@ -502,6 +502,88 @@ def test_rollback_passes_over_what_was_removed(store: Store, artifact: Path, com
     assert "no earlier stable version" in command("rollback").refusal()
 
 
+def test_second_rollback_in_a_row_changes_nothing_and_names_the_way(store: Store, artifact: Path, command: Any) -> None:
+    put(store, artifact, "1", "2", "3", "4")
+    for version in "1", "2", "3":
+        store.promote(version)
+    assert command("rollback").out == "back to version 2, from version 3\ngeneration 4: stable 2\n"
+    why = command("rollback").refusal()
+    assert "the last change was a rollback already, at " in why
+    assert "(rollback: from 3 to 2). So version 2 stays the stable one. " in why
+    assert why.endswith("To go further back, name one of 1: python -m model rollback 1\n")
+    assert "version '9' was not the stable one lately, as 1 was; promote it" in command("rollback", "9").refusal()
+    assert "version 2 is already the stable one" in command("rollback", "2").refusal()
+
+    store.canary("4", 5, guard=True)
+    assert store.rollback("guard, 9 % of its requests failed").why.startswith("guard, 9 %")
+    why = command("rollback").refusal()  # as the page of the alert says, and too late
+    assert "(guard, 9 % of its requests failed: canary 4). So version 2 stays the stable one" in why
+
+    store.canary("4", 5, guard=True)
+    done = command("rollback")
+    assert done.out == "generation 8: stable 2\ncanary 4 is withdrawn (5 % of the requests, guarded)\n"
+    assert "the last change was a rollback already" in command("rollback").refusal()
+    assert state(store) == ("2", ("1",), "")
+
+
+@pytest.mark.usefixtures("validated_here")
+def test_canary_that_replaces_another_says_so(store: Store, artifact: Path, command: Any) -> None:
+    put(store, artifact, "1", "2", "3")
+    store.promote("1")
+    store.canary("2", 5, guard=True)
+    said = [
+        (
+            "3 --weight 10 --guard",
+            "it replaces canary 2 (5 % of the requests, guarded), which gets no requests any more",
+        ),
+        ("3 --weight 20 --guard", "its guard counts anew"),
+        ("3 --weight 20", "it is NOT guarded any more"),
+        ("3 --weight 30", "generation 6: stable 1, canary 3 for 30 % of the requests"),
+    ]
+    for line, last in said:
+        assert command("canary", *line.split()).out.splitlines()[-1] == last
+    assert command("promote", "3").out.splitlines()[-1] == "generation 7: stable 3"
+
+
+def test_prune_keeps_what_is_in_use_and_the_newest(
+    store: Store, artifact: Path, tmp_path: Path, command: Any, worker: Any
+) -> None:
+    put(store, artifact, *"abcdefghij")
+    for number, version in enumerate("abcdefghij"):
+        os.utime(store.directory / version / "manifest.json", (number, number))
+    for version in "bcd":
+        store.promote(version)
+    store.canary("e", 5)
+    worker(4, stable="a", canary="e")  # which it fell back on, because the others do not load
+    before = tree(store)
+    size = sum(path.stat().st_size for path in (store.directory / "b").iterdir()) / 1e6
+    shown = command("prune", "--keep", "3", "--dry-run")
+    assert tree(store) == before
+    assert shown.out.replace("would remove", "removed").replace("would be ", "") == (
+        "".join(f"removed version {each}, {size:.1f} MB\n" for each in "bfg") + f"3 versions, {3 * size:.1f} MB freed\n"
+    )
+    done = command("prune", "--keep", "3")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == shown.out.replace("would remove", "removed").replace("would be ", "")
+    assert store.versions() == ["a", "c", "d", "e", "h", "i", "j"]  # in use are a, c, d and e
+    assert command("prune", "--keep", "3").out == "0 versions, 0.0 MB freed\n"
+    assert [name for name in os.listdir(store.directory) if name.startswith(".")] == [".lock"]
+    (store.directory / "routing.json").write_text("{")
+    assert "routing.json cannot be used" in command("prune", "--keep", "0").refusal()
+    assert len(store.versions()) == 7
+
+
+def test_prune_leaves_a_version_that_is_promoted_meanwhile(
+    store: Store, artifact: Path, command: Any, monkeypatch: Any
+) -> None:
+    put(store, artifact, "1", "2", "3")
+    store.promote("3")
+    monkeypatch.setattr(Store, "size", lambda store, version: store.promote("2") and 0 if version == "1" else 0)
+    done = command("prune", "--keep", "0")
+    assert (done.status, done.err) == (1, "model: kept version 2: version 2 is in use: stable\n")
+    assert store.versions() == ["2", "3"]
+
+
 def test_rollback_to_a_version_that_cannot_be_read_is_refused(store: Store, artifact: Path, command: Any) -> None:
     put(store, artifact, "1", "2")
     store.promote("1")
@@ -721,6 +803,25 @@ def test_wait_without_a_worker_ends_and_says_so(store: Store, tmp_path: Path, ar
     done = command("promote", "1", "--force", "--wait", "1e9")  # seconds
     assert f"no server runs on this host with JOURNAL_DIR={tmp_path / 'journal'}" in done.refusal()
     assert done.out.endswith("generation 1: stable 1\n")  # that much is done
+
+
+@pytest.mark.usefixtures("validated_here")
+def test_wait_for_a_server_that_serves_something_else_ends_and_says_so(
+    store: Store, artifact: Path, tmp_path: Path, command: Any
+) -> None:
+    put(store, artifact, "1", "2")
+    slot = WorkerSlot(tmp_path / "journal/workers")
+    served = {"stable": {"version": "x"}, "canary": None, "routing": None, "ready": True, "error": None}
+    for version, source, said in (
+        ("1", None, "serves a file, not versions: unset MODEL_PATH and restart it"),
+        ("2", "/elsewhere", "serves another store: MODEL_DIR=/elsewhere"),
+    ):
+        publish_status(slot, source, served)
+        why = command("promote", version, "--wait", "1e9").refusal()  # seconds
+        assert why == f"model: it is routed, but the server with JOURNAL_DIR={tmp_path / 'journal'} {said}\n"
+        assert command("list").out.splitlines()[-1] == f"worker {os.getpid()}: {said}"
+    assert slot._lock
+    slot._lock.release()
 
 
 @pytest.mark.usefixtures("validated_here")
@@ -1454,6 +1555,43 @@ def test_users_who_may_write_to_the_directory_share_a_store(read_only: Store, co
         assert command("--dir", read_only.directory, "promote", "2", "--force").status == 0
     assert read_only.promote("1").generation == 4
     assert stat.S_IMODE((read_only.directory / "routing.json").stat().st_mode) == 0o644
+
+
+def test_what_root_writes_belongs_to_the_owner_of_the_store(artifact: Path) -> None:
+    place = Path(tempfile.mkdtemp())  # pytest's own are closed to all but us
+    try:
+        owner = os.geteuid() or 65534
+        os.chown(place, owner, -1)
+        store = Store(place / "var/models")
+        put(store, artifact, "1", "2", "3")
+        for version in "1", "2", "3":
+            store.promote(version)
+        assert {path.stat().st_uid for path in place.rglob("*")} == {owner}
+        with without_privileges():
+            assert store.rollback().stable == "2"
+            store.remove("3")
+        assert store.versions() == ["1", "2"]
+    finally:
+        shutil.rmtree(place)
+
+
+def test_version_of_another_user_that_cannot_be_removed_names_the_way(
+    store: Store, artifact: Path, command: Any, monkeypatch: Any
+) -> None:
+    put(store, artifact, "1")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "1":  # whose directory only its owner may move
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    way = f"as root: chown -R --reference={store.directory} {store.directory / '1'}\n"
+    assert command("remove", "1").refusal() == f"model: version 1 belongs to another user; {way}"
+    done = command("prune", "--keep", "0")
+    assert (done.status, done.err) == (1, f"model: kept version 1: version 1 belongs to another user; {way}")
+    assert tree(store) == ["1", "1/manifest.json", "1/model.joblib"]
 
 
 @pytest.mark.parametrize("line", ["publish FILE", "promote 1", "rollback", "remove 1", "canary 1 --weight 1"])

@@ -101,7 +101,7 @@ def test_journal_directory_that_cannot_be_written_stops_nothing(store: Store, tm
     serving = started(store, tmp_path / "journal")
     assert (serving.choose()[0].version, serving.describe()["error"]) == ("1", None)
     assert "will not know what was served last" in caplog.text
-    publish_status(WorkerSlot(tmp_path / "journal/workers"), serving.describe())
+    publish_status(WorkerSlot(tmp_path / "journal/workers"), None, serving.describe())
     assert "will not show what this worker serves" in caplog.text
 
 
