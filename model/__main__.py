@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,8 @@ def _wait_for_workers(store: Store, routing: Routing, settings: Settings, wait: 
     while True:
         workers = living_workers(settings.journal_dir)
         if not workers:
+            with suppress(FileNotFoundError):
+                os.listdir(settings.journal_dir / "workers")  # raises if this user may not know
             raise StoreError(
                 f"it is routed, but no server runs on this host with JOURNAL_DIR={settings.journal_dir}: one that "
                 "starts will serve it. If one runs, give this command its settings"

@@ -17,8 +17,8 @@ from .loading import SIGNATURE_FORM
 
 BY_CLASS = {"predict_proba", "predict_log_proba", "decision_function"}  # methods whose columns are the classes
 MAX_NAMES = 8  # in one sentence
-MAX_KEPT = 1000  # categories of a column
-MAX_TRIED = 20  # of those that the new version does not know
+MAX_KEPT = 10_000  # categories of a version
+MAX_TRIED = 100  # of those that another does not know
 
 About = dict[str, Any]  # what a manifest holds
 
@@ -44,19 +44,30 @@ def compare(model: LoadedModel, old: About, new: About) -> list[str]:
 
 
 def categories(model: LoadedModel) -> list[list[Any]]:
-    """Return the values that each column's encoder has learned, as JSON values, for later versions to be tried with."""
-    learned = [[json_form(value) for value in column.learned[:MAX_KEPT]] for column in model.signature.columns or ()]
-    return learned if sum(map(len, learned)) <= 10 * MAX_KEPT else []
+    """Return what each column's encoder has learned, as JSON values, for later versions to be tried with.
+
+    [] if that is too much, or has no form in JSON.
+    """
+    try:
+        learned = [[json_form(value) for value in column.learned] for column in model.signature.columns or ()]
+        orjson.dumps(learned)
+    except TypeError:
+        return []
+    return learned if sum(map(len, learned)) <= MAX_KEPT else []
 
 
 def _lost_categories(model: LoadedModel, old: About) -> Iterator[str]:
     """Try the first row of a sample with each category that the model has not learned, which it may take anyway."""
     columns, before = model.signature.columns or (), old.get("categories") or ()  # an older version has kept none
-    for at, (known, now) in enumerate(zip(before, columns, strict=False)):
-        learned = [json_form(value) for value in now.learned]
-        gone = [value for value in known if value not in learned][:MAX_TRIED]
-        if wrong := [value for value in gone if _refusal(model, [_with(old["sample"][0], at, now.name, value)])]:
-            yield f"{_place(now.name, at)} took {_list(wrong)}; it does not"
+    learned = [{orjson.dumps(json_form(value)) for value in column.learned} for column in columns]
+    pairs = [(at, value) for at, known in enumerate(before[: len(columns)]) for value in known]
+    gone = [(at, value) for at, value in pairs if orjson.dumps(value) not in learned[at]][:MAX_TRIED]
+    refused: dict[int, list[Any]] = {}
+    for at, value in gone:
+        if _refusal(model, [_with(old["sample"][0], at, columns[at].name, value)]):
+            refused.setdefault(at, []).append(value)
+    for at, values in refused.items():
+        yield f"{_place(columns[at].name, at)} took {_list(values)}; it does not"
 
 
 def _refusal(model: LoadedModel, rows: Any) -> str:

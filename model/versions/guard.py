@@ -323,9 +323,13 @@ def watching(journal_dir: Path, routing: Routing) -> str:
     """Return what the guard of this host has seen of the canary of a routing, in words; "" if it has no guard."""
     if not routing.guard:
         return ""
-    with suppress(OSError):
+    try:
         if is_locked(journal_dir / LOCK):
             return _noted(journal_dir, routing) or "it begins to count the requests of the canary"
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"what it has counted cannot be read: {error}"
     return f"NOBODY watches the canary: no worker on this host with JOURNAL_DIR={journal_dir} serves it"
 
 
