@@ -204,8 +204,7 @@ class Service:
         Args:
             rows: a decoded JSON value, or an array `(n_rows, …)`; or a function that makes it for a signature.
             method: of the model.
-            version, routing_key: as in `Serving.choose`, by default those of the request's headers; only admins may
-                name a version.
+            version, routing_key: as in `Serving.choose`; by default of the headers. Only admins may name a version.
 
         Raises: what `explain` explains.
         """
@@ -248,6 +247,7 @@ class Service:
             http = ServiceUnavailable(f"overloaded: {error}; try again", retry_after=1)
         elif isinstance(error, ModelNotReady):
             http = ServiceUnavailable(f"not ready: {error}", retry_after=5)
+            http.code = 502 if request.environ.get("HTTP_X_NOT_READY_STATUS") == "502" else 503  # nginx asks another
         else:
             who = "model" if isinstance(error, MODEL_FAULTS) else "server"
             self.log_limit.error(f"{user}: {who}", "request %s: the %s failed", request_id, who, exc_info=error)

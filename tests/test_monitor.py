@@ -144,13 +144,16 @@ def test_failed_request_is_one_record(
     assert {name: record[name] for name in wanted} == wanted
 
 
-def test_request_before_the_model_is_ready_is_one_record(serve: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wanted", "status"), [("", 503), ("502", 502), ("200", 503)])
+def test_request_before_the_model_is_ready_is_one_record(wanted: str, status: int, serve: Any, tmp_path: Path) -> None:
+    """With the status that a proxy wants, if that makes it ask another worker."""
     broken = tmp_path / "broken.joblib"
     broken.write_bytes(b"no model")
     client = serve(broken)
-    assert client.post({"data": [[1]]}).status_code == 503
+    answer = client.post({"data": [[1]]}, X_Not_Ready_Status=wanted)
+    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (status, status, "5")
     (record,) = records(client.journal_dir)
-    assert (record["status"], record["error_type"], record["model_version"]) == (503, "model", "")
+    assert (record["status"], record["error_type"], record["model_version"]) == (status, "model", "")
 
 
 def test_other_endpoints_make_no_record(client: Client) -> None:

@@ -5,6 +5,7 @@ The hosts have the addresses that deploy/nginx/upstream-several-hosts.conf names
 
 import ctypes
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -14,14 +15,18 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 from conftest import PASSWORD, Gunicorn, Load, basic, gunicorn, records, write_users
 from nginx_tools import SHIPPED, Nginx, needs_nginx, nginx
 from werkzeug.security import generate_password_hash
+
+from bench.overload import Slow
 
 HOSTS = ("10.0.0.11", "10.0.0.12", "10.0.0.13")
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
@@ -186,6 +191,11 @@ def check_all_answered(load: Load, at_least: int) -> None:
     assert len(load.statuses) >= at_least
 
 
+def logged(front: Front) -> list[dict[str, Any]]:
+    """Return the lines of nginx's access log."""
+    return [json.loads(line) for line in front.access_log.read_text().splitlines()]
+
+
 def slowest(load: Load) -> float:
     """Return the seconds that the slowest answer took."""
     return max(answer.seconds for answer in load.answers)
@@ -204,6 +214,9 @@ def test_host_that_is_killed_or_has_no_model_costs_no_request(tmp_path: Path, ir
             time.sleep(2.0)
         check_all_answered(load, 15)
         assert first.served() + second.served() >= len(load.statuses)
+        asked_third = [line for line in logged(front) if third.address in line["upstream"]]
+        assert {line["upstream_status"].partition(",")[0] for line in asked_third} == {"502"}
+        assert 1 <= len(asked_third) <= 5  # once in five seconds
 
 
 def test_hosts_fail_and_come_back_under_load_without_a_failed_request(tmp_path: Path, iris_file: Path) -> None:
@@ -234,6 +247,26 @@ def test_hosts_fail_and_come_back_under_load_without_a_failed_request(tmp_path: 
         print(f"{len(load.statuses)} requests; seconds until asked again {took}; slowest {killed} {slowest(load)}")
         assert killed < 12.0  # a host that does not say that it is gone costs 13
         assert slowest(load) < 30.0  # nginx itself would wait for 60
+
+
+def test_request_that_an_overloaded_host_refuses_is_not_given_to_the_others(tmp_path: Path) -> None:
+    """Nor is a host given up because it is overloaded."""
+    joblib.dump(Slow(0.3).fit([[1.0, 2.0]]), tmp_path / "model.joblib")
+    with hosts_behind_nginx(tmp_path, tmp_path / "model.joblib") as (front, hosts):
+        for host in hosts:
+            host.start(max_wait=0.1)
+
+        def ask(_: int) -> int:
+            given = {"Content_Type": "application/json", "Authorization": basic("predict")}
+            return front.ask("POST", "/predict", b'{"data": [[1, 2]]}', **given)[0]
+
+        with ThreadPoolExecutor(40) as pool:
+            statuses = Counter(pool.map(ask, range(120)))
+        assert statuses.keys() == {200, 503}
+        assert statuses[503] > 40
+        front.wait_until(lambda: len(logged(front)) == 120)
+        assert {line["upstream_status"] for line in logged(front)} == {"200", "503"}
+        assert {line["upstream"] for line in logged(front)} == {f"{host.address}:5000" for host in hosts}
 
 
 def test_rolling_restart_fails_no_request(tmp_path: Path, iris_file: Path) -> None:
@@ -272,7 +305,6 @@ def test_hosts_that_were_all_away_are_asked_as_soon_as_one_is_back(tmp_path: Pat
 
 
 def test_hosts_that_strangers_keep_busy_still_answer_good_callers(tmp_path: Path, iris_file: Path) -> None:
-    """Each 503 marks a host as failed. Who provokes enough of them must not shut out everybody."""
     with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
         for host in hosts:
             write_users(host.place / "users.json", generate_password_hash(PASSWORD))

@@ -568,8 +568,9 @@ def test_answer_that_the_model_is_not_there_is_the_apps_own(tmp_path: Path) -> N
     with served(tmp_path, ready=False, model_path=tmp_path / "broken.joblib") as running:
         running.app.wait_until(lambda: "NOT READY" in running.app.log.read_text())
         status, headers, body = running.call()
-        assert (status, headers["Retry-After"]) == (503, "5")
-        assert "not ready" in check_problem(503, headers, body.decode())["detail"]
+        assert (status, headers["Retry-After"]) == (502, "5")
+        assert "not ready" in check_problem(502, headers, body.decode())["detail"]
+        assert running.logged(headers["X-Request-ID"])["upstream_status"] == "502, 502"  # another worker was asked
 
 
 # A model that for one row makes a file and waits for another, and for a second row does not return; else it is quick,
