@@ -24,7 +24,7 @@ chmod 600 /etc/prediction-server.env
 # From here on as in docs/operations.md, "Production deployment", which also has the certificate.
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
-apt-get install -qy curl git nginx openssl python3-venv
+apt-get install -qy curl git nftables nginx openssl python3-venv
 id predictions >/dev/null 2>&1 || useradd --system --home-dir /var/lib/prediction-server --shell /usr/sbin/nologin predictions
 install -d -o predictions -g predictions -m 750 /var/lib/prediction-server
 [ -e /opt/prediction-server-first ] || git clone -q "$repository" /opt/prediction-server-first
@@ -39,6 +39,11 @@ deploy/systemd/as_service.py -m model.demo
     -keyout /etc/ssl/private/prediction-server.key -out /etc/ssl/certs/prediction-server.pem
 cp deploy/nginx/prediction-server.conf deploy/nginx/upstream-one-host.conf /etc/nginx/conf.d/
 rm -f /etc/nginx/sites-enabled/default
+sed -i 's/worker_connections .*/worker_connections 16384;/' /etc/nginx/nginx.conf
+cp deploy/nginx/descriptors.conf /etc/nginx/modules-enabled/
+cp deploy/nginx/connections.nft /etc/nginx/
+nft -f /etc/nginx/connections.nft
+install -D -m 644 -t /etc/systemd/system/nginx.service.d deploy/systemd/nginx-connections.conf
 nginx -t
 systemctl reload nginx
 

@@ -2,6 +2,9 @@
 
 import http.client
 import os
+import re
+import resource
+import shlex
 import shutil
 import signal
 import ssl
@@ -15,26 +18,12 @@ from conftest import ROOT, Server, free_port
 
 SHIPPED = ROOT / "deploy/nginx"
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-needs_nginx = pytest.mark.skipif(NGINX is None, reason="needs nginx: sudo apt install nginx")
-
-# What a distribution's nginx.conf does around ours, in a directory instead of /var and /run.
-AROUND = """
-daemon off;
-worker_processes 2;
-pid {place}/nginx.pid;
-error_log {place}/error.log;
-{user}
-events {{ worker_connections 4000; }}
-http {{
-    access_log off;
-    client_body_temp_path {place}/body;
-    proxy_temp_path {place}/proxy;
-    fastcgi_temp_path {place}/fastcgi;
-    uwsgi_temp_path {place}/uwsgi;
-    scgi_temp_path {place}/scgi;
-    include {place}/conf.d/*.conf;
-}}
-"""
+DEBIAN = Path("/etc/nginx/nginx.conf")
+needs_nginx = pytest.mark.skipif(
+    NGINX is None or not DEBIAN.exists() or "modules-enabled" not in DEBIAN.read_text(),
+    reason="needs nginx of Debian or Ubuntu: sudo apt install nginx",
+)
+OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 
 
 def certificate(place: Path, name: str = "localhost") -> tuple[Path, Path]:
@@ -53,7 +42,7 @@ class Nginx(Server):
     def __init__(self, process: "subprocess.Popen[bytes]", place: Path, ports: tuple[int, int, int]) -> None:
         super().__init__(process, ports[0], place / "error.log")
         self.http_port, self.plain_port = ports[1:]
-        self.place, self.access_log = place, place / "access.log"
+        self.place, self.access_log = place, place / "prediction-server.log"
 
     def connect(self, timeout: float = 30.0, source: str = "127.0.0.1") -> http.client.HTTPSConnection:
         """Open a connection that trusts the certificate that lies there now, and no other."""
@@ -83,14 +72,36 @@ def one_host(path: Path) -> str:
     )
 
 
+def debians_own(place: Path) -> None:
+    """Copy /etc/nginx/nginx.conf, change it as docs/operations.md does, and have all of its paths in `place`.
+
+    Two processes, whatever the machine has; root's, if these tests are, whose directories are closed to others; and no
+    more descriptors than this machine lets anybody have.
+    """
+    main, (_, most) = place / "nginx.conf", resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = DEBIAN.read_text().replace("user www-data;", "user root;" if os.geteuid() == 0 else "")
+    text = re.sub(r"worker_processes .*", "worker_processes 2;", text)
+    text = re.sub(r" /etc/nginx/(conf\.d|modules-enabled|sites-enabled)/", rf" {place}/\1/", text)
+    main.write_text(re.sub(r" /(var/log/nginx|run)/", f" {place}/", text))
+    (change,) = re.findall(r"^sudo (sed .*) /etc/nginx/nginx.conf$", OPERATIONS, re.MULTILINE)
+    subprocess.run([*shlex.split(change), main], check=True)
+    for directory in ("conf.d", "modules-enabled"):
+        (place / directory).mkdir()
+    files = (SHIPPED / "descriptors.conf").read_text()
+    files = re.sub(r"(?<=nofile )\d+", lambda found: str(min(int(found[0]), most)), files)
+    (place / "modules-enabled/descriptors.conf").write_text(files)
+    temporary = "".join(f"{n}_temp_path {place}/{n};" for n in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (place / "conf.d/temporary.conf").write_text(temporary)
+
+
 @contextmanager
 def nginx(
     place: Path, upstream: str, changes: Mapping[str, str] | None = None, within: Sequence[str] = ()
 ) -> Iterator[Nginx]:
-    """Run nginx with the shipped files in `place`; it ends with the block.
+    """Run nginx with Debian's nginx.conf and the shipped files in `place`; it ends with the block.
 
     What is changed in them: addresses and ports to listen on, with a port more that serves the same without TLS (for
-    raw bytes); the paths of certificate and log; and `changes` of the test, of which each must be found.
+    raw bytes); paths; and `changes` of the test, of which each must be found.
 
     Args:
         upstream: the text of the upstream file.
@@ -98,8 +109,8 @@ def nginx(
     """
     assert NGINX
     place.mkdir(parents=True, exist_ok=True)
-    (place / "conf.d").mkdir()
     certificate(place)
+    debians_own(place)
     ports = free_port(), free_port(), free_port()
     text = substitute(
         (SHIPPED / "prediction-server.conf").read_text(),
@@ -108,17 +119,17 @@ def nginx(
             "listen 443 ssl http2;": f"listen 127.0.0.1:{ports[0]} ssl http2; listen 127.0.0.1:{ports[2]};",
             "/etc/ssl/certs/": f"{place}/",
             "/etc/ssl/private/": f"{place}/",
-            "/var/log/nginx/prediction-server.log": f"{place}/access.log",
+            "/var/log/nginx/": f"{place}/",
         }
         | dict(changes or {}),
     )
     (place / "conf.d/prediction-server.conf").write_text(text)
     (place / "conf.d/upstream.conf").write_text(upstream)
-    user = "user root;" if os.geteuid() == 0 else ""  # pytest's directories are closed to others
-    (place / "nginx.conf").write_text(AROUND.format(place=place, user=user))
+    # systemd starts it with 1,024 file descriptors.
+    started = ["sh", "-c", 'ulimit -Sn 1024; exec "$@"', "as-systemd", NGINX, "-g", "daemon off;"]
     with (place / "output.log").open("wb") as output:
         process = subprocess.Popen(
-            [*within, NGINX, "-p", place, "-c", place / "nginx.conf"],
+            [*within, *started, "-p", place, "-c", place / "nginx.conf"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -25,7 +25,7 @@ from typing import Any
 import joblib
 import pytest
 from conftest import PASSWORD, ROOT, Gunicorn, Load, basic, gunicorn, read_all, records
-from nginx_tools import NGINX, SHIPPED, Nginx, certificate, needs_nginx, nginx, one_host, substitute
+from nginx_tools import NGINX, OPERATIONS, SHIPPED, Nginx, certificate, needs_nginx, nginx, one_host, substitute
 from test_bad_requests import (
     BELOW,
     BODY,
@@ -53,7 +53,6 @@ from settings import Settings
 
 pytestmark = needs_nginx
 
-OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 SETOSA = (200, {"prediction": [0]})
 CALL = {"Content_Type": "application/json", "Authorization": basic("predict")}

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PASSWORD, ROOT, basic, ready, records
-from nginx_tools import needs_nginx
+from nginx_tools import OPERATIONS, needs_nginx
 from test_hosts import Namespace, can_make_namespaces
 
-OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
 PROMPTS = ("Password: ", "Again: ", "Enter host password for user 'alice':")
 
 # The host: what is here, with a layer over it that takes all that is written, and /run empty.
@@ -47,7 +46,11 @@ STAND_INS = {
     "apt-get": 'shift; for each; do [ "${{each#-}}" != "$each" ] || dpkg -s "$each" >/dev/null || exit 1; done',
     "systemctl": f'exec {sys.executable} /stand-ins/systemctl_stand_in.py {{namespace}} "$@"',
     "curl": 'exec ip netns exec {namespace} /usr/bin/curl "$@"',
+<<<<<<< HEAD
     "journalctl": "cat /var/log/prediction-server.log",
+=======
+    "nft": 'exec ip netns exec {namespace} /usr/sbin/nft "$@"',
+>>>>>>> 71aacf9 (One address cannot take all of nginx's connections: the firewall limits them, and there are more; tests run with Debian's nginx.conf)
 }
 
 
