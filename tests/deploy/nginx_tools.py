@@ -51,10 +51,6 @@ class Nginx(Server):
             "127.0.0.1", self.port, timeout=timeout, context=trusting, source_address=(source, 0)
         )
 
-    def reload(self) -> None:
-        """Let it read its files again."""
-        self.process.send_signal(signal.SIGHUP)
-
 
 def substitute(text: str, changes: Mapping[str, str]) -> str:
     """Change what is written in a shipped file; each part must be there."""

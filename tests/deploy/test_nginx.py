@@ -1,6 +1,7 @@
 """nginx with the files of deploy/nginx, in front of real gunicorn processes on one host."""
 
 import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -676,28 +677,84 @@ def test_predict_that_does_not_return_is_ended_and_the_others_serve_on(tmp_path:
         assert line["upstream_status"] == "500"  # it was not given to the other
 
 
+def renewed(lineage: Path) -> str:
+    """Renew a certificate as certbot does: a file more in the archive, to which a link leads now; return it."""
+    made, key = certificate(lineage.parents[1] / "archive")
+    lineage.mkdir(parents=True, exist_ok=True)
+    for name, path in (("fullchain.pem", made), ("privkey.pem", key)):
+        (lineage / "new").symlink_to(path)
+        os.replace(lineage / "new", lineage / name)
+    return made.read_text()
+
+
+def run_hook(front: Nginx, lineage: Path) -> None:
+    """Run deploy/nginx/certificate.sh as certbot does, on a machine whose files are in the place of this nginx."""
+    place = front.place
+    paths = {"/etc/ssl/certs/": f"{place}/", "/etc/ssl/private/": f"{place}/"}
+    (place / "hook").write_text(substitute((SHIPPED / "certificate.sh").read_text(), paths))
+    (place / "bin").mkdir(exist_ok=True)
+    for name, script in (
+        ("nginx", f'exec {NGINX} -p {place} -c {place}/nginx.conf "$@"'),
+        ("systemctl", f'[ "$*" = "reload nginx" ] && kill -HUP {front.process.pid}'),
+    ):
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / "bin" / name).chmod(0o755)
+    given = {"RENEWED_LINEAGE": str(lineage), "PATH": f"{place}/bin:{os.environ['PATH']}"}
+    subprocess.run(["sh", place / "hook"], env=given, check=True)
+    assert (place / "prediction-server.key").stat().st_mode & 0o777 == 0o600
+    assert (place / "prediction-server.pem").stat().st_mode & 0o777 == 0o644
+
+
 def test_certificate_is_renewed_under_load_without_a_failed_request(behind: Behind, tmp_path: Path) -> None:
+    lineage = tmp_path / "letsencrypt/live/predictions.example.com"
+
     def shown(front: Nginx) -> str:
         return ssl.get_server_certificate(("127.0.0.1", front.port))
 
     with in_front_of(behind.app, tmp_path / "nginx") as running:
         front = running.front
         trusting_both = front.place / "both.pem"
-        first = front.place / "prediction-server.pem"
-        made, _ = certificate(tmp_path / "new")
-        trusting_both.write_text(first.read_text() + made.read_text())
-        old = shown(front)
+        made = renewed(lineage)
+        trusting_both.write_text((front.place / "prediction-server.pem").read_text() + made)
         context = ssl.create_default_context(cafile=str(trusting_both))
         front.connect = lambda timeout=30.0: http.client.HTTPSConnection(  # type: ignore[method-assign]
             "127.0.0.1", front.port, timeout=timeout, context=context
         )
         with Load(front) as load:
-            for name in ("prediction-server.pem", "prediction-server.key"):
-                os.replace(tmp_path / "new" / name, front.place / name)
-            front.reload()
-            front.wait_until(lambda: shown(front) != old, 30)
-            time.sleep(0.5)
+            front.wait_until(lambda: len(load.statuses) > 10)
+            run_hook(front, lineage)
+            front.wait_until(lambda: shown(front) == made, 30)
+            before = len(load.statuses)
+            front.wait_until(lambda: len(load.statuses) > before + 20)
         check_all_answered(load)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("logrotate") and Path("/etc/logrotate.d/nginx").exists() and os.geteuid() == 0),
+    reason="needs root and logrotate: sudo apt install logrotate",
+)
+def test_logs_are_rotated_under_load_without_a_lost_line(behind: Behind, tmp_path: Path) -> None:
+    with in_front_of(behind.app, tmp_path / "nginx") as running:
+        front, place = running.front, running.front.place
+        debians = substitute(
+            Path("/etc/logrotate.d/nginx").read_text(),
+            {"/var/log/nginx/": f"{place}/", "invoke-rc.d nginx rotate": f"kill -USR1 {front.process.pid}"},
+        )
+        (place / "rotate").write_text(debians)
+        with Load(front) as load:
+            for _ in range(2):
+                front.wait_until(lambda: front.access_log.exists() and front.access_log.stat().st_size > 3000)
+                command = ["logrotate", "--force", "--state", place / "rotated", place / "rotate"]
+                subprocess.run(command, check=True, capture_output=True)
+            front.wait_until(lambda: front.access_log.stat().st_size > 3000)
+        check_all_answered(load)
+        names = [front.access_log, *(place / f"{front.access_log.name}.{end}" for end in ("1", "2.gz"))]
+
+        def lines() -> list[str]:
+            texts = [(gzip.open if path.suffix == ".gz" else open)(path, "rt").read() for path in names]
+            return [json.loads(line)["request_id"] for line in "".join(texts).splitlines()]
+
+        front.wait_until(lambda: sorted(lines()) == sorted(load.answered), 30)
 
 
 @pytest.mark.parametrize("upstream", ["upstream-one-host.conf", "upstream-several-hosts.conf"])
