@@ -1,17 +1,19 @@
 """Five times as many requests as a server can answer: how many it still answers, and how late.
 
-    python -m bench.overload [--seconds 10] [--connections 256]
+    python -m bench.overload [--seconds 10] [--connections 256] [--nginx]
 
 Three models: one that takes next to nothing, one that takes 20 ms for a call, and one that takes 20 ms for each row.
 Each is first asked on so many connections that it is never idle and refuses nobody: its peak. Then requests come at
 five times that rate, each on a free connection; one that finds none is not sent, as a caller that cannot connect. A
 latency counts from the moment when a request is sent. The load has a core of its own, so for the fast model, where
-server and load take as much as each other, more than the load can send is not offered.
+server and load take as much as each other, more than the load can send is not offered. With `--nginx`, requests come
+through nginx as in deploy/nginx, on the server's core, without TLS, and without its limits for one address.
 """
 
 import argparse
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +25,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 
 from bench.environments import cores, prepare, start_of
 from bench.load import closed_loop, more_than_it_can
+from bench.nginx import in_front
 from bench.running import free_ports, running
 from bench.servers import OURS, Rows
 
@@ -50,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.overload", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=int, default=10, help="of each load")
     parser.add_argument("--connections", type=int, default=256, metavar="N", help="of the overload")
+    parser.add_argument("--nginx", action="store_true", help="through nginx")
     given = parser.parse_args()
     prepare(set())
     core, other, _ = cores()
@@ -62,7 +66,9 @@ def main() -> None:
             import bench.overload as module  # whose class, unlike that of __main__, another process can load
 
             joblib.dump(module.Slow(per_call, per_row).fit(ROWS), start.model)
-            with running(server, start, core, (ROWS, [3.0])) as (run, _):
+            with running(server, start, core, (ROWS, [3.0])) as (run, _), ExitStack() as stack:
+                if given.nginx:
+                    stack.enter_context(in_front(run, core))
                 closed_loop(run, [ROWS], connections, 3, other)  # to warm up
                 peak = closed_loop(run, [ROWS], connections, given.seconds, other)["rate"]
                 run.settle()
