@@ -3,11 +3,8 @@
 
     sudo deploy/systemd/as_service.py -m auth add alice --role predict
 
-<<<<<<< HEAD
 In a release that does not serve yet (docs/upgrades.md) it runs the code of that release.
 
-=======
->>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
 The service's settings are in a file that only root reads, and its syntax is systemd's, not the shell's.
 """
 
@@ -18,7 +15,6 @@ import shlex
 import sys
 from pathlib import Path
 
-UNIT = "prediction-server.service"
 INSTALLED = Path("/etc/systemd/system")
 
 # As in systemd.exec(5), EnvironmentFile=, and systemd's env-file.c (since release 254 a comment ends with its line): a
@@ -51,9 +47,14 @@ def main(arguments: list[str]) -> None:
     """Become the service's user, and run Python with the arguments."""
     if os.geteuid() != 0 or not arguments:
         sys.exit("usage: sudo deploy/systemd/as_service.py -m MODULE …, such as -m auth list")
-    here = Path(__file__).resolve().with_name(UNIT)  # before it is installed
-    unit = INSTALLED / UNIT if (INSTALLED / UNIT).exists() else here
-    text = "\n".join(path.read_text("utf-8") for path in (unit, *sorted(INSTALLED.glob(f"{UNIT}.d/*.conf"))))
+    here = Path(__file__).resolve().with_name("prediction-server.service")  # before it is installed
+    name = Path(__file__).absolute().parents[2].name
+    name = name if name.startswith("prediction-server@") else "prediction-server"  # of a release; see the unit's head
+    prefix, at, instance = name.partition("@")
+    unit = INSTALLED / f"{prefix}{at}.service"
+    changes = sorted(INSTALLED.glob(f"{name}.service.d/*.conf"))
+    text = "\n".join(path.read_text("utf-8") for path in (unit if unit.exists() else here, *changes))
+    text = text.replace("%N", name).replace("%i", instance)
     directives = re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE)
     known = dict(directives)
     user = pwd.getpwnam(known["User"])
@@ -71,17 +72,12 @@ def main(arguments: list[str]) -> None:
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
     os.umask(int(known["UMask"], 8))
-<<<<<<< HEAD
     python, release = Path(shlex.split(known["ExecStart"])[0]).with_name("python"), here.parents[2]
     if (release / ".venv/bin/python").exists():
         python = release / ".venv/bin/python"
         os.chdir(release)
     else:
         os.chdir(known["WorkingDirectory"])
-=======
-    os.chdir(known["WorkingDirectory"])
-    python = Path(shlex.split(known["ExecStart"])[0]).with_name("python")
->>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
     os.execve(python, [str(python), *arguments], environ)  # noqa: S606  # no shell is wanted
 
 

@@ -25,15 +25,16 @@ from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 LOG = Path("/var/log/prediction-server.log")
-PID = Path("/run/prediction-server.pid")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read_unit(file: str) -> dict[str, list[str]]:
-    """Read a unit: its directives, each with its values in order."""
+    """Read a unit, or that of a template for an instance: its directives, each with its values in order."""
+    name, _, kind = file.rpartition(".")
+    prefix, at, instance = name.partition("@")
     unit: dict[str, list[str]] = {}
-    for name, value in re.findall(r"^(\w+)=(.*)$", (UNITS / file).read_text(), re.MULTILINE):
-        unit.setdefault(name, []).append(value)
+    for directive, value in re.findall(r"^(\w+)=(.*)$", (UNITS / f"{prefix}{at}.{kind}").read_text(), re.MULTILINE):
+        unit.setdefault(directive, []).append(value.replace("%N", name).replace("%i", instance))
     return unit
 
 
@@ -48,7 +49,7 @@ def start(service: str) -> None:
     os.chown(path, 0, grp.getgrnam(group).gr_gid)
     os.chmod(path, int(mode, 8))
     listener.listen(int(backlog))
-    with expecting_ready() as told:
+    with expecting_ready(service) as told:
         if os.fork() == 0:
             told.close()
             os.setsid()
@@ -59,17 +60,22 @@ def start(service: str) -> None:
             while True:
                 pid = os.fork()
                 if pid == 0:
-                    run(read_unit(service), read_unit(service)["ExecStart"][0], listener.fileno())
-                PID.write_text(str(pid))
+                    run(service, read_unit(service)["ExecStart"][0], listener.fileno())
+                pid_file(service).write_text(str(pid))
                 os.waitpid(pid, 0)
                 time.sleep(0.2)
 
 
+def pid_file(service: str) -> Path:
+    """Return the file with the pid of a service's main process."""
+    return Path(f"/run/{service}.pid")
+
+
 @contextmanager
-def expecting_ready() -> Iterator[socket.socket]:
+def expecting_ready(service: str) -> Iterator[socket.socket]:
     """Wait until the service that was started in the block says that it is ready."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.bind("\0prediction-server-notify")
+        told.bind(f"\0{service}")
         told.settimeout(60)
         yield told
         try:
@@ -80,23 +86,24 @@ def expecting_ready() -> Iterator[socket.socket]:
 
 def reload(service: str) -> None:
     """Run what the unit says, one after the other, as long as that works."""
-    unit, main = read_unit(service), PID.read_text()
-    for command in unit["ExecReload"]:
+    main = pid_file(service).read_text()
+    for command in read_unit(service)["ExecReload"]:
         pid = os.fork()
         if pid == 0:
-            run(unit, command.replace("$MAINPID", main))
+            run(service, command.replace("$MAINPID", main))
         _, status = os.waitpid(pid, 0)
         if status:
             sys.exit(f"Job for {service} failed because the control process exited with error code.")
 
 
-def run(unit: dict[str, list[str]], command: str, listener: int | None = None) -> None:
+def run(service: str, command: str, listener: int | None = None) -> None:
     """Become a process of the service; `listener` is the socket that the main one gets."""
+    unit = read_unit(service)
     user = pwd.getpwnam(unit["User"][0])
     environ = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": user.pw_dir, "USER": user.pw_name}
     environ |= dict(each.split("=", 1) for each in unit["Environment"])
     if listener is not None:
-        environ |= {"NOTIFY_SOCKET": "@prediction-server-notify", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+        environ |= {"NOTIFY_SOCKET": f"@{service}", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
     hide_and_protect(unit, user)
     files = int(unit["LimitNOFILE"][0])
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -187,21 +194,23 @@ def main(namespace: str, *arguments: str) -> None:
     match arguments:
         case ("daemon-reload",):
             subprocess.run(["systemd-analyze", "verify", *UNITS.glob("prediction-server.*")], check=True)
-        case ("enable", "--now", "prediction-server.socket", "prediction-server.service"):
-            start("prediction-server.service")
         case ("enable", "--now", "--no-block", "prediction-server.socket", "prediction-server.service"):
             pass  # it would try for as long as there is no user
-        case ("start", "prediction-server.service"):
-            start("prediction-server.service")
+        case ("enable", "--now", str(), str(service)) | ("start", str(service)):
+            start(service)
         case ("restart", "prediction-server"):
-            with expecting_ready():
-                os.kill(int(PID.read_text()), signal.SIGTERM)
+            with expecting_ready("prediction-server.service"):
+                os.kill(int(pid_file("prediction-server.service").read_text()), signal.SIGTERM)
         case ("reload", "prediction-server"):
             reload("prediction-server.service")
         case ("reload", "nginx"):
             pid = Path("/run/nginx.pid")
             if pid.exists() and pid.read_text():  # `nginx -t` makes an empty one
+                children = Path(f"/proc/{int(pid.read_text())}/task/{int(pid.read_text())}/children")
+                old = set(children.read_text().split())
                 os.kill(int(pid.read_text()), signal.SIGHUP)
+                while old & set(children.read_text().split()):  # whoever types is not as quick as a test
+                    time.sleep(0.1)
             else:  # Debian starts it when it is installed
                 subprocess.run(["nginx"], check=True)
         case _:

@@ -46,17 +46,14 @@ STAND_INS = {
     "apt-get": 'shift; for each; do [ "${{each#-}}" != "$each" ] || dpkg -s "$each" >/dev/null || exit 1; done',
     "systemctl": f'exec {sys.executable} /stand-ins/systemctl_stand_in.py {{namespace}} "$@"',
     "curl": 'exec ip netns exec {namespace} /usr/bin/curl "$@"',
-<<<<<<< HEAD
     "journalctl": "cat /var/log/prediction-server.log",
-=======
     "nft": 'exec ip netns exec {namespace} /usr/sbin/nft "$@"',
->>>>>>> 71aacf9 (One address cannot take all of nginx's connections: the firewall limits them, and there are more; tests run with Debian's nginx.conf)
 }
 
 
-def block() -> str:
-    """Return the section's commands."""
-    section = r"^## Production deployment\n.*?^```sh\n(.*?)^```$"
+def block(heading: str) -> str:
+    """Return a section's first commands."""
+    section = rf"^#+ {heading}\n.*?^```sh\n(.*?)^```$"
     return re.search(section, OPERATIONS, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
 
 
@@ -110,6 +107,8 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
     return shown
 
 
+TYPED = block("Production deployment") + block("A second service on the host")
+SERVICES = ("prediction-server", "prediction-server@b")
 needs_a_host = pytest.mark.skipif(
     not (can_make_namespaces() and all(map(shutil.which, ("systemd-analyze", "openssl", "curl", "runuser")))),
     reason="needs root, systemd and curl: sudo apt install systemd curl openssl",
@@ -143,20 +142,22 @@ def host_network() -> Iterator[Namespace]:
 @pytest.mark.long
 @needs_nginx
 @needs_a_host
-@pytest.mark.parametrize("commands", [block(), FIRST_BOOT.format(root=ROOT)], ids=["typed", "first boot"])
+@pytest.mark.parametrize("commands", [TYPED, FIRST_BOOT.format(root=ROOT)], ids=["typed", "first boot"])
 def test_commands_word_for_word_end_in_a_prediction(commands: str, tmp_path: Path) -> None:
     with host_network() as namespace:
         shown = type_in(commands, tmp_path, namespace)
         assert shown.replace("\r", "").endswith('{"prediction":[0]}\n')
         assert "configuration file /etc/nginx/nginx.conf test is successful" in shown
         assert not [line for line in shown.splitlines() if "[warn]" in line and "http2" not in line]
-        check_service(namespace)
+        users = [check_service(namespace, name) for name in SERVICES if f" {name}.service" in commands]
+        assert len(users) == len(set(users)) == (2 if commands == TYPED else 1)
         check_front(namespace)
 
 
-def check_service(namespace: Namespace) -> None:
-    """Check that gunicorn runs with no more rights than the unit gives it, and writes where it may."""
-    found = [pid for pid in pids(namespace) if "gunicorn" in Path(f"/proc/{pid}/cmdline").read_text()]
+def check_service(namespace: Namespace, name: str) -> str:
+    """Check that gunicorn runs with no more rights than the unit gives it, and writes where it may; return its user."""
+    gunicorn = f"/opt/{name}/.venv/bin/gunicorn"
+    found = [pid for pid in pids(namespace) if gunicorn in Path(f"/proc/{pid}/cmdline").read_text()]
     assert len(found) >= 2
     for pid in found:
         status = dict(re.findall(r"^(\w+):[ \t]*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
@@ -165,13 +166,14 @@ def check_service(namespace: Namespace) -> None:
         assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
         assert not Path(f"/proc/{pid}/root/home").stat().st_mode & 0o777
         with pytest.raises(OSError, match="Read-only file system"):
-            Path(f"/proc/{pid}/root/opt/prediction-server/written").touch()
-    state = Path(f"/proc/{found[0]}/root/var/lib/prediction-server")
+            Path(f"/proc/{pid}/root/opt/{name}/written").touch()
+    state = Path(f"/proc/{found[0]}/root/var/lib/{name}")
     assert {"users.json", "models", "journal"} <= {path.name for path in state.iterdir()}
     recorded = records(state / "journal")
     assert {"auth add alice", "model promote 1"} <= {each.get("command") for each in recorded}  # who set it up
     (record,) = [each for each in recorded if "event" not in each]
     assert (record["user"], record["status"]) == ("alice", 200)
+    return status["Uid"]
 
 
 def check_front(namespace: Namespace) -> None:

@@ -4,11 +4,8 @@ import json
 import os
 import pwd
 import re
-<<<<<<< HEAD
 import runpy
-=======
 import shlex
->>>>>>> 9d00313 (A server that refuses to start is started twice a minute, no longer every two seconds)
 import shutil
 import signal
 import socket
@@ -39,10 +36,12 @@ needs_systemd = pytest.mark.skipif(
 @needs_systemd
 def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
     found = shutil.which("true") or ""  # systemd looks whether they are there
-    there = {f"/opt/prediction-server/.venv/bin/{name}": found for name in ("gunicorn", "python")}
-    (tmp_path / "prediction-server.service").write_text(substitute(SERVICE, there))
-    shutil.copy(SHIPPED / "prediction-server.socket", tmp_path)
-    units = [str(tmp_path / f"prediction-server.{kind}") for kind in ("service", "socket")]
+    there = {f"/opt/%N/.venv/bin/{name}": found for name in ("gunicorn", "python")}
+    units = []
+    for path in SHIPPED.glob("prediction-server*"):
+        units.append(tmp_path / path.name)
+        units[-1].write_text(substitute(path.read_text(), there if path.suffix == ".service" else {}))
+    assert len(units) == 4
     told = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert "prediction-server" not in told.stdout + told.stderr
@@ -55,6 +54,15 @@ def test_exposure_is_what_the_documentation_says() -> None:
     (exposure,) = re.findall(r"Overall exposure level for prediction-server.service: ([\d.]+) OK", told.stdout)
     (documented,) = re.findall(r"exposure level is ([\d.]+)", (ROOT / "docs/operations.md").read_text())
     assert abs(float(exposure) - float(documented)) < 0.5  # each version of systemd weighs a little differently
+
+
+def test_further_services_of_a_host_are_the_same_unit_under_another_name() -> None:
+    for kind in ("service", "socket"):
+        plain, template = (SHIPPED / f"prediction-server{at}.{kind}" for at in ("", "@"))
+        assert template.resolve() == plain
+        lines = [line for line in plain.read_text().splitlines() if not line.startswith(("#", "Description="))]
+        named = {line for line in lines if "prediction" in line}  # where it does not say %N or %i, two would share it
+        assert named <= {"User=predictions%i", "Group=predictions%i"}
 
 
 def directives(name: str) -> list[str]:
@@ -222,11 +230,7 @@ def test_command_runs_as_the_service_does(tmp_path: Path) -> None:
             "[Service]\nEnvironment=PORT=5001 X=y\n"
         )
         run = f"""import pathlib, runpy, sys
-<<<<<<< HEAD
 module = runpy.run_path({shutil.copy(SHIPPED / "as_service.py", place)!r})
-=======
-module = runpy.run_path({str(SHIPPED / "as_service.py")!r})
->>>>>>> 52ce893 (Commands run as the service does: deploy/systemd/as_service.py reads its settings as systemd does)
 module["main"].__globals__["INSTALLED"] = pathlib.Path({place!r})
 module["main"](sys.argv[1:])"""
         given = os.environ | {"SUDO_USER": "erin", "MODEL_DIR": "/root/models", "TERM": "dumb"}
