@@ -120,7 +120,7 @@ class Settings:
     preload: bool = _setting(_switch, False)  # load before the fork: workers share what they do not write to
     reload: bool = _setting(_switch, False)  # while developing: when code or the model's file changes
     graceful_timeout: int = _setting(_number(0, 3600, "seconds"), 30)  # for requests in flight at SIGTERM
-    keepalive: int = _setting(_number(0, 3600, "seconds"), 20)  # for which an idle connection is kept
+    keepalive: int = _setting(_number(0, 86_400, "seconds"), 20)  # for which an idle connection is kept
     worker_timeout: int = _setting(_number(0, 86_400, "seconds"), 30)  # for a blocked event loop; 0: for ever
     trusted_proxies: int = _setting(_number(0, 16, "proxies"), 0)  # in front, each appending X-Forwarded-For
     request_id_headers: tuple[str, ...] = _setting(_headers, ("X-Request-ID",))  # the first that has one; / cuts there

@@ -1,7 +1,8 @@
 """The Kubernetes manifests: against the API's schemas, against each other, and against the server that they run.
 
-kubernetes-validate has no schemas of other people's kinds (ServiceMonitor, InferenceService): of these the fields that
-matter are checked here by hand. kustomize is not needed: what it would put together is put together here.
+kubernetes-validate has no schemas of other people's kinds (HTTPRoute, ServiceMonitor, InferenceService): of these the
+fields that matter are checked here by hand, and tests/clients/manifests.py has their schemas. kustomize is not needed:
+what it would put together is put together here.
 """
 
 import copy
@@ -54,11 +55,12 @@ def kustomize(directory: Path) -> list[Manifest]:
 SERVER = {each["kind"]: each for each in kustomize(HERE / "server")}
 KSERVE = {each["kind"]: each for each in kustomize(HERE / "kserve")}
 PROMETHEUS = {each["kind"]: each for each in kustomize(HERE / "prometheus")}
-PUBLISHER = read(HERE / "publisher.yaml")
+PUBLISHER, ROLLBACK = read(HERE / "publisher.yaml"), read(HERE / "rollback.yaml")
 
 POD = SERVER["Deployment"]["spec"]["template"]
 PREDICTOR = KSERVE["InferenceService"]["spec"]["predictor"]
-PODS = {"server": POD["spec"], "kserve": PREDICTOR, "publisher": PUBLISHER["spec"]}
+WRITERS = {"publisher": PUBLISHER["spec"], "rollback": ROLLBACK["spec"]["template"]["spec"]}
+PODS = {"server": POD["spec"], "kserve": PREDICTOR} | WRITERS
 
 
 def container(pod: Manifest) -> Manifest:
@@ -114,7 +116,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 def test_each_manifest_is_listed_and_each_that_is_listed_exists() -> None:
     directories = [path for path in HERE.iterdir() if path.is_dir()]
     assert {path.name for path in directories} == {"common", "server", "kserve", "prometheus"}
-    assert [path.name for path in HERE.iterdir() if path.is_file()] == ["publisher.yaml"]
+    assert sorted(path.name for path in HERE.iterdir() if path.is_file()) == ["publisher.yaml", "rollback.yaml"]
     for directory in directories:
         listed = {name for name in read(directory / "kustomization.yaml")["resources"] if not name.startswith("../")}
         assert listed == {path.name for path in directory.glob("*.yaml")} - {"kustomization.yaml"}
@@ -132,7 +134,7 @@ def test_files_of_secrets_are_ignored_by_git(directory: str) -> None:
 
 def is_ours(manifest: Manifest) -> bool:
     """Tell whether a kind belongs to Kubernetes itself."""
-    return manifest["kind"] not in ("ServiceMonitor", "InferenceService")
+    return manifest["kind"] not in ("HTTPRoute", "ServiceMonitor", "InferenceService")
 
 
 def as_pod(spec: Manifest) -> Manifest:
@@ -144,8 +146,8 @@ def as_pod(spec: Manifest) -> Manifest:
 @pytest.mark.parametrize("version", ["1.31", "1.37"])
 @pytest.mark.parametrize(
     "manifest",
-    [*filter(is_ours, [*SERVER.values(), *PROMETHEUS.values()]), PUBLISHER, as_pod(PREDICTOR)],
-    ids=lambda manifest: f"{manifest['kind']} {manifest['metadata']['name']}",
+    [*filter(is_ours, [*SERVER.values(), *PROMETHEUS.values()]), PUBLISHER, ROLLBACK, as_pod(PREDICTOR)],
+    ids=lambda manifest: f"{manifest['kind']} {manifest['metadata'].get('name')}",
 )
 def test_manifest_is_as_the_api_defines_it(manifest: Manifest, version: str) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate: pip install it")
@@ -169,18 +171,15 @@ def test_port_is_the_servers() -> None:
     assert entrance["targetPort"] == port["name"]
     (endpoint,) = PROMETHEUS["ServiceMonitor"]["spec"]["endpoints"]
     assert endpoint["port"] == entrance["name"]
-    for path in paths():
-        assert path["backend"]["service"] == {
-            "name": SERVER["Service"]["metadata"]["name"],
-            "port": {"name": entrance["name"]},
-        }
+    (backend,) = rule()["backendRefs"]
+    assert backend == {"name": SERVER["Service"]["metadata"]["name"], "port": entrance["port"]}
 
 
-def paths() -> list[Manifest]:
-    """Return the ingress's paths."""
-    (rule,) = SERVER["Ingress"]["spec"]["rules"]
-    found: list[Manifest] = rule["http"]["paths"]
-    return found
+def rule() -> Manifest:
+    """Return the route's only rule."""
+    (only,) = SERVER["HTTPRoute"]["spec"]["rules"]
+    assert isinstance(only, dict)
+    return only
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe", "livenessProbe"])
@@ -192,16 +191,25 @@ def test_probe_asks_a_route_that_needs_no_password(app: Flask, probe: str) -> No
     assert answer.status_code == (503 if probe == "readinessProbe" else 200)
 
 
-def test_ingress_leads_to_routes_for_callers_alone(app: Flask) -> None:
-    routes = {rule.rule for rule in app.url_map.iter_rules()}
-    shown = [path["path"] for path in paths()]
-    assert "/predict" in shown
-    assert set(shown) <= routes - {"/healthz", "/readyz", "/metrics"}
-    assert {path["pathType"] for path in paths()} == {"Exact"}  # a prefix would show more
-    spec = SERVER["Ingress"]["spec"]
-    assert spec["tls"][0]["hosts"] == [spec["rules"][0]["host"]]
-    body = SERVER["Ingress"]["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
-    assert int(body.removesuffix("m")) * 2**20 == settings(POD["spec"]).max_body_bytes
+def test_route_leads_to_what_callers_need_alone(app: Flask) -> None:
+    routes = {each.rule for each in app.url_map.iter_rules()}
+    shown = [match["path"] for match in rule()["matches"]]
+    assert {path["value"] for path in shown} == {"/predict", "/model"} <= routes
+    assert {path["type"] for path in shown} == {"Exact"}  # a prefix would show more
+    (gateway,) = SERVER["HTTPRoute"]["spec"]["parentRefs"]
+    assert gateway["sectionName"] == "https"  # passwords do not come in clear
+    (way_in,) = SERVER["NetworkPolicy"]["spec"]["ingress"]
+    allowed = [each["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for each in way_in["from"]]
+    assert allowed == [gateway["namespace"], "monitoring"]
+
+
+def test_gateway_waits_longer_than_the_server_and_keeps_connections_for_less() -> None:
+    given = settings(POD["spec"])
+    seconds = int(rule()["timeouts"]["request"].removesuffix("s"))
+    assert seconds > given.body_timeout + given.max_wait + given.predict_timeout
+    assert given.keepalive > 3600  # Envoy's
+    # Not after 503: that would overload the pods more.
+    assert "codes" not in rule().get("retry", {})
 
 
 # --- who is meant
@@ -217,7 +225,8 @@ def test_selectors_select_the_servers_pods() -> None:
     assert matches(spread["labelSelector"]["matchLabels"], labels)
     wanted = PROMETHEUS["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
     assert matches(wanted, SERVER["Service"]["metadata"]["labels"])
-    assert not matches(wanted, PUBLISHER["metadata"].get("labels", {}))
+    for pod in (PUBLISHER, ROLLBACK["spec"]["template"]):
+        assert not matches(labels, pod.get("metadata", {}).get("labels", {}))
 
 
 def test_autoscaler_scales_the_deployment_and_leaves_what_may_be_taken_away() -> None:
@@ -277,8 +286,8 @@ def test_secret_holds_the_files_that_the_settings_name() -> None:
         assert volume["secret"]["defaultMode"] & 0o040  # its owner is root; the pod has the group
 
 
-def test_versions_come_from_the_claim_that_the_publisher_writes() -> None:
-    for pod, is_read_only in ((POD["spec"], True), (PUBLISHER["spec"], False)):
+def test_versions_come_from_the_claim_that_others_write() -> None:
+    for pod, is_read_only in ((POD["spec"], True), *((each, False) for each in WRITERS.values())):
         mount, volume = mounted(pod, Settings().model_dir)
         assert mount["mountPath"] == inside(Settings().model_dir)
         assert mount.get("readOnly", False) is is_read_only
@@ -299,7 +308,7 @@ def test_journal_has_a_place_that_holds_what_it_may_take() -> None:
 def test_temporary_files_have_a_place(name: str) -> None:
     mount, volume = mounted(PODS[name], "/tmp")
     assert mount["mountPath"] == "/tmp"
-    assert volume["emptyDir"].get("medium") == (None if name == "publisher" else "Memory")
+    assert volume["emptyDir"].get("medium") == (None if name in WRITERS else "Memory")
 
 
 # --- how it runs
@@ -337,6 +346,15 @@ def test_liveness_is_slower_than_gunicorn_is_with_a_worker_that_hangs() -> None:
     timeout = max(30, settings(POD["spec"]).predict_timeout)  # as gunicorn.conf.py has it
     seconds = probe.get("periodSeconds", 10) * probe["failureThreshold"]
     assert seconds > timeout + 10  # a new worker takes some, too
+
+
+def test_rollback_runs_once_and_its_log_is_kept() -> None:
+    spec = ROLLBACK["spec"]
+    assert "name" not in ROLLBACK["metadata"]  # or a second `create` would fail
+    assert spec["backoffLimit"] == 0
+    assert WRITERS["rollback"]["restartPolicy"] == "Never"
+    assert spec["ttlSecondsAfterFinished"] > 86_400
+    assert container(WRITERS["rollback"])["command"] == ["python", "-m", "model", "rollback"]
 
 
 def test_all_run_one_image_of_this_version() -> None:
