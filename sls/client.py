@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from sls.shipper import SLSError
 
 TOPIC = "model_service_monitor"
 METADATA = "http://100.100.100.200/latest"  # of an ECS instance
+OIDC = ("ALIBABA_CLOUD_OIDC_TOKEN_FILE", "ALIBABA_CLOUD_ROLE_ARN", "ALIBABA_CLOUD_OIDC_PROVIDER_ARN")
 RENEW = 600.0  # seconds before they expire that temporary credentials are renewed, or at half their life
 
 
@@ -90,6 +92,8 @@ def find_credentials(environ: Mapping[str, str]) -> Callable[[], Fetched]:
     """Return how to get credentials, by the first of Alibaba Cloud's conventional variables that is set.
 
     ALIBABA_CLOUD_ACCESS_KEY_ID and ..._SECRET, with ALIBABA_CLOUD_SECURITY_TOKEN if they are temporary;
+    ALIBABA_CLOUD_OIDC_TOKEN_FILE, ..._ROLE_ARN and ..._OIDC_PROVIDER_ARN: the RAM role of a service account in ACK
+    (RRSA); STS changes the account's token, read again each time, for credentials;
     ALIBABA_CLOUD_CREDENTIALS_FILE: an INI file, read again while we run, whose section ALIBABA_CLOUD_PROFILE
     (`default`) holds `access_key_id`, `access_key_secret` and perhaps `security_token`;
     ALIBABA_CLOUD_CREDENTIALS_URI: a URL that returns them in the form of the ECS metadata service;
@@ -98,6 +102,9 @@ def find_credentials(environ: Mapping[str, str]) -> Callable[[], Fetched]:
     if environ.get("ALIBABA_CLOUD_ACCESS_KEY_ID"):
         names = [f"ALIBABA_CLOUD_{name}" for name in ("ACCESS_KEY_ID", "ACCESS_KEY_SECRET", "SECURITY_TOKEN")]
         return lambda: (_credentials(environ, *names), inf, inf)
+    # A role alone may be meant for something else.
+    if environ.get("ALIBABA_CLOUD_OIDC_TOKEN_FILE") or environ.get("ALIBABA_CLOUD_OIDC_PROVIDER_ARN"):
+        return lambda: _from_oidc(environ)
     if path := environ.get("ALIBABA_CLOUD_CREDENTIALS_FILE"):
         return lambda: _from_file(Path(path).expanduser(), environ.get("ALIBABA_CLOUD_PROFILE") or "default")
     if uri := environ.get("ALIBABA_CLOUD_CREDENTIALS_URI"):
@@ -121,12 +128,40 @@ def _from_file(path: Path, section: str) -> Fetched:
     return _credentials(parser[section], "access_key_id", "access_key_secret", "security_token"), 5.0, inf
 
 
+def _from_oidc(environ: Mapping[str, str]) -> Fetched:
+    """Let STS change a service account's token for credentials of a RAM role.
+
+    https://www.alibabacloud.com/help/en/ram/api-assumerolewithoidc; the variables are those of Alibaba's own SDKs.
+    """
+    if missing := [name for name in OIDC if not environ.get(name)]:
+        raise KeyError(f"{' and '.join(missing)} not set; {', '.join(OIDC)} belong together")
+    token_file, role, provider = (environ[name] for name in OIDC)
+    region = environ.get("ALIBABA_CLOUD_STS_REGION")
+    by_vpc = environ.get("ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED", "").lower() == "true"
+    default = f"{'sts-vpc' if by_vpc else 'sts'}.{region}.aliyuncs.com" if region else "sts.aliyuncs.com"
+    endpoint = environ.get("ALIBABA_CLOUD_STS_ENDPOINT") or default
+    form = {
+        **{"Action": "AssumeRoleWithOIDC", "Version": "2015-04-01", "Format": "JSON"},
+        "Timestamp": datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **{"RoleArn": role, "OIDCProviderArn": provider},
+        "OIDCToken": Path(token_file).read_text("utf-8").strip(),
+        "RoleSessionName": environ.get("ALIBABA_CLOUD_ROLE_SESSION_NAME") or "prediction-server",
+    }
+    try:
+        answer = _request("POST", endpoint if "://" in endpoint else f"https://{endpoint}", form=form)
+    except requests.HTTPError as error:
+        status, text = (error.response.status_code, error.response.text) if error.response is not None else (0, "")
+        found = re.search(r'"Code"\s*:\s*"([A-Za-z0-9.]{1,80})"', text)  # its message may quote the token
+        raise KeyError(f"STS answered {status} {found[1] if found else ''}".strip()) from None
+    return _from_response(json.dumps(json.loads(answer)["Credentials"]))
+
+
 def _from_ecs(role: str) -> Fetched:
     # A hardened instance requires the token; others ignore it.
-    token = _request("PUT", f"{METADATA}/api/token", **{"X-aliyun-ecs-metadata-token-ttl-seconds": "60"})
+    token = _request("PUT", f"{METADATA}/api/token", {"X-aliyun-ecs-metadata-token-ttl-seconds": "60"})
     proof = {"X-aliyun-ecs-metadata-token": token}
     roles = f"{METADATA}/meta-data/ram/security-credentials/"
-    return _from_response(_request("GET", roles + (role or _request("GET", roles, **proof).strip()), **proof))
+    return _from_response(_request("GET", roles + (role or _request("GET", roles, proof).strip()), proof))
 
 
 def _from_response(body: str) -> Fetched:
@@ -138,10 +173,12 @@ def _from_response(body: str) -> Fetched:
     return found, max(left / 2, left - RENEW), left
 
 
-def _request(method: str, url: str, **headers: str) -> str:
+def _request(
+    method: str, url: str, headers: Mapping[str, str] | None = None, form: Mapping[str, str] | None = None
+) -> str:
     with requests.Session() as session:
         session.trust_env = False  # credentials do not go through a proxy
-        response = session.request(method, url, headers=headers, timeout=(1, 5))
+        response = session.request(method, url, headers=headers, data=form, timeout=(1, 5))
     response.raise_for_status()
     return response.text
 

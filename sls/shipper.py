@@ -43,7 +43,7 @@ TOO_OLD = 7 * 86400.0  # seconds; SLS rejects older records
 # What an operator can do about an error code of SLS.
 ADVICE = {
     "NoCredentials": "set ALIBABA_CLOUD_ACCESS_KEY_ID and ALIBABA_CLOUD_ACCESS_KEY_SECRET, or "
-    "ALIBABA_CLOUD_CREDENTIALS_FILE, or give this ECS instance a RAM role",
+    "ALIBABA_CLOUD_CREDENTIALS_FILE, or give this ECS instance, or on ACK the service account, a RAM role",
     "Unauthorized": "check ALIBABA_CLOUD_ACCESS_KEY_ID, and that its RAM user has the permission that SLS names",
     "SignatureNotMatch": "check ALIBABA_CLOUD_ACCESS_KEY_SECRET",
     "LogRequestError": "check SLS_ENDPOINT, and this machine's DNS, network and proxy",

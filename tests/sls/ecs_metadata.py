@@ -16,6 +16,7 @@ token that is unknown or over, and when a set of credentials is replaced.
 
 import json
 import math
+import re
 import threading
 import time
 import uuid
@@ -24,9 +25,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from urllib.parse import parse_qsl
 
 from loopback_sls import Server, Service
 
+ARNS = {"RoleArn": "ROLE_ARN", "OIDCProviderArn": "OIDC_PROVIDER_ARN"}  # a parameter, and its variable
 TOKEN, ROLES = "/latest/api/token", "/latest/meta-data/ram/security-credentials/"
 
 
@@ -85,7 +88,7 @@ class EcsMetadata(Service):
             "Code": "Success",
         }
 
-    def answer(self, method: str, path: str, headers: Any) -> tuple[int, str]:
+    def answer(self, method: str, path: str, headers: Any, _: str = "") -> tuple[int, str]:
         """Return status and body."""
         asked = {("PUT", TOKEN): "token", ("GET", ROLES): "role", ("GET", ROLES + self.role): "credentials"}
         self.calls[asked.get((method, path), "other")] += 1
@@ -112,6 +115,48 @@ class EcsMetadata(Service):
         return 200, token
 
 
+class Sts(EcsMetadata):
+    """STS, which changes a service account's token for such credentials: `AssumeRoleWithOIDC`.
+
+    Parameters and answer are those of https://www.alibabacloud.com/help/en/ram/api-assumerolewithoidc, which lists no
+    errors: the codes here are guessed. `token` is the one that counts now; `session` is the last session's name.
+    """
+
+    token = "a.jwt.token"
+    session = ""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the pod identity webhook sets, but the path of the token; and where STS is."""
+        return {
+            "ALIBABA_CLOUD_ROLE_ARN": "acs:ram::1:role/server-role",
+            "ALIBABA_CLOUD_OIDC_PROVIDER_ARN": "acs:ram::1:oidc-provider/ack-rrsa-c1",
+            "ALIBABA_CLOUD_STS_ENDPOINT": f"http://127.0.0.1:{self.port}",
+        }
+
+    def answer(self, method: str, path: str, headers: Any, form: str = "") -> tuple[int, str]:
+        """Return status and body."""
+        given = dict(parse_qsl(form, strict_parsing=True))
+        self.calls["credentials"] += 1
+        assert (method, path) == ("POST", "/"), "the token must not be in a path, which is logged"
+        expected = {"Action": "AssumeRoleWithOIDC", "Version": "2015-04-01", "Format": "JSON"}
+        arns = {name: self.environ[f"ALIBABA_CLOUD_{each}"] for name, each in ARNS.items()}
+        if given.keys() != {*expected, *arns, "OIDCToken", "RoleSessionName", "Timestamp"}:
+            return 400, json.dumps({"Code": "InvalidParameter", "Message": form})
+        if not (expected | arns).items() <= given.items() or not re.fullmatch(
+            r"[\w.@-]{2,64}", given["RoleSessionName"]
+        ):
+            return 400, json.dumps({"Code": "InvalidParameter.RoleArn", "Message": form})
+        if given["OIDCToken"] != self.token:
+            return 400, json.dumps({"Code": "AuthenticationFail.OIDCToken.Expired", "Message": form})
+        if abs(time.time() - datetime.strptime(given["Timestamp"], "%Y-%m-%dT%H:%M:%S%z").timestamp()) > 900:
+            return 400, json.dumps({"Code": "InvalidTimeStamp.Expired"})
+        if time.time() >= self._replace_at:
+            self.rotate()
+        self.session = given["RoleSessionName"]
+        return 200, json.dumps({"RequestId": "1", "Credentials": self.credentials})
+
+
 def in_utc(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -124,7 +169,8 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self) -> None:
         metadata = self.server.service
         with metadata.lock:
-            status, text = metadata.answer(self.command, self.path, self.headers)
+            form = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            status, text = metadata.answer(self.command, self.path, self.headers, form)
             metadata.calls[status] += 1
         body = text.encode()
         self.send_response(status)
@@ -133,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_PUT = respond  # noqa: N815 - the names http.server looks for
+    do_GET = do_PUT = do_POST = respond  # noqa: N815 - the names http.server looks for
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""

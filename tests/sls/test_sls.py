@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, records
-from ecs_metadata import EcsMetadata
+from ecs_metadata import EcsMetadata, Sts
 from loopback_sls import LoopbackSLS
 from sls_tools import clock, shipper, shippers, state, stored
 
 from monitor import Journal, segments
 from settings import Settings
 from sls.__main__ import main
-from sls.client import Client
+from sls.client import Client, find_credentials
 from sls.console import Recipients
 from sls.shipper import Progress, Shipper, SLSError
 
@@ -410,6 +410,83 @@ def test_credentials_of_the_ecs_role_are_renewed_while_it_runs(
         assert metadata.calls["role"] == (0 if role else metadata.calls["credentials"])
     assert len(stored(sls)) == 25
     assert sls.outcomes == {"ok": 25}
+
+
+def test_credentials_of_a_service_account_are_renewed_with_its_new_tokens(
+    tmp_path: Path, sls: LoopbackSLS, monkeypatch: Any
+) -> None:
+    forward, path = clock(monkeypatch), tmp_path / "token"
+    path.write_text("a.jwt.token\n")
+    with Sts(sls.accept, lifetime=60) as sts:
+        given = sts.environ | {"ALIBABA_CLOUD_OIDC_TOKEN_FILE": str(path), "ALIBABA_CLOUD_CREDENTIALS_FILE": "/nowhere"}
+        client = client_of(sls, **given)
+        for n in range(20):
+            send_one(client, str(n))
+            forward(3)
+            if n == 8:  # the kubelet replaces it
+                sts.token = "another.jwt.token"
+                path.write_text(sts.token)
+        assert sts.calls["credentials"] >= 2
+        assert sts.session == "prediction-server"
+        send_one(client_of(sls, **given, ALIBABA_CLOUD_ROLE_SESSION_NAME="pod-7"), "20")
+        assert sts.session == "pod-7"
+    assert len(stored(sls)) == 21
+    assert sls.outcomes == {"ok": 21}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ALIBABA_CLOUD_ROLE_ARN": ""}, "ALIBABA_CLOUD_ROLE_ARN not set; ALIBABA_CLOUD_OIDC_TOKEN_FILE, "),
+        ({"ALIBABA_CLOUD_OIDC_PROVIDER_ARN": ""}, "ALIBABA_CLOUD_OIDC_PROVIDER_ARN not set; "),
+        ({"ALIBABA_CLOUD_OIDC_TOKEN_FILE": ""}, "ALIBABA_CLOUD_OIDC_TOKEN_FILE not set; "),
+        ({"ALIBABA_CLOUD_OIDC_TOKEN_FILE": "/nowhere"}, "No such file"),
+        ({"ALIBABA_CLOUD_ROLE_ARN": "acs:ram::1:role/of-others"}, "STS answered 400 InvalidParameter.RoleArn"),
+        ({"ALIBABA_CLOUD_ROLE_SESSION_NAME": "two words"}, "STS answered 400 InvalidParameter.RoleArn"),
+        ({"mode": "expired"}, "STS answered 400 AuthenticationFail.OIDCToken.Expired"),
+    ],
+)
+def test_service_account_without_credentials_is_reported_without_its_token(
+    tmp_path: Path, sls: LoopbackSLS, changed: dict[str, str], message: str
+) -> None:
+    (tmp_path / "token").write_text("a.jwt.token")
+    with Sts(sls.accept) as sts:
+        if "mode" in changed:
+            sts.token = "another.jwt.token"
+        environ = sts.environ | {"ALIBABA_CLOUD_OIDC_TOKEN_FILE": str(tmp_path / "token")} | changed
+        with pytest.raises(SLSError) as caught:
+            send_one(client_of(sls, **environ), "never")
+    assert caught.value.code == "NoCredentials"
+    assert message in str(caught.value)
+    assert "jwt" not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"),
+    [
+        ({}, "sts.aliyuncs.com"),
+        ({"ALIBABA_CLOUD_STS_REGION": "cn-hangzhou"}, "sts.cn-hangzhou.aliyuncs.com"),
+        (
+            {"ALIBABA_CLOUD_STS_REGION": "cn-hangzhou", "ALIBABA_CLOUD_VPC_ENDPOINT_ENABLED": "true"},
+            "sts-vpc.cn-hangzhou.aliyuncs.com",
+        ),
+    ],
+)
+def test_sts_is_asked_by_tls_in_its_region(
+    tmp_path: Path, monkeypatch: Any, environ: dict[str, str], host: str
+) -> None:
+    (tmp_path / "token").write_text("a.jwt.token")
+    asked: list[str] = []
+
+    def send(self: Any, request: Any, **_: Any) -> None:
+        asked.append(request.url)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr("requests.adapters.HTTPAdapter.send", send)
+    roles = {"ALIBABA_CLOUD_ROLE_ARN": "r", "ALIBABA_CLOUD_OIDC_PROVIDER_ARN": "p"}
+    with pytest.raises(ConnectionRefusedError):
+        find_credentials(environ | roles | {"ALIBABA_CLOUD_OIDC_TOKEN_FILE": str(tmp_path / "token")})()
+    assert asked == [f"https://{host}/"]
 
 
 def test_shipper_renews_credentials_from_a_uri_and_outlives_its_failure(tmp_path: Path, sls: LoopbackSLS) -> None:
