@@ -128,7 +128,7 @@ def on_reload(server):
 
 
 def _call_extensions(function, argument):
-    """Call before_fork, master_ready or on_reload (in the master), after_fork or worker_starts (in a worker), if any."""
+    """Call before_fork, master_ready, on_reload (in the master), after_fork, worker_starts (in a worker), if any."""
     for extension in _extensions:
         getattr(extension, function, lambda argument: None)(argument)
 
