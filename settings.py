@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 EXTENSIONS = (
     *("operations.ownership", "telemetry", "model.versions", "sls", "speedups"),
     *("endpoints.feedback", "endpoints.docs", "endpoints.monitor_page", "development"),
-    *("operations.failures", "operations.wrong_passwords", "operations.traces", "operations.exits"),
+    *("operations.failures", "operations.wrong_passwords", "operations.traces"),
     *("operations.readiness", "operations.upgrades", "operations.exits"),
 )
 ROOT = Path(__file__).resolve().parent

@@ -222,8 +222,8 @@ def test_command_runs_as_the_service_does(tmp_path: Path) -> None:
         (Path(place) / "python").symlink_to("/usr/bin/python3")
         (Path(place) / "settings").write_text("USERS_FILE='/srv/the users.json'\n")
         (Path(place) / "settings").chmod(0o600)
-        changed = {"User=predictions": "User=nobody", "/etc/prediction-server.env": f"{place}/settings"}
-        changed |= {"/opt/prediction-server/.venv/bin": place, "/opt/prediction-server": place}
+        changed = {"User=predictions%i": "User=nobody", "/etc/%N.env": f"{place}/settings"}
+        changed |= {"/opt/%N/.venv/bin": place, "/opt/%N": place}
         (Path(place) / "prediction-server.service").write_text(substitute(SERVICE, changed))
         (Path(place) / "prediction-server.service.d").mkdir()
         (Path(place) / "prediction-server.service.d" / "override.conf").write_text(
