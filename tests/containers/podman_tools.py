@@ -8,6 +8,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from conftest import free_port
@@ -101,3 +102,13 @@ def state_volume() -> Iterator[str]:
     podman(*inside, "model.demo")
     yield name
     podman("volume", "rm", "--force", name)
+
+
+def demo_model(tmp_path: Path) -> bytes:
+    """Return a model file that the image's scikit-learn made."""
+    train = (
+        "import joblib; from sklearn.datasets import load_iris; from sklearn.linear_model import LogisticRegression; "
+        "joblib.dump(LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True)), '/out/model.joblib')"
+    )
+    podman("run", "--rm", "--user", "0", "--volume", f"{tmp_path}:/out", IMAGE, "python", "-c", train)
+    return (tmp_path / "model.joblib").read_bytes()

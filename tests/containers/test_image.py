@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, free_port
-from podman_tools import IMAGE, PASSWORD, STATE, Container, podman, running, state_volume, wait_until
+from podman_tools import IMAGE, PASSWORD, STATE, Container, demo_model, podman, running, state_volume, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +47,6 @@ def test_page_in_a_container_works_word_for_word(tmp_path: Path) -> None:
     finally:
         podman("rm", "--force", "--time", "0", "--ignore", name)
         podman("volume", "rm", "--force", volume, check=False)
-
-
-def demo_model(tmp_path: Path) -> bytes:
-    """Return a model file that the image's scikit-learn made."""
-    train = (
-        "import joblib; from sklearn.datasets import load_iris; from sklearn.linear_model import LogisticRegression; "
-        "joblib.dump(LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True)), '/out/model.joblib')"
-    )
-    podman("run", "--rm", "--user", "0", "--volume", f"{tmp_path}:/out", IMAGE, "python", "-c", train)
-    return (tmp_path / "model.joblib").read_bytes()
 
 
 @pytest.mark.parametrize("user", ["0:0", "10001:10001", "54321:54321"])

@@ -57,12 +57,13 @@ def test_settings_are_the_servers() -> None:
 
 
 def test_nginx_finds_its_files_its_certificate_and_the_server() -> None:
-    placed = {each["target"]: HERE / COMPOSE["configs"][each["source"]]["file"] for each in FRONT["configs"]}
-    assert {path.resolve() for path in placed.values()} == {
+    placed = [each.split(":") for each in FRONT["volumes"]]
+    assert {(HERE / source).resolve() for source, _, _ in placed} == {
         HERE / "upstream.conf",
         ROOT / "deploy/nginx/prediction-server.conf",
     }
-    assert all(re.fullmatch(r"/etc/nginx/conf\.d/[a-z-]+\.conf", target) for target in placed)
+    assert all(re.fullmatch(r"/etc/nginx/conf\.d/[a-z-]+\.conf", target) for _, target, _ in placed)
+    assert {options for _, _, options in placed} == {"ro"}
     certificates = dict(re.findall(r"^\s*(ssl_certificate(?:_key)?)\s+(\S+);", NGINX, re.MULTILINE))
     secrets = {each["source"]: each["target"] for each in FRONT["secrets"]}
     assert secrets == {"certificate": certificates["ssl_certificate"], "key": certificates["ssl_certificate_key"]}
