@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, free_port
 from podman_tools import IMAGE, PASSWORD, STATE, Container, demo_model, podman, running, state_volume, wait_until
+
+from settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,48 @@ def test_what_the_memory_limit_killed_comes_back(volume: str, victim: str) -> No
         assert ("Perhaps out of memory?" in container.log()) == (victim == "worker")
 
 
+def test_image_says_what_the_server_does() -> None:
+    (found,) = json.loads(podman("inspect", IMAGE).stdout)
+    said = found["Config"]
+    assert list(said["ExposedPorts"]) == [f"{Settings().port}/tcp"]
+    assert "HOST=0.0.0.0" in said["Env"]  # 127.0.0.1 would be the container's own
+    assert said["Cmd"] == ["gunicorn"]  # no shell between Docker's SIGTERM and gunicorn
+    assert list(said["Volumes"]) == [STATE]
+    assert all(int(each) > 0 for each in said["User"].split(":"))
+    size = round(found["Size"] / 1e6)
+    (stated,) = re.findall(r"(\d+) MB, ", (ROOT / "docs/containers.md").read_text())
+    assert abs(size - int(stated)) < 50, size
+
+
+# What must not get in, by what it is, and some of what must.
+KEPT_OUT = [
+    *(".git/config", ".venv/lib/x.py", "var/users.json", "var/models/1/model.joblib", "model.joblib"),
+    *("deploy/docker/server.env", "deploy/docker/tls/prediction-server.key"),
+    *("deploy/kubernetes/server/secrets/users.json", "tests/conftest.py", "bench/memory.py", "requirements/dev.txt"),
+    *("model/__pycache__/guard.cpython-311.pyc", "model/tensors/__pycache__/onnx.cpython-311.pyc"),
+]
+PACKAGES = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("bench", "tests")]
+LET_IN = ["server.py", "model/formats/onnx.py", "deploy/sls/index.json", "requirements.txt"]
+LET_IN += [f"{package.name}/__init__.py" for package in PACKAGES]
+
+
+def test_builder_gets_no_secret_that_lies_in_the_directory(tmp_path: Path) -> None:
+    for name in (*KEPT_OUT, *LET_IN):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / ".dockerignore", tmp_path)
+    (tmp_path / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY . /context\n")
+    name = f"localhost/test-{free_port()}"
+    podman("build", "--quiet", "--tag", name, str(tmp_path))
+    try:
+        listing = podman("run", "--rm", name, "find", "/context", "-type", "f").stdout.split()
+    finally:
+        podman("rmi", "--force", name)
+    assert (
+        set(LET_IN) <= {each.removeprefix("/context/") for each in listing} <= {*LET_IN, ".dockerignore", "Dockerfile"}
+    )
+
+
 def test_image_and_its_history_hold_no_secret() -> None:
     shown = podman("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE).stdout
     (found,) = json.loads(podman("inspect", IMAGE).stdout)
@@ -158,7 +203,9 @@ def test_image_and_its_history_hold_no_secret() -> None:
         assert word not in shown.replace("GPG_KEY=", "")
     listing = podman("run", "--rm", IMAGE, "find", "/opt/server", "/var/lib/prediction-server", "-type", "f").stdout
     names = [Path(line).name for line in listing.splitlines()]
-    assert "server.py" in names
+    code = [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in package.rglob("*.py"))]
+    wanted = {path.relative_to(ROOT).as_posix() for path in code} | {"gunicorn.conf.py", "deploy/sls/index.json"}
+    assert wanted <= {line.removeprefix("/opt/server/") for line in listing.splitlines()}
     for name in ("users.json", "demo.netrc", "feedback.key", "server.env", ".git", "sls.ini"):
         assert name not in names
     assert not [
