@@ -33,6 +33,7 @@ def test_page_in_a_container_works_word_for_word(tmp_path: Path) -> None:
     block = block.replace("docker ", "podman ").replace("127.0.0.1:5000:", f"127.0.0.1:{port}:")
     block = block.replace("predictions:/", f"{volume}:/").replace("--name predictions", f"--name {name}")
     block = block.replace("--rm -it", "--rm -i")  # there is no terminal here
+    block = block.replace("--log-driver local", "--log-driver k8s-file")  # podman has none of that name
     (tmp_path / "model.joblib").write_bytes(demo_model(tmp_path))
     script = f"set -e\nshopt -s expand_aliases\n{block}"
     try:
