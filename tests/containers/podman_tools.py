@@ -100,8 +100,10 @@ def state_volume() -> Iterator[str]:
     inside = ("run", "--rm", "--interactive", *HARDENED, "--volume", f"{name}:{STATE}", IMAGE, "python", "-m")
     podman(*inside, "auth", "add", "alice", "--role", "predict", "--role", "metrics", text=f"{PASSWORD}\n{PASSWORD}\n")
     podman(*inside, "model.demo")
-    yield name
-    podman("volume", "rm", "--force", name)
+    try:
+        yield name
+    finally:
+        podman("volume", "rm", "--force", name)
 
 
 def demo_model(tmp_path: Path) -> bytes:

@@ -60,8 +60,10 @@ def newer_image() -> Iterator[str]:
     """An image that differs from ours."""
     name = f"localhost/test-{uuid.uuid4().hex[:8]}"
     podman("build", "--quiet", "--tag", name, "-", text=f"FROM {IMAGE}\nLABEL version=newer\n")
-    yield name
-    podman("rmi", "--force", name, check=False)
+    try:
+        yield name
+    finally:
+        podman("rmi", "--force", name, check=False)
 
 
 def test_hosts_are_killed_frozen_and_replaced_without_a_failed_request(tmp_path: Path) -> None:
