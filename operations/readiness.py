@@ -48,17 +48,17 @@ def init_app(app: "Flask", service: "Service") -> None:
 
 
 def note(state: dict[str, Any]) -> None:
-    """Note that this worker has a model; `state` is what `Serving.describe` returns."""
+    """Note that this worker has a model, and perhaps all; `state` is what `Serving.describe` returns."""
     if _cells is not None and _place and state["ready"]:
         _cells[_place] = os.getpid()
+        if len(_ready_workers()) >= _workers:  # now: nobody may ask before one of them is gone (SIGTTOU, a death)
+            _cells[0] = 1
 
 
 def check() -> None:
     """Raises: ModelNotReady, not all workers of the first start have had their model yet."""
     if _cells is not None and _place and not _cells[0]:
-        if len(_ready_workers()) < _workers:
-            raise ModelNotReady("another worker is still loading the model")
-        _cells[0] = 1
+        raise ModelNotReady("another worker is still loading the model")
 
 
 def others_serve() -> bool:

@@ -80,6 +80,13 @@ def test_server_is_ready_once_the_last_worker_is(tmp_path: Path, model: Path, wo
         assert b"\nprediction_ready 1.0" in server.ask("GET", "/metrics", Authorization=basic("metrics"))[2]
 
 
+def test_server_is_ready_even_if_a_worker_is_gone_before_anyone_asks(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, web_concurrency=2) as server:  # begins once both have a model
+        server.process.send_signal(signal.SIGTTOU)
+        server.wait_until(lambda: len(server.workers()) == 1)
+        assert server.ask("GET", "/readyz")[0] == 200
+
+
 def test_worker_that_dies_while_others_load_does_not_count(tmp_path: Path, model: Path) -> None:
     (tmp_path / "slow").touch()
     with gunicorn(tmp_path, ready=False, model_path=model, web_concurrency=2) as server:
