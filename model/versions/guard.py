@@ -266,9 +266,10 @@ class Guard:
         """Write what `watching` returns. The old content is written over, and then cut: readers take the first line."""
         line = f"{routing.etag}: {words}"
         if self._noted != line and self.lock.fd is not None:
-            os.pwrite(self.lock.fd, f"{line}\n".encode(), 0)
-            os.truncate(self.lock.fd, len(line.encode()) + 1)
-            self._noted = line
+            with suppress(OSError):  # a full disk is no reason not to judge
+                os.pwrite(self.lock.fd, f"{line}\n".encode(), 0)
+                os.truncate(self.lock.fd, len(line.encode()) + 1)
+                self._noted = line
 
     def _labelled_so_far(self) -> str:
         counted = {variant: each.rows for (_, variant, _), each in self._labelled.items() if each.rows}

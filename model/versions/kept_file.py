@@ -57,11 +57,14 @@ def _copy(path: Path, sample: Path | None, directory: Path) -> Path:
     shutil.rmtree(staging, ignore_errors=True)  # of a master that was killed
     staging.mkdir(mode=0o700, parents=True)
     copy = staging / path.name
-    shutil.copyfile(path, copy)
-    if sample:
-        shutil.copyfile(sample, copy.with_suffix(".sample.json"))
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.rename(directory)
+    try:
+        shutil.copyfile(path, copy)
+        if sample:
+            shutil.copyfile(sample, copy.with_suffix(".sample.json"))
+        shutil.rmtree(directory, ignore_errors=True)
+        staging.rename(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # half a copy on a full disk would leave the journal no room
     return directory / path.name
 
 

@@ -235,6 +235,15 @@ def test_bad_canary_is_rolled_back_in_the_store(guard: Guard, store: Store, tmp_
     assert not (tmp_path / "state/guard.json").exists()
 
 
+def test_full_disk_keeps_the_guard_from_no_verdict(guard: Guard, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "state/guard.lock").symlink_to("/dev/full")  # what the guard has seen cannot be written there
+    assert guard.lock.acquire()
+    routing = Routing.read(store.directory)
+    reason = guard.evaluate(routing, requests("stable", 2000) + requests("canary", 400, BAD))
+    assert "requests failed" in reason
+    assert Routing.read(store.directory).canary == ""
+
+
 def test_good_canary_stays(guard: Guard, store: Store) -> None:
     routing = Routing.read(store.directory)
     for _ in range(20):

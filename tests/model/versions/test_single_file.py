@@ -9,7 +9,7 @@ from typing import Any
 
 import joblib
 import pytest
-from conftest import Gunicorn, Load, gunicorn
+from conftest import Gunicorn, Load, gunicorn, no_file_beyond
 from sklearn.datasets import load_iris
 from sklearn.tree import DecisionTreeClassifier
 
@@ -113,6 +113,13 @@ def test_worker_that_cannot_serve_what_the_others_do_serves_nothing_and_names_th
         shutil.copy(path, journal / "model")
     with pytest.raises(ModelLoadError, match=r"is not what the other workers serve\. .*reload the server"):
         Serving(KeptFile(path)).load(lambda **options: KeptFile(path).load(path, **options))
+
+
+def test_copy_that_a_full_disk_cuts_off_is_removed(path: Path) -> None:
+    with no_file_beyond(100):
+        kept_file.keep(settings_for(path))
+    assert kept_file.kept == kept_file.Kept(kept_file.checksums(path, None), None)
+    assert list((path.parent / "journal").iterdir()) == []
 
 
 def test_copy_is_closed_to_others_and_there_is_one(path: Path) -> None:
