@@ -3,8 +3,8 @@
 During a predict of 220 ms (a forest, 20,000 rows) other requests wait for 11 ms at most instead of 222 ms. A call costs
 20 µs on an idle loop.
 
-logging: replaces its locks (`_lock`, those of the handlers in `_handlerList`, `Handler.createLock`). subprocess: takes
-gevent's functions out again.
+logging: replaces its locks (`_lock`, those of the handlers in `_handlerList`, `Handler.createLock`). subprocess, os:
+takes gevent's functions out again.
 """
 
 import _thread  # gevent leaves its RLock as it is
@@ -44,7 +44,7 @@ def install(service: Any) -> None:
     gevent's that a loop and a native thread share loses wake-ups: the whole worker would wait for ever.
 
     The same with subprocess: gevent's own starts a program on the main thread only, and a library may do so as it is
-    imported, or a model in predict.
+    imported, or a model in predict; and with os.fork, for multiprocessing.
 
     Raises: UnexpectedInternals; then slow calls must stay in the worker's loop.
     """
@@ -57,7 +57,7 @@ def install(service: Any) -> None:
         if handler is not None and handler.lock is not None:
             handler.lock = _thread.RLock()
     logging.Handler.createLock = _create_lock  # type: ignore[assignment,method-assign]
-    for module, names in ((subprocess, gevent.subprocess.__implements__), (os, ("close", "waitpid"))):
+    for module, names in ((subprocess, gevent.subprocess.__implements__), (os, ("close", "waitpid", "fork"))):
         for name in names:
             if hasattr(module, name):
                 setattr(module, name, monkey.get_original(module.__name__, name))

@@ -107,9 +107,10 @@ def test_worker_lets_the_service_use_native_threads(
         assert running.log.read_text().count("threadpool is left off") == is_broken
 
 
-# As libraries do that look for a shared library or for fonts. gevent's own subprocess works on the main thread only.
+# As libraries do that look for a shared library or for fonts, or share work among processes. gevent's own functions for
+# that work on the main thread only.
 STARTS_PROGRAMS = """
-import ctypes.util, subprocess
+import ctypes.util, multiprocessing, subprocess, sys
 LIBRARY = ctypes.util.find_library("c")
 AT_IMPORT = subprocess.run(["echo", "import"], capture_output=True, check=True, text=True).stdout
 
@@ -118,12 +119,16 @@ class Model:
 
     def predict(self, rows):
         lines = subprocess.check_output(["sh", "-c", "sleep 0.05; echo predict"], text=True)
+        forked = multiprocessing.get_context("fork").Process(target=sys.exit, args=(3,))
+        forked.start()
+        forked.join()
+        assert forked.exitcode == 3
         return [AT_IMPORT.strip() + " " + lines.strip()] * len(rows)
 """
 
 
 @pytest.mark.parametrize("preload", [0, 1])
-def test_model_may_start_programs_as_it_is_imported_and_in_predict(
+def test_model_may_start_programs_as_it_is_imported_and_in_predict_and_fork(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: int
 ) -> None:
     (tmp_path / "starts_programs.py").write_text(STARTS_PROGRAMS)
