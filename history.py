@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _limit = LogLimit(log)
 
 FILE, EARLIER = "history.jsonl", "history.1.jsonl"
+LATEST_TIME = 1e11  # seconds since 1970: the year 5138
 MAX_BYTES = 8 * 2**20  # of a file, some 20,000 changes; then it becomes the earlier one
 
 
@@ -65,7 +66,8 @@ class History:
         for name in (EARLIER, FILE):
             with suppress(FileNotFoundError):
                 for _, record in read_lines(directory / name):
-                    if record is not None and isinstance(record.get("time"), (int, float)):
+                    at = record.get("time") if record is not None else None
+                    if record is not None and isinstance(at, (int, float)) and 0 <= at < LATEST_TIME:
                         yield record
 
 
@@ -77,7 +79,8 @@ def cells_of(change: dict[str, Any]) -> tuple[str, ...]:
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(change["time"]))
     host, user, sudo, *others = map(change.get, ("host", "os_user", "sudo_user", "command", "before", "after"))
     cells = (host, f"{sudo} as {user}" if sudo else user, *others)
-    return at, *(" ".join(str(cell or "–").split()) for cell in cells)
+    words = (" ".join(str(cell or "–").split()) for cell in cells)
+    return at, *("".join(each if each.isprintable() else "�" for each in cell) for cell in words)  # for a terminal
 
 
 def _append(directory: Path, line: bytes) -> None:

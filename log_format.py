@@ -21,6 +21,8 @@ from processes import LogLimit
 # sd-daemon(3): "<3>" at the beginning of a line makes it an error, and so on. A line is an entry of its own there.
 PRIORITIES = {logging.CRITICAL: "<2>", logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", 0: "<7>"}
 
+MAX_STRAY = 8192  # characters without an end of line: a progress bar never ends its own
+
 
 class _JsonFormatter(logging.Formatter):  # by the names of cloud.google.com/logging/docs/structured-logging
     def format(self, record: logging.LogRecord) -> str:
@@ -103,6 +105,8 @@ class _StrayLines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > MAX_STRAY:
+            lines, self._rest = [*lines, self._rest], ""
         for line in filter(None, lines):
             self._log.error("%s", line)
         return len(text)
@@ -125,7 +129,7 @@ def set_up(form: str) -> None:
     callers, left_out = LogLimit(gunicorn, 1.0, burst=10), Counter[str]()  # callers without a password can cause lines
 
     def is_too_much(record: logging.LogRecord) -> bool:
-        kind = str(record.msg)[:24]
+        kind = re.sub(r"\d+", "", str(record.msg))[:24]  # without process ids, or there would be ever more kinds
         if not callers.is_due(kind):
             left_out[kind] += 1
             return True

@@ -261,12 +261,14 @@ def test_odd_lines_of_the_history_are_skipped_or_shown_plainly(tmp_path: Path) -
         [],
         {},
         {"time": "now"},
+        {"time": 1e300},
+        {"time": -1e300},
         {"time": 1.5},
-        {"time": 2, "command": ["x"], "before": 3, "host": "a\nb"},
+        {"time": 2, "command": ["x"], "before": 3, "host": "a\nb\x1b[2J"},
     ]
     (operator.journal / FILE).write_bytes(b"".join(orjson.dumps(each) + b"\n" for each in odd) + b"\xff\n{\n")
     first, second = operator.history()
     assert first.split() == ["1970-01-01", "00:00:01", "–", "–", "–", "–", "–"]
     assert "['x']" in second
-    assert "a b" in second
+    assert "a b�[2J" in second  # steers no terminal
     assert Operator(tmp_path / "journal").history() == []
