@@ -100,7 +100,8 @@ def promote(store: Store, settings: Settings, version: str, force: bool, any_mac
     before = Routing.read(store.directory)
     store.promoted(before, version)  # raises at once, and not after the proof
     _prove(store, version, before, settings, force, any_machine)
-    return _report(store, before, store.promote(version, before.stable), settings, wait)
+    after = store.promote(version, before.stable, version == before.canary)
+    return _report(store, before, after, settings, wait)
 
 
 @command

@@ -251,13 +251,16 @@ class Store:
         new = replace(old, stable=version, previous=tuple(previous[:MAX_PREVIOUS]), why=f"promote {version}")
         return _without_canary(new) if old.canary == version else new
 
-    def promote(self, version: str, compared_with: str | None = None) -> Routing:
+    def promote(self, version: str, compared_with: str | None = None, was_canary: bool = False) -> Routing:
         """Make a version the stable one. If it was the canary, there is no canary any more.
 
-        `compared_with` is the stable version that it was compared with; "" if there was none. Raises: StoreError.
+        `compared_with` is the stable version that it was compared with; "" if there was none. `was_canary` is whether
+        it was the canary then: the guard may have taken it back since. Raises: StoreError.
         """
         with self._locked():
             old = self._as_compared(compared_with)
+            if was_canary and old.canary != version:
+                raise StoreError(f"version {version} is no longer the canary ({old.why}); run it again, to promote it")
             return self._route(old, self.promoted(old, version))
 
     def with_canary(self, old: Routing, version: str, weight: float, guard: bool = False) -> Routing:

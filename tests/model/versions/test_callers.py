@@ -18,6 +18,7 @@ from sklearn.preprocessing import OneHotEncoder
 from sklearn.svm import LinearSVC
 from version_tools import validate_in_this_process
 
+from model import __main__ as commands
 from model.__main__ import main
 from model.versions.callers import compare, differences
 from model.versions.loading import SIGNATURE_FORM, load_version, model_facts
@@ -374,6 +375,28 @@ def test_stable_version_that_nobody_can_read_is_compared_with_by_force_only(publ
     status, out, _ = command("rollback")
     assert status == 0
     assert "callers notice: nobody knows what: version 2: " in out
+
+
+def test_canary_that_the_guard_takes_back_during_the_proof_is_not_promoted(
+    published: Published, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in "1", "2":
+        published.publish(DummyClassifier().fit(ROWS, [0, 1, 2]), version, ROWS)
+    published.store.promote("1")
+    published.store.canary("2", 5, guard=True)
+    prove = commands.validate
+
+    def prove_slowly(*arguments: Any) -> Any:
+        published.store.rollback("guard, 9 % of its requests failed")
+        return prove(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("model.__main__.validate", prove_slowly)
+        status, _, err = command("promote 2 --any-machine")
+    assert status == 1
+    assert "no longer the canary (guard, 9 % of its requests failed: canary 2)" in err
+    assert Routing.read(published.store.directory).stable == "1"
+    assert command("promote 2 --any-machine")[0] == 0
 
 
 def test_version_that_was_compared_with_another_stable_one_is_not_promoted(published: Published, command: Any) -> None:
