@@ -8,6 +8,7 @@ functions from `scipy.stats`, nearly all for fitting. What is left out is import
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ def import_sklearn() -> None:
     """
     if {"sklearn", "pandas", "scipy.stats"}.intersection(sys.modules):
         return
+    sys.meta_path.insert(0, _PandasFinder)
     sys.modules["pandas"] = None  # type: ignore[assignment]  # so that an import of it fails
     sys.modules["scipy.stats"] = _Postponed("scipy.stats")
     try:
@@ -37,3 +39,20 @@ class _Postponed(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return LocalProxy(lambda: getattr(importlib.import_module(self.__name__), name))
+
+
+class _PandasFinder:
+    """Finds pandas as ever, but with classes of these names from the first moment of its import.
+
+    scikit-learn compares rows with `sys.modules["pandas"].DataFrame` at each predict, also while another thread, which
+    loads a version that needs pandas, has not come so far in it: all requests would fail until it has.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name) if name == "pandas" else None
+        if spec is not None and spec.loader is not None:
+            module = ModuleType(name)
+            module.__dict__.update(dict.fromkeys(("DataFrame", "Series"), type("NotYetImported", (), {})))
+            spec.loader.create_module = lambda spec: module  # type: ignore[method-assign]
+        return spec

@@ -96,3 +96,31 @@ print(sys.modules.get("pandas", "absent") is not None, model.predict([[5.1, 3.5,
     )
     assert done.stdout == "True [0]\n", done.stderr
     assert done.stderr.count("lean_imports is left off") == 1
+
+
+def test_requests_are_answered_while_another_thread_imports_pandas(tmp_path: Path) -> None:
+    """As when a version that takes a data frame is loaded beside one that does not."""
+    joblib.dump(make_pipeline(StandardScaler(), LogisticRegression()).fit(X, Y), tmp_path / "model.joblib")
+    script = """
+import sys
+import speedups
+from importlib import import_module
+from pathlib import Path
+from threading import Thread
+from model import formats
+from model.formats import sklearn
+sklearn.before_import.append(speedups.import_sklearn)
+model = formats.load(Path(sys.argv[1]))
+importing = Thread(target=import_module, args=["pandas"])
+before, calls = "pandas" in sys.modules, 0
+importing.start()
+while importing.is_alive():
+    assert model.predict([[5.1, 3.5, 1.4, 0.2]]) == [0]
+    calls += 1
+import pandas
+print(before, calls > 10, pandas.DataFrame({"a": [1]}).shape, pandas.Series([1]).sum())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "model.joblib"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("False True (1, 1) 1\n", "")
