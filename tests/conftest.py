@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -238,7 +239,7 @@ class Load:
     """Callers in threads of their own that ask one request after the other, each on a connection of its own.
 
     `answers` holds what they were answered, `statuses` its statuses alone, `answered` the ids of the requests that got
-    a 200, and `errors` what came instead of an answer.
+    a 200, and `errors` what came instead of an answer. Each request has one of `passwords`.
     """
 
     def __init__(self, server: Server, callers: int = 3, pause: float = 0.01) -> None:
@@ -246,6 +247,7 @@ class Load:
         self.answers: list[Answer] = []
         self.answered: list[str] = []
         self.errors: list[Exception] = []
+        self.passwords = [PASSWORD]
         self._server, self._pause, self._ending = server, pause, threading.Event()
         self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
 
@@ -253,7 +255,8 @@ class Load:
         body = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
         while not self._ending.wait(self._pause):
             name = uuid.uuid4().hex
-            headers = {"Content_Type": "application/json", "Authorization": basic("predict"), "X_Request_ID": name}
+            sign_in = basic("predict", random.choice(self.passwords))
+            headers = {"Content_Type": "application/json", "Authorization": sign_in, "X_Request_ID": name}
             began = time.monotonic()
             try:
                 status, told, answer = self._server.ask("POST", "/predict", body, **headers)

@@ -113,9 +113,14 @@ def held_socket(path: Path) -> Iterator[dict[str, Any]]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(2048)
-        # systemd passes sockets from descriptor 3 on, and says which process they are for.
-        script = f'exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
-        yield {"within": ("bash", "-c", script, "as-systemd"), "pass_fds": [listener.fileno()]}
+        yield handed_in(listener)
+
+
+def handed_in(listener: socket.socket) -> dict[str, Any]:
+    """Return what hands a listening socket to a gunicorn as systemd does."""
+    # systemd passes sockets from descriptor 3 on, and says which process they are for.
+    script = f'exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
+    return {"within": ("bash", "-c", script, "as-systemd"), "pass_fds": [listener.fileno()]}
 
 
 @pytest.mark.long
