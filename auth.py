@@ -152,8 +152,8 @@ class Verified:
         digest = hashlib.blake2b(repr(parts).encode(), key=self.key, digest_size=32).digest()
         return int.from_bytes(digest[:2]) % 2**15 * 32, digest
 
-    def forgiven(self, address: str, failures: int = 0) -> float:
-        """Count failures of an address; return when all are forgiven, in seconds of the system's monotonic clock."""
+    def forgiven_at(self, address: str, failures: int = 0) -> float:
+        """Count failures of an address; return when all are forgiven (seconds, monotonic)."""
         cells = memoryview(self._find((address,))[1]).cast("H")[:4]
         due = max(time.monotonic(), min(self._times[cell] for cell in cells)) + failures * SECONDS_PER_RETRY
         for cell in cells if failures else ():
@@ -164,7 +164,7 @@ class Verified:
     def locked(self, address: str, run_in_thread: Callable[..., Any]) -> Iterator[None]:
         """Let one worker at a time check an address that has failed; a killed one holds no lock."""
         place, _ = self._find((address,))
-        if self.forgiven(address) > time.monotonic():
+        if self.forgiven_at(address) > time.monotonic():
             run_in_thread(fcntl.lockf, self._locks, fcntl.LOCK_EX, 1, place)
         try:
             yield
@@ -204,8 +204,7 @@ class Users:
         """Return the user whose password was verified by this very Authorization header, if it is still the same."""
         verified = self._verified.get(self._digest(header))
         user = self._users.get(verified.name) if verified else None
-        now = verified and user and (verified.password == user.password or verified.password in user.hashes())
-        return user if now else None
+        return user if verified and user and verified.password in user.hashes() else None
 
     def verify(self, header: str, name: str, password: str, address: str) -> User | None:
         """Return the user if the password in an Authorization header is theirs.
@@ -236,7 +235,7 @@ class Users:
                 right = next((each for each in checked if self._run_in_thread(_is_right, each, password)), None)
                 if not right:
                     self._rejected.add(digest)  # for the others that wait with the same header
-                    self._shared.forgiven(network, failures=1)
+                    self._shared.forgiven_at(network, failures=1)
                     return None
                 self._shared.add(header, right)
                 self._shared.add(network)
@@ -286,7 +285,7 @@ class Users:
         return hashlib.blake2b(self._shared.key + header.encode()).digest()  # a quarter of a microsecond less than key=
 
     def _reject_throttled(self, network: str) -> None:
-        wait = self._shared.forgiven(network) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
+        wait = self._shared.forgiven_at(network) - time.monotonic() - (FAILURES_ALLOWED - 1) * SECONDS_PER_RETRY
         if wait > 0:
             detail = "too many wrong passwords from your address; wait before the next one"
             raise TooManyRequests(detail, retry_after=int(wait) + 1)

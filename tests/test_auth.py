@@ -686,10 +686,10 @@ def test_workers_that_check_at_once_allow_no_more_tries_than_one(tmp_path: Path)
     def work() -> None:
         while True:
             with shared.locked("192.0.2.1", lambda function, *arguments: function(*arguments)):
-                if shared.forgiven("192.0.2.1") - time.monotonic() > (FAILURES_ALLOWED - 1) * 1000.0:
+                if shared.forgiven_at("192.0.2.1") - time.monotonic() > (FAILURES_ALLOWED - 1) * 1000.0:
                     return
                 time.sleep(0.02)  # a check
-                shared.forgiven("192.0.2.1", failures=1)
+                shared.forgiven_at("192.0.2.1", failures=1)
                 with tries.open("a") as file:
                     file.write("x")
 
@@ -706,7 +706,7 @@ def test_workers_that_check_at_once_allow_no_more_tries_than_one(tmp_path: Path)
 
 def test_worker_that_is_killed_during_a_check_keeps_no_other_waiting() -> None:
     shared, checking = auth.Verified(), multiprocessing.get_context("fork").Event()
-    shared.forgiven("192.0.2.1", failures=1)
+    shared.forgiven_at("192.0.2.1", failures=1)
 
     def check() -> None:
         with shared.locked("192.0.2.1", lambda function, *arguments: function(*arguments)):
@@ -785,7 +785,7 @@ def test_memory_of_addresses_is_bounded_and_no_flood_pushes_one_out_or_locks_ano
     counted.fail(FAILURES_ALLOWED, "192.0.2.1")
     shared = counted.users._shared
     for n in range(10_000):  # as many as some minutes of a flood: each costs a check
-        shared.forgiven(f"198.51.{n >> 8}.{n & 255}", failures=1)
+        shared.forgiven_at(f"198.51.{n >> 8}.{n & 255}", failures=1)
     with pytest.raises(TooManyRequests):
         counted.fail(1, "192.0.2.1")
     assert counted.verify(address="192.0.2.2")
