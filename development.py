@@ -1,7 +1,7 @@
 """What helps to try the server and to work on it: a command to paste at the start, and RELOAD=1.
 
-An extension of the server (see EXTENSIONS in settings.py). With RELOAD=1 a worker whose code changes is replaced
-(gunicorn does that, see gunicorn.conf.py), and a MODEL_PATH whose file changes is loaded and swapped in.
+An extension (EXTENSIONS in settings.py). With RELOAD=1 a worker whose code changes is replaced (gunicorn does that, see
+gunicorn.conf.py), and a MODEL_PATH whose file changes is loaded and swapped in.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""POST /feedback: the truth comes later. An extension of the server (see EXTENSIONS in settings.py).
+"""POST /feedback: the truth comes later. An extension (EXTENSIONS in settings.py).
 
     X-Feedback: AQACdjcABj…                                                     in the answer to POST /predict
     POST /feedback                                                              role feedback

@@ -79,7 +79,7 @@ class _Notes(logging.Handler):
 
 
 def _check_code(settings: Settings, pid: int) -> None:
-    """Raises: CheckFailed, the code is not what the master `pid` was started with."""
+    """Check that the code is what the master `pid` was started with. Raises: CheckFailed."""
     changed = changes(settings.journal_dir, pid)
     if changed is None:
         click.echo(f"unknown: {settings.journal_dir / NOTE} is not of process {pid}")

@@ -2,9 +2,9 @@
 
     prediction_worker_exits_total{reason="killed"} 3
 
-Only gunicorn's master learns how a worker ended. It counts from its start, in JOURNAL_DIR/workers/exits.json. Every
-worker reads that for GET /metrics, and the one that is started next records the event. gunicorn: wraps `reap_workers`
-and `manage_workers` of its master.
+An extension (EXTENSIONS in settings.py). Only gunicorn's master learns how a worker ended. It counts since its own
+start and writes JOURNAL_DIR/workers/exits.json, which every worker reads for GET /metrics. The worker that is started
+next records the event. The master's `reap_workers` and `manage_workers` are wrapped for this.
 """
 
 import json
@@ -37,13 +37,13 @@ _deaths: list[dict[str, Any]] = []  # since the master forked last; in a worker,
 
 
 def before_fork(settings: "Settings") -> None:
-    """Remember where to count."""
+    """Remember where to write the counts."""
     global _file
     _file = settings.journal_dir / "workers/exits.json"
 
 
 def master_ready(server: Any) -> None:
-    """Note how the workers of gunicorn's master end, and how many it is to have."""
+    """Count how the workers of gunicorn's master end, and write that and how many it is to have."""
     exits = dict.fromkeys(REASONS, 0)
     written: dict[str, Any] = {}
     reap_workers, manage_workers, waitpid = server.reap_workers, server.manage_workers, os.waitpid

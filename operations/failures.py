@@ -30,15 +30,14 @@ MAX_DETAIL = 300  # characters
 QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.?)*(?:'|$)|"(?:[^"\\]|\\.?)*(?:"|$))""", re.DOTALL)
 # Of those, what the server's own messages quote.
 OURS = {
-    *("data", "method", "columns", "inputs", "name", "shape", "datatype", "instances", "parameters", "feedback")
-} | {
+    *("data", "method", "columns", "inputs", "name", "shape", "datatype", "instances", "parameters", "feedback"),
     *("predict", "predict_proba", "predict_log_proba", "decision_function", "score_samples", "input"),
     "Content-Type: application/json",
 }
 
 
 def init_app(app: "Flask", service: "Service") -> None:
-    """Log failures so, and note details."""
+    """Log failures in this form, and note their details."""
     failures = FailureLog(logging.getLogger("server"))
     service.log_limit = failures
     service.every_second.append(failures.count_left_out)

@@ -1,7 +1,7 @@
-"""JOURNAL_DIR has one owner: a second server is refused, or records, figures and the list of workers would be mixed.
+"""JOURNAL_DIR has one owner: a second server is refused, since records, figures and lists of workers would be mixed.
 
-An extension of the server (see EXTENSIONS in settings.py), the first, since others put the directory in order at the
-start. MODEL_DIR, USERS_FILE and FEEDBACK_KEY_FILE may be shared.
+An extension (EXTENSIONS in settings.py): the first one, since others put the directory in order at the start.
+MODEL_DIR, USERS_FILE and FEEDBACK_KEY_FILE may be shared.
 
 Format: `server.lock` in JOURNAL_DIR holds the owner's pid and the address that it listens at.
 

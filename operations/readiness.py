@@ -1,8 +1,8 @@
 """GET /readyz answers 200 once all workers of the first start have a model. From then on each answers for itself.
 
-An extension of the server. The workers accept from one listener: a load balancer that heard "ready" from one of them
-would send requests to those that still load. A worker that comes later, after a death or a reload, does not accept
-connections before it has its model, as long as another one has (gunicorn.conf.py).
+An extension (EXTENSIONS in settings.py). The workers accept from one listener: a load balancer that heard "ready" from
+one of them would send requests to those that still load. A worker that comes later, after a death or a reload, does not
+accept connections before it has its model, as long as another one has (gunicorn.conf.py).
 
 The workers share memory that gunicorn's master makes: a cell for whether all were ready once, then the process ids of
 workers that have had a model, by the order of their start. A cell has one writer, but for the first, which only ever
@@ -56,7 +56,7 @@ def note(state: dict[str, Any]) -> None:
 
 
 def check() -> None:
-    """Raises: ModelNotReady, not all workers of the first start have had their model yet."""
+    """Check that all workers of the first start have had their model. Raises: ModelNotReady."""
     if _cells is not None and _place and not _cells[0]:
         raise ModelNotReady("another worker is still loading the model")
 

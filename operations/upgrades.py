@@ -1,9 +1,10 @@
 """Workers run the code that the server was started with, whatever is on the disk by now.
 
-An extension of the server. gunicorn's master imports the product's modules before it forks, and with them the libraries
-that they import, and scikit-learn for a model of that. So a worker that dies after a `git pull` or a `pip install` is
-replaced by one with the same code, not by a mixture that may not even start. And the master notes which code that is,
-so that the systemd unit can refuse a reload that would not bring new code (`python -m server check --reload PID`).
+An extension (EXTENSIONS in settings.py). gunicorn's master imports the product's modules before it forks, and with them
+the libraries that they import, and scikit-learn for a model of that. So a worker that dies after a `git pull` or a `pip
+install` is replaced by one with the same code, not by a mixture that may not even start. And the master notes which
+code that is, so that the systemd unit can refuse a reload that would not bring new code (`python -m server check
+--reload PID`).
 
 Not with RELOAD=1, where workers are to see what has changed.
 """

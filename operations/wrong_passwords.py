@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 EVENT = "wrong_password"  # of a record in the journal
 SECONDS = 60.0  # between two lines of an address
 MAX_ADDRESSES = 50  # that have lines of their own, in a minute; the others have one together
-MAX_ADDRESS = 64  # characters: a proxy may pass on whatever it was sent
+MAX_ADDRESS_LENGTH = 64  # characters: a proxy may pass on whatever it was sent
 RECORDS = 5  # of one address in a minute
 RECORDS_AT_ONCE = 100  # of all; then one a second
 
@@ -64,7 +64,8 @@ class WrongPasswords:
         """Count a request that failed, if its password was wrong, or was not even checked after many wrong ones."""
         if http.code not in (401, 429) or record["user"] is not None or "HTTP_AUTHORIZATION" not in request.environ:
             return
-        name, request_id = network_of(request.environ.get("REMOTE_ADDR", ""))[:MAX_ADDRESS], record["request_id"]
+        name = network_of(request.environ.get("REMOTE_ADDR", ""))[:MAX_ADDRESS_LENGTH]
+        request_id = record["request_id"]
         with self._counting:
             is_new = name not in self._addresses and len(self._addresses) < MAX_ADDRESSES
             if is_new:

@@ -1,4 +1,4 @@
-"""Metrics, drift, roll-ups and the journal's report. An extension of the server (see EXTENSIONS in settings.py)."""
+"""Metrics, drift, roll-ups and the journal's report. An extension (EXTENSIONS in settings.py)."""
 
 from contextlib import suppress
 from pathlib import Path
