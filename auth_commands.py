@@ -126,7 +126,7 @@ def remove(path: Path, name: str) -> None:
 def list_users(path: Path) -> None:
     """List the users, their roles, and until when an old password is valid."""
     for name, user in sorted(read_users(path).items()):
-        old = f"\told password until {_utc(user.until)}" if len(user.hashes()) > 1 else ""
+        old = f"\told password until {cli.utc(user.until)}" if len(user.hashes()) > 1 else ""
         click.echo(f"{name}\t{','.join(sorted(user.roles))}{old}")
 
 
@@ -189,9 +189,5 @@ def _words(entry: Any, before: Any = None) -> str:
     if isinstance(before, dict) and before.get("password") != entry.get("password"):
         words += "; new password"
         if "old" in entry:
-            words += f", the old one is valid until {_utc(entry['old']['until'])}"
+            words += f", the old one is valid until {cli.utc(entry['old']['until'])}"
     return words or "no roles"
-
-
-def _utc(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(seconds, 253_402_300_799)))  # the year 9999

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 from typing import Any
 
 import click
@@ -36,6 +37,11 @@ def duration(text: str) -> float:
     if not (found := re.fullmatch(r"([0-9]{1,6})([smhd])", text)):
         raise click.BadParameter(f"{text!r}: expected a number with s, m, h or d, such as 15m")
     return int(found[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[found[2]]
+
+
+def utc(seconds: float) -> str:
+    """Return a time (seconds since 1970) as words."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(min(seconds, 253_402_300_799)))  # the year 9999
 
 
 def echo_table(lines: list[tuple[str, ...]]) -> None:

@@ -46,7 +46,7 @@ class History:
 
     def note(self, command: str, before: str, after: str, version: str = "") -> None:
         """Note a change that was made. A failure is logged only."""
-        record = {"event": "change", "time": time.time(), "host": socket.gethostname(), "os_user": _os_user()}
+        record = {"event": "change", "time": time.time(), "host": socket.gethostname(), "os_user": os_user()}
         record |= {"sudo_user": os.environ.get("SUDO_USER", ""), "command": command, "before": before, "after": after}
         record["model_version"] = version
         try:
@@ -104,8 +104,8 @@ def _append(directory: Path, line: bytes) -> None:
             os.close(fd)
 
 
-def _os_user() -> str:
-    """Return the user of this process; not by its environment, which `getpass.getuser` would believe."""
+def os_user() -> str:
+    """Return the user of this process. Not `getpass.getuser`, which believes the environment."""
     with suppress(KeyError):  # a container's user without a name
         return pwd.getpwuid(os.getuid()).pw_name
     return str(os.getuid())

@@ -146,9 +146,7 @@ def list_command(store: Store, settings: Settings) -> None:
         click.echo(f"model: {broken}", err=True)
     lines: list[tuple[str, ...]] = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
     lines += [_line(store, version, uses.get(version, "")) for version in store.versions()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+    cli.echo_table(lines)
     if routing.generation:
         click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
     if (ahead := changed_at(routing) - time.time()) > 60.0:
@@ -156,8 +154,8 @@ def list_command(store: Store, settings: Settings) -> None:
         click.echo(f"warning: the routing was changed {ahead:.0f} s from now: {clocks}", err=True)
     if reason := routing.local_rollback(settings.journal_dir):
         click.echo(f"the canary was rolled back on this host: guard, {reason}")
-    elif said := watching(settings.journal_dir, routing):
-        click.echo(f"guard: {said}")
+    elif verdict := watching(settings.journal_dir, routing):
+        click.echo(f"guard: {verdict}")
     for each in worker_statuses(settings.journal_dir):
         canary = f", canary {each['canary']}" if each["canary"] else ""
         error = f", {each['error']}" if each["error"] else ""

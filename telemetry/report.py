@@ -154,7 +154,7 @@ def errors_of(sums: Sums) -> Counter[str]:
 
 def utc(at: float) -> str:
     """Return a time (seconds since 1970, when the journal is said to begin) as words."""
-    return "the beginning" if at == 0 else time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    return "the beginning" if at == 0 else cli.utc(at)
 
 
 def share(part: int, whole: int) -> str:

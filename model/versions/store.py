@@ -10,7 +10,6 @@ that a crash at any byte leaves the old state, and readers need no lock. Writers
 `.lock`.
 """
 
-import getpass
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 import orjson
 
+from history import os_user
 from processes import FileLock, is_locked, replace_file, sync_directory
 
 from ..formats import ModelLoadError
@@ -56,11 +56,11 @@ class Manifest:
     `methods` and `classes` (as `GET /model` shows them), `signature_form` (the number of the form that the signature
     is described in; none in the first), `sample` (rows, as in the "data" of a request), `sample_from` ("operator", or
     "synthetic" if none was given), `predictions` (the model's for the sample), `categories` (that each column's
-    encoder has learned, see callers.py), `merges_requests` and `warnings` (as
-    `GET /model` showed them then), `libraries` and `machine` (that it was published with), `memory` (bytes that loading
-    it took, libraries included), `published`, `by`, the publisher's `metrics` and `note`, `error_bound` (from which on
-    it alerts, null if that is unknown) and `reference` (how its predictions for the sample are distributed, null if the
-    sample is too small; see expectations.py). Older versions lack the last two, and `categories`.
+    encoder has learned, see callers.py), `merges_requests` and `warnings` (as `GET /model` showed them then),
+    `libraries` and `machine` (that it was published with), `memory` (bytes that loading it took, libraries included),
+    `published`, `by`, the publisher's `metrics` and `note`, `error_bound` (from which on it alerts, null if that is
+    unknown) and `reference` (how its predictions for the sample are distributed, null if the sample is too small; see
+    expectations.py). Older versions lack the last two, and `categories`.
     """
 
     artifact: Path
@@ -218,7 +218,7 @@ class Store:
         try:
             manifest = _copy(artifact, staging, version)
             yield manifest
-            write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": _user()})
+            write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": os_user()})
             staging.chmod(0o755)
             for path in (*staging.iterdir(), staging):
                 _give(path, self.directory)
@@ -371,7 +371,7 @@ class Store:
         return now
 
     def _route(self, old: Routing, new: Routing) -> Routing:
-        new = replace(new, generation=old.generation + 1, changed=_now(), by=_user())
+        new = replace(new, generation=old.generation + 1, changed=_now(), by=os_user())
         write_json(self.directory / ROUTING, new.to_json())
         version = new.stable if new.stable != old.stable else new.canary or old.canary
         command = new.why if new.why.startswith("guard") else f"model {new.why}"
@@ -466,10 +466,3 @@ def _without_canary(routing: Routing) -> Routing:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return str(os.getuid())
