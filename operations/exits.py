@@ -4,7 +4,7 @@
 
 An extension (EXTENSIONS in settings.py). Only gunicorn's master learns how a worker ended. It counts since its own
 start and writes JOURNAL_DIR/workers/exits.json, which every worker reads for GET /metrics. The worker that is started
-next records the event. The master's `reap_workers` and `manage_workers` are wrapped for this.
+next records the event. gunicorn: wraps `reap_workers` and `manage_workers` of its master.
 """
 
 import json

@@ -85,7 +85,7 @@ def commands(first: str, state: Path, backup: Path) -> str:
         ("/var/lib/prediction-server", str(state)),
         ("/root/state.tar.gz", str(backup)),
         ("predictions:predictions", f"{os.getuid()}:{os.getgid()}"),
-        (".venv/bin/python", sys.executable),
+        ("deploy/systemd/as_service.py", sys.executable),
     ):
         assert there in OPERATIONS
         block = block.replace(there, here)
