@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,6 +125,13 @@ def iris_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("iris") / "iris.joblib"
     joblib.dump(LogisticRegression(max_iter=1000).fit(iris.data, iris.target), path)
     return path
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the product, to be changed while it runs."""
+    left_out = shutil.ignore_patterns(".*", "var", "tests", "bench", "docs", "deploy", "__pycache__")
+    return Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=left_out))
 
 
 @pytest.fixture
@@ -288,6 +296,38 @@ def no_file_beyond(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class SmallDisk:
+    """A disk to be filled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def mount(self, size: str) -> Path:
+        """Mount it with a size, such as "8m"; return its directory."""
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", self.place]
+        if os.geteuid() != 0 or subprocess.run(command).returncode:
+            pytest.skip("needs to mount a small disk: root")
+        return self.place
+
+    def fill(self) -> Path:
+        """Fill it to its last kilobyte; return the file that does."""
+        filler = self.place / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        return filler
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that the test mounts, and fills."""
+    disk = SmallDisk(tmp_path / "disk")
+    disk.place.mkdir()
+    yield disk
+    if disk.place.is_mount():
+        subprocess.run(["umount", "--lazy", disk.place], check=True)
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import joblib
 import pandas as pd
 import pytest
-from conftest import PASSWORD, ROOT, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn, write_users
+from conftest import PASSWORD, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn, write_users
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -147,13 +146,6 @@ def test_netrc_is_used_only_if_it_fits(
 
 
 # --- RELOAD=1
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the product, to be changed while it runs."""
-    left_out = shutil.ignore_patterns(".*", "var", "tests", "bench", "docs", "deploy", "__pycache__")
-    return Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=left_out))
 
 
 def change(server: Gunicorn, path: Path, old: str, new: str) -> None:

@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Gunicorn, Load, basic, gunicorn, records, write_users
+from conftest import ROOT, Gunicorn, Load, SmallDisk, basic, gunicorn, records, write_users
 
 from model.versions.store import Routing
 
@@ -153,26 +151,13 @@ def test_state_that_disappears_while_it_runs_and_comes_back(tmp_path: Path, stat
     assert load.errors == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]).returncode:
-        pytest.skip("needs to mount a small disk: root")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def test_full_disk_stops_no_answer_and_loses_no_state(tmp_path: Path, state: Path, small_disk: Path) -> None:
-    home = small_disk / "state"
+def test_full_disk_stops_no_answer_and_loses_no_state(state: Path, small_disk: SmallDisk) -> None:
+    home = small_disk.mount("8m") / "state"
     shutil.copytree(state, home)
     with serving(home, journal_max_bytes=2**21) as server, Load(server, callers=1, pause=0.05) as load:
         server.wait_until(lambda: len(load.answered) > 10)
         receipt = ask(server, "predict", "/predict", {"data": ROW})
-        with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(1024))
+        filler = small_disk.fill()
         before = len(load.answered)
         server.wait_until(lambda: len(load.answered) > before + 50)
 
@@ -198,7 +183,9 @@ def test_full_disk_stops_no_answer_and_loses_no_state(tmp_path: Path, state: Pat
         for user, path in (("metrics", "/metrics"), ("monitor", "/monitor"), ("admin", "/model")):
             assert server.ask("GET", path, Authorization=basic(user))[0] == 200
 
-        (small_disk / "filler").unlink()
+        before = len(load.answered)  # the dead workers' counts of lost records went with them
+        server.wait_until(lambda: len(load.answered) > before + 50)
+        filler.unlink()
         assert run("model promote 2 --wait 60", home).returncode == 0
         assert truths(server, receipt)["accepted"] == 1
         server.wait_until(lambda: any("dropped" in record for record in records(home / "journal")))

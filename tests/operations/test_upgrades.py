@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +16,6 @@ from settings import EXTENSIONS
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 SETOSA = (200, {"prediction": [0]})
 OTHER = "from settings import what_only_the_new_code_has\n"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of the product, to be changed while it runs."""
-    left_out = shutil.ignore_patterns(".*", "var", "tests", "bench", "docs", "deploy", "__pycache__")
-    return Path(shutil.copytree(ROOT, tmp_path / "copy", ignore=left_out))
 
 
 def pull(copy: Path) -> None:

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Client, Gunicorn, Load, basic, free_port, gunicorn, records, write_users
+from conftest import ROOT, Client, Gunicorn, Load, SmallDisk, basic, free_port, gunicorn, records, write_users
 from prometheus_client import Counter, Summary, registry, values
 from prometheus_client import metrics as prometheus_metrics
 from prometheus_client.openmetrics import parser as openmetrics
@@ -665,27 +665,18 @@ def test_journal_that_cannot_be_written_stops_neither_serving_nor_metrics(tmp_pa
         assert "GET /metrics lacks this worker" in server.log.read_text()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2.5 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", place]).returncode:
-        pytest.skip("needs to mount a small disk: root")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
 @pytest.mark.long
 def test_full_disk_neither_kills_workers_nor_stops_their_counting(
-    tmp_path: Path, iris_file: Path, small_disk: Path
+    tmp_path: Path, iris_file: Path, small_disk: SmallDisk
 ) -> None:
-    settings = {"model_path": iris_file, "journal_dir": small_disk / "journal", "journal_max_bytes": 2**20}
+    settings = {
+        "model_path": iris_file,
+        "journal_dir": small_disk.mount("2500k") / "journal",
+        "journal_max_bytes": 2**20,
+    }
     with gunicorn(tmp_path, web_concurrency=2, **settings) as server:
         ask_many(server, 10)
-        with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(1024))
+        small_disk.fill()
         workers = server.workers()
         ask_many(server, 50)
         found = scraped(server)
