@@ -98,8 +98,8 @@ def promote(store: Store, settings: Settings, version: str, force: bool, any_mac
     It must predict its sample here, and answer each request that the present stable version answers.
     """
     before = Routing.read(store.directory)
-    store.promoted(before, version)  # raises at once, and not after the proof
-    _prove(store, version, before, settings, force, any_machine)
+    store.promoted(before, version)  # raises now, rather than after seconds of validation
+    _check_fit(store, version, before, settings, force, any_machine)
     after = store.promote(version, before.stable, version == before.canary)
     return _report(store, before, after, settings, wait)
 
@@ -114,8 +114,8 @@ def promote(store: Store, settings: Settings, version: str, force: bool, any_mac
 def canary(store: Store, settings: Settings, version: str, weight: float, guard: bool, **given: Any) -> int:
     """Serve a version to a share of the requests, beside the stable one. The same must hold as for `promote`."""
     before = Routing.read(store.directory)
-    store.with_canary(before, version, weight, guard)  # raises at once, and not after the proof
-    _prove(store, version, before, settings, given["force"], given["any_machine"])
+    store.with_canary(before, version, weight, guard)  # raises now, rather than after seconds of validation
+    _check_fit(store, version, before, settings, given["force"], given["any_machine"])
     after = store.canary(version, weight, guard, before.stable)
     return _report(store, before, after, settings, given["wait"])
 
@@ -243,7 +243,7 @@ def export_command(store: Store, settings: Settings, file: Path, **given: Any) -
     click.echo(f"{report}\nwrote {out}; make a version of it with: python -m model publish {out}{sample}")
 
 
-def _prove(store: Store, version: str, before: Routing, settings: Settings, force: bool, any_machine: bool) -> None:
+def _check_fit(store: Store, version: str, before: Routing, settings: Settings, force: bool, any_machine: bool) -> None:
     """Print whether a version fits this machine, predicts its sample, and fits the callers of the stable version.
 
     Raises: StoreError, it does not. `any_machine` skips the first of these, `force` the last.

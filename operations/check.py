@@ -116,13 +116,13 @@ def _configuration(settings: Settings) -> Iterator[str]:
     from gunicorn.app.wsgiapp import WSGIApplication
 
     sys.argv[:] = ["gunicorn"]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             config = WSGIApplication().cfg
             workers = config.workers
             name = f"{config.worker_class.__module__}.{config.worker_class.__name__}"
         except SystemExit as error:
-            lines = [line for line in said.getvalue().splitlines() if line and line[0] != " "] or [str(error)]
+            lines = [line for line in printed.getvalue().splitlines() if line and line[0] != " "] or [str(error)]
             raise CheckFailed(error.code if isinstance(error.code, str) else f"gunicorn: {lines[-1]}") from None
     if "__config__" not in sys.modules:
         raise CheckFailed(f"gunicorn reads no gunicorn.conf.py here: cd {ROOT}")
