@@ -266,13 +266,13 @@ class Users:
                 return
             self._users = read_users(self._path)
         except (OSError, UsersFileError) as error:  # tried again each second: it may have been the reading that failed
-            self._log_limit.error(str(error), "the %d users stay as they were: %s", len(self._users), error)
+            kept = f"the {n} users stay as they were" if (n := len(self._users)) else "NOT READY, nobody can log in"
+            self._log_limit.error(str(error), "%s: %s", kept, error)
             return
         self._etag = etag
         self._log_limit.reset()
         self._verified = {digest: user for digest, user in self._verified.copy().items() if user.name in self._users}
-        costs = Counter(user.password.partition("$")[0] for user in self._users.values())
-        for cost, _ in costs.most_common(1):
+        for cost, _ in Counter(user.password.partition("$")[0] for user in self._users.values()).most_common(1):
             self._nobody = replace(self._nobody, password=f"{cost}$salt$00")
         log.info("read %s: %d user%s", self._path, len(self._users), "" if len(self._users) == 1 else "s")
         if not self._users:

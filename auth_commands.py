@@ -170,7 +170,10 @@ def _changing(path: Path, name: str, *, exists: bool) -> Iterator[dict[str, Any]
         entries = _read_for_change(path, name, exists=exists)
         before = entries.get(name)
         yield entries
-        replace_file(path, json.dumps(entries, indent=2).encode() + b"\n", mode=0o600)
+        try:
+            replace_file(path, json.dumps(entries, indent=2).encode() + b"\n", mode=0o600)
+        except OSError as error:
+            raise UsersFileError(f"{path} cannot be written, nothing was changed: {error.strerror}") from error
     context = click.get_current_context()
     is_given = context.find_root().get_parameter_source("file") is ParameterSource.COMMANDLINE
     command = ["auth", *(["--file", str(path)] if is_given else []), str(context.info_name), name]

@@ -147,6 +147,8 @@ def list_command(store: Store, settings: Settings) -> None:
     lines: list[tuple[str, ...]] = [("VERSION", "FORMAT", "MB", "PUBLISHED", "BY", "SERVED AS", "NOTE")]
     lines += [_line(store, version, uses.get(version, "")) for version in store.versions()]
     cli.echo_table(lines)
+    if len(lines) == 1:
+        click.echo(f"model: there is no version in {store.directory}", err=True)
     if routing.generation:
         click.echo(f"generation {routing.generation}, {routing.changed}, by {routing.by}: {routing.why}")
     if (ahead := changed_at(routing) - time.time()) > 60.0:

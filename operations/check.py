@@ -63,7 +63,11 @@ def check(pid: int | None) -> int:
             lines = str(error).splitlines()[: None if isinstance(error, EXPLAINED) else 1]  # others may be tracebacks
             click.echo("\n      ".join([f"FAIL  {kind}{lines[0] if lines else ''}", *lines[1:]]))
             failures += 1
-    click.echo(f"{failures} of these would keep the server from answering" if failures else "the server would start")
+    click.echo(
+        f"{failures} of these would keep the server from answering or recording"
+        if failures
+        else "the server would start"
+    )
     return 1 if failures else 0
 
 
@@ -75,7 +79,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            click.echo(f"note  {record.getMessage()}")
+            click.echo(f"note  {record.getMessage().partition(chr(10))[0]}")  # Python's warnings quote a line of code
 
 
 def _check_code(settings: Settings, pid: int) -> None:
@@ -123,7 +127,10 @@ def _configuration(settings: Settings) -> Iterator[str]:
             name = f"{config.worker_class.__module__}.{config.worker_class.__name__}"
         except SystemExit as error:
             lines = [line for line in printed.getvalue().splitlines() if line and line[0] != " "] or [str(error)]
-            raise CheckFailed(error.code if isinstance(error.code, str) else f"gunicorn: {lines[-1]}") from None
+            if not Path("gunicorn.conf.py").exists():  # so gunicorn lacks what it says, too
+                raise CheckFailed(f"gunicorn reads no gunicorn.conf.py here: cd {ROOT}") from None
+            why = f"gunicorn: {lines[-1].removeprefix('gunicorn: ')}"
+            raise CheckFailed(error.code if isinstance(error.code, str) else why) from None
     if "__config__" not in sys.modules:
         raise CheckFailed(f"gunicorn reads no gunicorn.conf.py here: cd {ROOT}")
     for path in filter(None, (config.certfile, config.keyfile)):
@@ -135,7 +142,13 @@ def _users(settings: Settings) -> Iterator[str]:
     """Check that the files are there, and read the users."""
     settings.check_files()
     if settings.auth == "basic":
-        yield f"users: {len(auth.read_users(settings.users_file))} in {settings.users_file}"
+        users = auth.read_users(settings.users_file)
+        if not users:
+            raise CheckFailed(
+                f"USERS_FILE={str(settings.users_file)!r} has no users, so the server would not be ready. Make one "
+                "with: python -m auth add NAME --role predict"
+            )
+        yield f"users: {len(users)} in {settings.users_file}"
 
 
 def _directory(settings: Settings) -> Iterator[str]:
@@ -144,8 +157,8 @@ def _directory(settings: Settings) -> Iterator[str]:
     while not there.exists() and there != there.parent:
         there = there.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")  # on a full disk an empty file can be made
     except OSError as error:
         raise CheckFailed(f"JOURNAL_DIR={str(directory)!r} cannot be written: {error}") from None
     owner = there.stat().st_uid

@@ -13,6 +13,7 @@ The journal is read if it has all requests of that time; if some were shipped or
 """
 
 import math
+import shutil
 import sys
 import time
 from array import array
@@ -33,6 +34,7 @@ from telemetry.rollups import Sums
 from telemetry.single_requests import FIELDS, NoSuchRequest, failures, find, follow, is_request, printable, read
 
 LATEST = 50  # failed requests
+FULL = 2**16  # bytes that are free on a disk, with which records are lost
 
 
 def _feedback_report() -> Any:
@@ -65,6 +67,8 @@ class Summary:
                 self._of(record["model_version"], record["variant"]).add_feedback(record)
             elif record.get("event") == "wrong_password":
                 pass  # it is among the requests without a valid password
+            elif record.get("event") == "change":  # of a version, a user, …: not by what was changed
+                self.events["changes (python -m model history)"] += 1
             elif "event" in record:
                 what = f" of {version}" if (version := record.get("model_version")) else f" {record.get('reason', '')}"
                 self.events[(record["event"] + what).rstrip()] += 1
@@ -299,6 +303,8 @@ def report(context: click.Context, /, directory: Path, since: tuple[float, str],
             lines += module.prediction_errors(feedback, directory) if module else []
             lines += shipping(directory)
         echo_table(lines)
+        if shutil.disk_usage(directory).free < FULL:
+            click.echo(f"the disk of {directory} is full: requests are missing here", err=True)
 
 
 def _check(context: click.Context, chosen: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ def test_changes_are_records_that_are_shipped_and_that_the_report_counts(tmp_pat
     operator.run("auth", "add", "bob", "--role", "predict", given=PASSWORD)
     store = Store(tmp_path / "models", History(Settings(journal_dir=operator.journal)).note)
     put(store, tmp_path, "1")
-    assert summarise(operator.journal, 0.0, time.time()).events == {"change": 1, "change of 1": 1}
+    assert summarise(operator.journal, 0.0, time.time()).events == {"changes (python -m model history)": 2}
     before = (operator.journal / FILE).read_bytes()
     assert len(segments(operator.journal)) == 2
     assert FILE not in [path.name for path in segments(operator.journal)]

@@ -306,18 +306,21 @@ class Store:
     def _back(self, old: Routing, version: str) -> Routing:
         """Return the routing with an earlier stable version. Raises: StoreError, it stays as it is."""
         earlier = self.earlier(old)
-        if not earlier:
-            raise StoreError("there is no canary, and no earlier stable version to return to")
         names = ", ".join(earlier)
         if not version and old.why.startswith(("rollback", "guard,")):
             done = f"the last change was a rollback already, at {old.changed} by {old.by} ({old.why})"
-            way_out = f"To go further back, name one of {names}: python -m model rollback {earlier[0]}"
-            raise StoreError(f"{done}. So version {old.stable} stays the stable one. {way_out}")
-        version = version or earlier[0]
-        if version == old.stable:
+            way_out = (
+                f"To go further back, name one of {names}: python -m model rollback {earlier[0]}" if earlier else ""
+            )
+            raise StoreError(f"{done}. So version {old.stable} stays the stable one. {way_out}".rstrip())
+        if version and version == old.stable:
             raise StoreError(f"version {version} is already the stable one, and there is no canary")
-        if version not in earlier:
-            raise StoreError(f"version {version!r} was not the stable one lately, as {names} was; promote it")
+        if version and version not in earlier:
+            others = f", as {names} was" if earlier else ""
+            raise StoreError(f"version {version!r} was not the stable one lately{others}; promote it")
+        if not earlier:
+            raise StoreError("there is no canary, and no earlier stable version to return to")
+        version = version or earlier[0]
         self.manifest(version)
         return replace(old, stable=version, previous=earlier[earlier.index(version) + 1 :])
 

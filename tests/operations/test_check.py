@@ -61,6 +61,7 @@ def test_server_that_would_start_is_all_right_and_nothing_is_written(tmp_path: P
         ({"gunicorn_cmd_args": "--worker-class gone"}, "class uri 'gone' invalid"),
         ({"gunicorn_cmd_args": "--certfile gone.pem --keyfile gone.key"}, "gone.pem"),
         ({"users_file": "gone.json"}, "gone.json"),
+        ({"users_file": "none.json"}, "none.json' has no users, so the server would not be ready"),
         ({"model_path": "gone.joblib"}, "gone.joblib"),
         ({"model_path": "broken.joblib"}, "broken.joblib does not load"),
         ({"model_path": ""}, "holds no version to serve"),
@@ -73,12 +74,13 @@ def test_what_would_keep_it_from_answering_is_named(
 ) -> None:
     write_users(tmp_path / "users.json")
     (tmp_path / "broken.joblib").write_bytes(b"not a model")
+    (tmp_path / "none.json").write_text("{}")
     (tmp_path / "needs_more.py").write_text("import a_library_that_is_not_there")
     (tmp_path / "broken.py").write_text("def init_app(app, service:\n")
     (tmp_path / "breaks.py").write_text("def init_app(app, service):\n    raise RuntimeError('not today')\n")
     given = {"model_path": str(iris_file), "model_dir": str(tmp_path / "none")} | settings
     for name in ("users_file", "model_path"):
-        if given.get(name, "").startswith(("gone", "broken")):
+        if given.get(name, "").startswith(("gone", "broken", "none")):
             given[name] = str(tmp_path / given[name])
     del given["model_dir" if given["model_path"] else "model_path"]
     done = check(tmp_path, **given)

@@ -178,6 +178,9 @@ def test_full_disk_stops_no_answer_and_loses_no_state(state: Path, small_disk: S
             assert done.returncode == 1, command
             assert "No space left" in done.stderr, command
             assert "Traceback" not in done.stderr
+        assert "is full: requests are missing here" in run("telemetry.report", home).stderr
+        done = run("server check", home)
+        assert (done.returncode, "No space left" in done.stdout) == (1, True)
         assert (Routing.read(home / "models"), (home / "users.json").read_bytes()) == (routing, users)
         assert not list((home / "models").glob(".*-????????"))
         body = json.dumps({"feedback": [{"receipt": receipt, "truth": [0]}]}).encode()

@@ -482,7 +482,9 @@ def test_what_cannot_be_done_says_why_and_changes_nothing(
 )
 def test_store_without_versions_says_so(command: Any, line: str, why: str) -> None:
     assert re.search(why, command(*line.split()).refusal())
-    assert command("list").out.split("\n")[0].split()[:3] == ["VERSION", "FORMAT", "MB"]
+    listed = command("list")
+    assert listed.out.split("\n")[0].split()[:3] == ["VERSION", "FORMAT", "MB"]
+    assert listed.err.startswith("model: there is no version in ")
     assert command("verify").status == 0
 
 
@@ -499,7 +501,8 @@ def test_rollback_passes_over_what_was_removed(store: Store, artifact: Path, com
     shutil.rmtree(store.directory / "3")  # by hand
     assert "stable before" in command("remove", "1").refusal()
     assert command("rollback").out == "back to version 1, from version 4\ngeneration 5: stable 1\n"
-    assert "no earlier stable version" in command("rollback").refusal()
+    assert command("rollback").refusal().endswith("So version 1 stays the stable one.\n")
+    assert "version '4' was not the stable one lately; promote it" in command("rollback", "4").refusal()
 
 
 def test_second_rollback_in_a_row_changes_nothing_and_names_the_way(store: Store, artifact: Path, command: Any) -> None:
