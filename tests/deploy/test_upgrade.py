@@ -25,7 +25,7 @@ git -C /root/origin checkout -q -B main
 git clone -q /root/origin /root/clone
 cd /root/clone
 {install}
-set +x; echo; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.pid)/cwd)")"; set -x
+set +x; echo; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
 """
 RELEASE = r"""
 cd /root/origin
@@ -34,7 +34,7 @@ echo '# A comment.' >> web/callers.py
 git commit -qam "Another release"
 cd /root/clone
 {up}
-set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.pid)/cwd)")"; set -x
+set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
 systemctl reload prediction-server
 """
 BACK = r"""
@@ -42,7 +42,7 @@ ln -sfT "$(readlink -f /opt/prediction-server-before)" /opt/prediction-server
 ! systemctl reload prediction-server
 ln -sfT $release /opt/prediction-server
 {back}
-set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.pid)/cwd)")"; set -x
+set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
 """
 
 
@@ -89,7 +89,7 @@ class Callers(threading.Thread):
 @needs_nginx
 @needs_a_host
 def test_release_goes_up_and_back_under_load_and_keeps_the_state(tmp_path: Path) -> None:
-    script = BEFORE.format(root=ROOT, install=block()) + RELEASE.format(up=commands("Up"))
+    script = BEFORE.format(root=ROOT, install=block("Production deployment")) + RELEASE.format(up=commands("Up"))
     script += BACK.format(back=commands("Back"))
     with host_network() as namespace:
         callers = Callers(namespace)
