@@ -1197,7 +1197,8 @@ def test_command_that_fails_leaves_the_old_file_and_no_other(users_file: Path, m
 
     before = users_file.read_bytes()
     monkeypatch.setattr(os, "rename", fail)
-    assert cli(users_file, "remove", "alice") == (1, "", "auth: [Errno 28] No space left on device\n")
+    why = f"auth: {users_file.resolve()} cannot be written, nothing was changed: No space left on device\n"
+    assert cli(users_file, "remove", "alice") == (1, "", why)
     assert users_file.read_bytes() == before
     assert {path.name for path in users_file.parent.iterdir()} <= {
         "users.json",
