@@ -191,6 +191,8 @@ def test_full_disk_stops_no_answer_and_loses_no_state(state: Path, small_disk: S
         server.wait_until(lambda: server.log.read_text().count("serving version") == 4)
         for user, path in (("metrics", "/metrics"), ("monitor", "/monitor"), ("admin", "/model")):
             assert server.ask("GET", path, Authorization=basic(user))[0] == 200
+        for _ in range(50):  # the new workers have lost nothing yet, and those that had are gone
+            ask(server, "predict", "/predict", {"data": ROW})
 
         filler.unlink()
         assert run("model promote 2 --wait 60", home).returncode == 0
