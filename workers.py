@@ -27,6 +27,8 @@ from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
 from web import callers
 from web.body import shut_down
 
+NEW = 0.5  # seconds for which a connection waits that a stop spares: its request may be on the way
+
 
 class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """Serves each connection in a greenlet.
@@ -90,15 +92,15 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Begin to stop, at SIGTERM."""
         super().handle_exit(sig, frame)
-        gevent.spawn(self._close_idle)  # not in the signal's handler, which may interrupt anything
+        gevent.spawn(self._close_idle, NEW)  # not in the signal's handler, which may interrupt anything
 
     def notify(self) -> None:
         """Report to the master that this worker lives, once a second, and close what has been idle for too long."""
         super().notify()
-        self._close_idle((self.cfg.keepalive or 20.0) if self.alive else 0.0)  # with 0, for TLS handshakes only
+        self._close_idle((self.cfg.keepalive or 20.0) if self.alive else NEW)
         self._make_room()
 
-    def _close_idle(self, seconds: float = 0.0) -> None:
+    def _close_idle(self, seconds: float) -> None:
         """End longer waits for further requests; one that has arrived is still read, and answered."""
         now = time.monotonic()
         for client in [client for client, since in self.idle.items() if now - since >= seconds]:
