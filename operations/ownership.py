@@ -38,9 +38,10 @@ def before_fork(settings: "Settings") -> None:
     global _ours
     _ours = os.getpid(), FileLock(settings.journal_dir / "server.lock")
     with suppress(OSError):  # those who write there log that they cannot
-        is_successor = os.environ.get("GUNICORN_PID") == str(os.getppid())  # SIGUSR2
-        if not _acquire(_ours[1], settings) and not is_successor:
-            _wait_for_predecessor(_ours[1], settings)
+        if not _acquire(_ours[1], settings):
+            owner = (settings.journal_dir / "server.lock").read_text("utf-8", "replace")
+            if owner.partition(",")[0] != str(os.getppid()):  # else SIGUSR2, or a worker that begins anew (RELOAD=1)
+                _wait_for_predecessor(_ours[1], settings, owner)
 
 
 def init_app(app: "Flask", service: "Service") -> None:
@@ -50,7 +51,8 @@ def init_app(app: "Flask", service: "Service") -> None:
     def tick() -> None:
         if _ours is not None and os.getppid() == _ours[0]:  # not once the master is dead: its successor shall have it
             with suppress(OSError):
-                _acquire(lock, service.settings)
+                if not _acquire(lock, service.settings):
+                    lock.release()  # each worker would keep a descriptor
 
     service.every_second.append(tick)
 
@@ -72,12 +74,11 @@ def _address(settings: "Settings") -> str:
     return f"HOST={settings.host} PORT={settings.port}"
 
 
-def _wait_for_predecessor(lock: FileLock, settings: "Settings") -> None:
+def _wait_for_predecessor(lock: FileLock, settings: "Settings", owner: str) -> None:
     """Take the lock once the owner has ended, or refuse to start.
 
     An owner that listened where this server will is about to end, since the address is free: it answers what it began.
     """
-    owner = (settings.journal_dir / "server.lock").read_text("utf-8", "replace")
     seconds = settings.graceful_timeout + MARGIN if owner.endswith(_address(settings)) else 1.0
     log.warning("%s is used by the server of pid %s; waiting %g s for it to end", settings.journal_dir, owner, seconds)
     deadline = time.monotonic() + seconds

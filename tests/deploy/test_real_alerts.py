@@ -236,10 +236,10 @@ def test_shipping(place: Path, sls: LoopbackSLS) -> None:
         resolves(watching, "RecordsRefused")
         watching.wait_until(lambda: watching.value("sum(prediction_records_dropped_total)") == 0)
         sls.down()
-        until = iter(range(100))
+        until = iter(range(1000))
 
         def is_full() -> bool:
-            assert next(until) < 99
+            assert next(until) < 999
             fill(server, 300)
             return {"JournalNotDraining", "JournalNearlyFull", "RecordsDropped"} <= watching.firing()
 

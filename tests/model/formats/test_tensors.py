@@ -1029,7 +1029,7 @@ def test_every_kind_of_file_is_published_promoted_served_and_rolled_back_by_the_
         with Load(server) as load:
             for suffix in expected:
                 if suffix != ".joblib":
-                    assert "all 2 workers serve it" in command("promote", suffix[1:], "--wait", "120")
+                    assert "all 2 workers serve it" in command("promote", suffix[1:], "--force", "--wait", "120")
                 assert_serves(suffix)
             for suffix in list(expected)[-2::-1]:
                 assert "all 2 workers serve it" in command("rollback", "--wait", "120")
