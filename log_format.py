@@ -39,7 +39,8 @@ class _TextFormatter(logging.Formatter):
     """Keeps what a library or a caller wrote from looking like a line of its own, or from steering a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _escape(super().format(record).rstrip())  # a warning of Python's ends with an empty line
+        text = super().format(record)
+        return _escape(text.rstrip() if record.name == "py.warnings" else text)  # these end with an empty line
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         trace = _ids_of_request(record).get("trace_id")

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -62,6 +63,17 @@ def test_command_under_make_is_make(tmp_path: Path, iris_file: Path) -> None:
         assert assert_refused(tmp_path, model_path=iris_file, makelevel=1).endswith(" make run\n")
 
 
+def is_open(port: int) -> bool:
+    """Return whether somebody listens on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+        return False
+
+
 @pytest.mark.long
 def test_successor_waits_for_the_requests_in_flight_of_a_server_that_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -77,7 +89,8 @@ def test_successor_waits_for_the_requests_in_flight_of_a_server_that_stops(
         caller.start()
         time.sleep(1)
         first.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        while is_open(first.port):  # the worker closes it within a second
+            time.sleep(0.1)
         with gunicorn(tmp_path, model_path=tmp_path / "slow.joblib", port=first.port) as second:
             caller.join()
             assert answers == [SETOSA]
