@@ -30,8 +30,10 @@ COMPILE = (
 
 def node(*command: str) -> str:
     """Run a command of Node.js; return what it prints if it fails, else the empty string."""
-    environ = os.environ | {"PATH": f"{HERE}{os.pathsep}{os.environ['PATH']}"}
-    ran = subprocess.run(command, cwd=NODE, env=environ, capture_output=True, text=True)
+    # Node.js brings certificates of its own; the authorities that this machine trusts besides are the system's.
+    environ = {"NODE_EXTRA_CA_CERTS": "/etc/ssl/certs/ca-certificates.crt"} | os.environ
+    environ |= {"PATH": f"{HERE}{os.pathsep}{os.environ['PATH']}"}
+    ran = subprocess.run(command, cwd=NODE, env=environ, capture_output=True, text=True, timeout=300)
     return ran.stdout + ran.stderr if ran.returncode else ""
 
 
