@@ -177,6 +177,8 @@ def show(store: Store, settings: Settings, version: str) -> None:
 def verify_command(store: Store, settings: Settings, version: str | None) -> int:
     """Validate a version, or all of them, in a fresh process: bytes, signature and predictions."""
     versions = [version] if version else store.versions()
+    if not versions:
+        raise StoreError(f"there is no version in {store.directory}")
     broken = 0
     for each in versions:
         found = "as it was published"

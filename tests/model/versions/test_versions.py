@@ -1048,6 +1048,11 @@ def test_manifest_that_lies_is_found_out_by_verify_and_before_promote(
     assert not (store.directory / "routing.json").exists()
 
 
+def test_verify_fails_if_there_is_no_version(store: Store, command: Any) -> None:
+    done = command("verify")
+    assert (done.status, done.err) == (1, f"model: there is no version in {store.directory}\n")
+
+
 def test_verify_without_a_name_verifies_all(store: Store, published: Path, command: Any, validated_here: None) -> None:
     shutil.copytree(published, store.directory)
     shutil.copytree(published / "1", store.directory / "2")
