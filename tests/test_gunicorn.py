@@ -144,7 +144,7 @@ def test_files_that_break_while_serving_end_neither_worker_nor_server(tmp_path: 
         server.wait_until(lambda: server.log.read_text().count("serving version") >= 2)
         status, answer = server.predict(IRIS)  # nobody is let in on the word of a file that cannot be read
         assert (status, answer["detail"]) == (503, "not ready: there are no users; the server's log says why")
-        assert "auth: NOT READY, nobody can log in: " in server.log.read_text()
+        assert "NOT READY, nobody can log in: " in server.log.read_text()
         model.unlink()
         server.process.send_signal(signal.SIGHUP)
         server.wait_until(lambda: "NOT READY, no model is served" in server.log.read_text())

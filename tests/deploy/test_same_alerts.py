@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_console import ALERTS as OF_SLS
 from test_console import fires
 from test_prometheus import ALERTS, needs_prometheus, page_of
+from werkzeug.exceptions import default_exceptions
 
 from monitor import BLANK, LOSSES, Journal, RequestLog, read_lines, segments
 from operations import exits
@@ -138,7 +139,8 @@ class Happening:
         if isinstance(what, Request):
             record = what.record()
             if what.outcome:
-                self.metrics.count_rejected(record["status"], record)
+                error = default_exceptions[record["status"]]()
+                self.metrics.count_rejected(error, error, record)
             self.log.observe(what.seconds, record)
             self.metrics.count_request(what.seconds, record)
         elif what in LOSSES:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,16 @@ def test_failure_has_a_line_with_its_cause_and_each_cause_a_traceback(
     assert "s3cret" not in json.dumps(found)
 
 
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> logging.Logger:
+    """A log of its own, whatever other tests have made of the others."""
+    found = logging.getLogger(f"test.{uuid.uuid4().hex}")
+    caplog.set_level("INFO", found.name)
+    found.addHandler(caplog.handler)
+    found.propagate = False
+    return found
+
+
 def fail(failures: FailureLog, times: int, error: Exception | None = None) -> None:
     """Log some failures of one cause."""
     try:
@@ -59,8 +70,8 @@ def fail(failures: FailureLog, times: int, error: Exception | None = None) -> No
             failures.error("", "request %s: the %s failed", number, "model", exc_info=raised)
 
 
-def test_flood_is_bounded_and_each_failure_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    failures = FailureLog(logging.getLogger("test"))
+def test_flood_is_bounded_and_each_failure_is_counted(log: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    failures = FailureLog(log)
     began = time.monotonic()
     fail(failures, 5000)
     failures.count_left_out()
@@ -77,9 +88,9 @@ def test_flood_is_bounded_and_each_failure_is_counted(caplog: pytest.LogCaptureF
 
 
 def test_traceback_comes_again_after_a_minute_with_the_number_in_between(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    log: logging.Logger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures, now = FailureLog(logging.getLogger("test")), time.monotonic
+    failures, now = FailureLog(log), time.monotonic
     fail(failures, 8)
     fail(failures, 1, ValueError())
     monkeypatch.setattr(time, "monotonic", lambda: now() + 61)
@@ -92,8 +103,8 @@ def test_traceback_comes_again_after_a_minute_with_the_number_in_between(
     assert len(caplog.records) == 11
 
 
-def test_causes_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    failures = FailureLog(logging.getLogger("test"))
+def test_causes_are_bounded(log: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    failures = FailureLog(log)
     for number in range(MAX_CAUSES + 50):
         fail(failures, 1, type(f"Made{number}", (Exception,), {})())
     assert sum(record.exc_info is not None for record in caplog.records) == MAX_CAUSES + 1

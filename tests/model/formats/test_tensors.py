@@ -1032,7 +1032,7 @@ def test_every_kind_of_file_is_published_promoted_served_and_rolled_back_by_the_
                     assert "all 2 workers serve it" in command("promote", suffix[1:], "--force", "--wait", "120")
                 assert_serves(suffix)
             for suffix in list(expected)[-2::-1]:
-                assert "all 2 workers serve it" in command("rollback", "--wait", "120")
+                assert "all 2 workers serve it" in command("rollback", suffix[1:], "--wait", "120")
                 assert_serves(suffix)
         assert load.errors == []
         assert set(load.statuses) == {200}
