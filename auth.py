@@ -272,7 +272,8 @@ class Users:
         self._etag = etag
         self._log_limit.reset()
         self._verified = {digest: user for digest, user in self._verified.copy().items() if user.name in self._users}
-        for cost, _ in Counter(user.password.partition("$")[0] for user in self._users.values()).most_common(1):
+        costs = Counter(user.password.partition("$")[0] for user in self._users.values())
+        for cost, _ in costs.most_common(1):
             self._nobody = replace(self._nobody, password=f"{cost}$salt$00")
         log.info("read %s: %d user%s", self._path, len(self._users), "" if len(self._users) == 1 else "s")
         if not self._users:
