@@ -70,6 +70,7 @@ def test_everything_locks_as_nfs_allows(tmp_path: Path, iris_file: Path, sls: Lo
         truth = json.dumps({"feedback": [{"receipt": told["X-Feedback"], "truth": [0]}]}).encode()
         headers["Authorization"] = basic("feedback")
         assert (status, server.ask("POST", "/feedback", truth, **headers)[0]) == (200, 200)
+        server.wait_until(lambda: "journal/guard.lock" in (tmp_path / "taken").read_text())  # it looks once a second
         run("model rollback --wait 60")
         run("model promote 2 --wait 60")
         run("model rollback --wait 60")
