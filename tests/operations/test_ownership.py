@@ -158,7 +158,7 @@ def test_upgrade_by_sigusr2_hands_the_directory_over(tmp_path: Path, iris_file: 
         server.process.send_signal(signal.SIGUSR2)
         server.wait_until(lambda: server.log.read_text().count("serving version") == 2)
         (successor,) = [pid for pid in server.workers() if children_of(pid)]
-        server.process.send_signal(signal.SIGQUIT)
+        server.process.send_signal(signal.SIGTERM)
         server.process.wait(30)
         deadline = time.monotonic() + 30
         while not holders(lock) & set(children_of(successor)):
