@@ -23,6 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before numpy: BLAS's threads of several test processes wait for each other's cores, a fit of 15 ms takes one of 400.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import joblib
 import pytest
 from sklearn.datasets import load_iris
