@@ -64,8 +64,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Use two processes for a core, since most tests wait for a server; for the long ones, which load it, one."""
-    return usable_cores() * (2 if config.option.markexpr == "not long" else 1)
+    """Use two processes for a core, since most tests wait for a server; for the long ones, which load it, fewer."""
+    return usable_cores() * 2 if config.option.markexpr == "not long" else usable_cores() * 3 // 2
+
+
+@pytest.hookimpl(trylast=True)  # after those that are not asked for were left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files of long tests come first, then those of many, so that no process is busy long after the others."""
+    count = Counter(item.path for item in items)
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: (-long[item.path] / count[item.path], -count[item.path]))
 
 
 def basic(user: str, password: str = PASSWORD) -> str:

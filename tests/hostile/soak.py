@@ -3,7 +3,7 @@
     python tests/hostile/soak.py --minutes 60
 
 prints a line a round: memory, descriptors, threads and files of the server. It ends with a message if one of them
-grows, or if an answered request was not recorded and shipped. test_soak.py does two minutes of it.
+grows, or if an answered request was not recorded and shipped. test_soak.py does a minute of it, or three rounds.
 """
 
 import argparse

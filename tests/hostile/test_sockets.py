@@ -137,7 +137,7 @@ def test_good_caller_is_answered_during(
     before, at_rest = memory(server), descriptors(server)
     logged, began = server.log.stat().st_size, time.monotonic()
     with attack(name, server, connections, *authorization):
-        check_good_caller(server, calm, 8.0, limit)
+        check_good_caller(server, calm, 5.0, limit)
         assert memory(server) < before + 300
         assert server.log.stat().st_size - logged < 10_000 * (time.monotonic() - began)
     server.wait_until(lambda: descriptors(server) <= at_rest + 3, 60)
