@@ -179,6 +179,7 @@ def test_client_with_a_data_frame_adds_its_predictions(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in printed.splitlines()] == ["prediction", "0", "1"]
 
 
+@pytest.mark.long
 @needs_curl
 def test_first_curl_is_the_one_that_the_server_prints_and_answers_as_shown(tmp_path: Path) -> None:
     for module in ("auth", "model.demo"):

@@ -115,6 +115,7 @@ def test_server_that_runs_is_not_disturbed(tmp_path: Path, iris_file: Path) -> N
         assert server.predict([[5.1, 3.5, 1.4, 0.2]])[0] == 200
 
 
+@pytest.mark.long
 def test_versions_that_are_routed_to_answer_their_samples(tmp_path: Path, iris_file: Path) -> None:
     store = pytest.importorskip("model.versions.store")
     publishing = pytest.importorskip("model.versions.publishing")

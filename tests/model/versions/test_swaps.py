@@ -361,14 +361,6 @@ def assert_fast(lives: list[list[float]]) -> None:
     assert max(map(min, zip(*lives, strict=True))) < 2.0, lives
 
 
-def test_versions_come_and_go_under_load_and_every_answer_is_of_the_version_it_names(world: World) -> None:
-    with Load(world.server, callers=2, pause=0) as load:
-        took = [live(world.server, world.store, load, 10 + n, n == 0) for n in range(2)]
-    assert_fast(took)
-    assert load.errors == []
-    assert_true(load.answers)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("worker_class", ["gevent", "gthread"])
 def test_many_lives_of_versions_fail_no_request(store: Store, worker_class: str) -> None:
@@ -384,6 +376,7 @@ def test_many_lives_of_versions_fail_no_request(store: Store, worker_class: str)
     assert recorded == Counter(answer.version for answer in load.answers)
 
 
+@pytest.mark.long
 def test_waiting_says_that_a_version_is_not_served_and_is_not_deceived_by_what_was_before(world: World) -> None:
     publish(world.store, world.odd.LoadsOnce(47), "47")
     (world.server.place / "loads").write_text("")  # again, in the fresh process that proves it, and not in a worker
