@@ -137,7 +137,7 @@ def test_model_may_start_programs_as_it_is_imported_and_in_predict_and_fork(
 
     joblib.dump(Model(), tmp_path / "model.joblib")
     sys.modules.pop("starts_programs")
-    with gunicorn(tmp_path, model_path=tmp_path / "model.joblib", preload=preload) as running:
+    with gunicorn(tmp_path, model_path=tmp_path / "model.joblib", preload=preload, max_wait=60) as running:
         running.wait_until(running.is_ready)
         for _ in range(3):
             assert running.predict([[1.0]]) == (200, {"prediction": ["import predict"]})
