@@ -65,7 +65,7 @@ def test_more_random_models_are_answered_as_they_answer_themselves(tmp_path: Pat
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("first", range(0, 400, 100))
+@pytest.mark.parametrize("first", range(0, 200, 100))
 def test_random_models_of_other_libraries_are_answered_as_they_answer_themselves(tmp_path: Path, first: int) -> None:
     need_boosters()
     check_all(check_in_process, range(first, first + 100), tmp_path, foreign=True).assert_right(100)

@@ -100,12 +100,9 @@ def test_worker_that_dies_while_others_load_does_not_count(tmp_path: Path, model
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("worker_class", WORKER_CLASSES)
-def test_worker_that_loads_again_for_long_is_not_asked_while_another_serves(
-    tmp_path: Path, model: Path, worker_class: str
-) -> None:
+def test_worker_that_loads_again_for_long_is_not_asked_while_another_serves(tmp_path: Path, model: Path) -> None:
     """For longer than the 25 seconds for which one that is alone keeps connections waiting."""
-    with gunicorn(tmp_path, model_path=model, web_concurrency=2, worker_class=worker_class) as server:
+    with gunicorn(tmp_path, model_path=model, web_concurrency=2) as server:
         server.wait_until(server.is_ready)
         (tmp_path / "slow").touch()
         os.kill(server.workers()[0], signal.SIGKILL)

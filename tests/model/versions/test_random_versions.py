@@ -96,13 +96,13 @@ def check_exported(case: Case, seed: int, place: Path, tally: Tally) -> None:
 
 @pytest.mark.long
 def test_random_models_that_were_published_are_answered_as_they_answer_themselves(tmp_path: Path) -> None:
-    check_all(check_in_store, range(2000, 2060), tmp_path).assert_right(60)
+    check_all(check_in_store, range(2000, 2040), tmp_path).assert_right(40)
 
 
 @pytest.mark.long
 def test_random_models_of_other_libraries_that_were_published_are_answered_so(tmp_path: Path) -> None:
     need_boosters()
-    check_all(check_in_store, range(2060, 2120), tmp_path, foreign=True).assert_right(60)
+    check_all(check_in_store, range(2060, 2100), tmp_path, foreign=True).assert_right(40)
 
 
 @pytest.mark.long
