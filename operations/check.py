@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -53,22 +53,37 @@ def check(pid: int | None) -> int:
     if pid is not None:
         _check_code(settings, pid)
         return 0
-    failures = 0
-    for each in (_packages, _configuration, _users, _directory, _model):
-        try:
-            for line in each(settings):
-                click.echo(f"ok    {line}")
-        except Exception as error:
-            kind = "" if isinstance(error, EXPLAINED) else f"{type(error).__name__}: "
-            lines = str(error).splitlines()[: None if isinstance(error, EXPLAINED) else 1]  # others may be tracebacks
-            click.echo("\n      ".join([f"FAIL  {kind}{lines[0] if lines else ''}", *lines[1:]]))
-            failures += 1
+    checks: tuple[Callable[[Settings], Iterable[str]], ...] = (
+        _packages,
+        _configuration,
+        _users,
+        _directory,
+        _certificate,
+        _model,
+    )
+    failures = int(not _passes(_extensions, settings))
+    if failures:  # the others would fail for the same reason
+        checks = (_users, _directory, _certificate)
+    failures += sum(not _passes(each, settings) for each in checks)
     click.echo(
         f"{failures} of these would keep the server from answering or recording"
         if failures
         else "the server would start"
     )
     return 1 if failures else 0
+
+
+def _passes(check: Callable[[Settings], Iterable[str]], settings: Settings) -> bool:
+    """Print what a check finds; return whether it found no fault."""
+    try:
+        for line in check(settings):
+            click.echo(f"ok    {line}")
+    except Exception as error:
+        kind = "" if isinstance(error, EXPLAINED) else f"{type(error).__name__}: "
+        lines = str(error).splitlines()[: None if isinstance(error, EXPLAINED) else 1]  # others may be tracebacks
+        click.echo("\n      ".join([f"FAIL  {kind}{lines[0] if lines else ''}", *lines[1:]]))
+        return False
+    return True
 
 
 EXPLAINED = (CheckFailed, SettingsError, auth.UsersFileError)
@@ -95,13 +110,18 @@ def _check_code(settings: Settings, pid: int) -> None:
         )
 
 
-def _packages(settings: Settings) -> Iterator[str]:
-    """Import everything, and compare what is installed with requirements.txt."""
-    if settings.worker_class == "gevent":  # as gunicorn.conf.py does it
+def _extensions(settings: Settings) -> Iterable[str]:
+    """Import the extensions, as gunicorn.conf.py does it."""
+    if settings.worker_class == "gevent":
         from gevent import monkey
 
         monkey.patch_all()
     settings.load_extensions()
+    return ()
+
+
+def _packages(settings: Settings) -> Iterator[str]:
+    """Import everything, and compare what is installed with requirements.txt."""
     for name, error in import_all(settings).items():
         raise CheckFailed(f"the module {name} does not import: {type(error).__name__}: {error}")
     expected: dict[str, set[str]] = {}  # of several, each for some versions of Python
@@ -167,6 +187,19 @@ def _directory(settings: Settings) -> Iterator[str]:
             f"note  this runs as user {os.geteuid()}, and {there} belongs to user {owner}: is that the service's?"
         )
     yield f"journal: {directory} can be written"
+
+
+def _certificate(settings: Settings) -> Iterable[str]:
+    """Warn if nothing would show when the certificate expires; the server itself does not use it."""
+    if settings.certificate_file:
+        with contextlib.suppress(ImportError):  # telemetry may be removed
+            from telemetry import certificate
+
+            try:
+                certificate.expiry(settings.certificate_file)
+            except certificate.NoCertificate as error:
+                click.echo(f"note  CERTIFICATE_FILE: {error}, so no alert would come before it expires")
+    return ()
 
 
 def _model(settings: Settings) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What ended workers that nobody asked to end: counted for GET /metrics, and recorded in the journal.
+"""What ended workers that nobody asked to end: counted for GET /metrics, logged, and recorded in the journal.
 
     prediction_worker_exits_total{reason="killed"} 3
 
@@ -31,7 +31,9 @@ REASONS = KILLED, CRASHED, PREDICT_TIMEOUT, HANG, ERROR = "killed", "crashed", "
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 ASKED_FOR = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
 
-_limit = LogLimit(logging.getLogger(__name__), 3600.0)
+log = logging.getLogger(__name__)
+
+_limit = LogLimit(log, 3600.0)
 _file = Path()
 _deaths: list[dict[str, Any]] = []  # since the master forked last; in a worker, those that it is to record
 
@@ -53,6 +55,7 @@ def master_ready(server: Any) -> None:
         worker = server.WORKERS.get(ended)
         if worker and (reason := reason_of(status, worker.aborted)):
             exits[reason] += 1
+            log.error("worker (pid %s) died: %s", ended, reason)  # to gunicorn, most signals are warnings
             _deaths.append({"event": "worker_exit", "reason": reason, "worker_pid": ended})
         return ended, status
 

@@ -58,7 +58,7 @@ def watch(service: "Service", slot: WorkerSlot, on_expose: list[Any]) -> None:
     service.on_answer.append(drift.count)
     service.serving.on_update.append(drift.begin_again)
     service.serving.on_describe.append(drift.describe)
-    on_expose.append(lambda add: add(drift.families(service.serving.loaded())))
+    on_expose.append(lambda add: add(drift.families()))
 
 
 class Drift:
@@ -204,16 +204,20 @@ class Drift:
             days = self.figures().get((variant["version"], _identity(variant)), {})
             variant["drift"] = {_date(day): days[day].describe(names) for day in sorted(days, reverse=True)}
 
-    def families(self, models: "list[LoadedModel]") -> Iterable[Metric]:
-        """Yield the metrics of today for models that are served."""
-        text = "Population stability index of the predictions of today (UTC) against those for the version's sample"
-        found = GaugeMetricFamily("prediction_drift_psi", text, labels=("model_version",))
-        rows = GaugeMetricFamily("prediction_drift_rows", "Rows that it is made of", labels=("model_version",))
-        for model in models:
-            sums = self.figures().get((model.version, _identity(model.about)), {}).get(int(time.time() // DAY))
-            if sums is not None and sums.psi is not None:
-                found.add_metric((model.version,), sums.psi)
-                rows.add_metric((model.version,), sums.rows)
+    def families(self) -> Iterable[Metric]:
+        """Yield the metrics of today, and of yesterday, which is a whole day and has the alert."""
+        labels = ("model_version", "day")
+        text = "Population stability index of the predictions of a day (UTC) against those for the version's sample"
+        found = GaugeMetricFamily("prediction_drift_psi", text, labels=labels)
+        rows = GaugeMetricFamily("prediction_drift_rows", "Rows that it is made of", labels=labels)
+        today, figures = int(time.time() // DAY), self.figures()
+        for day, name in ((today, "today"), (today - 1, "yesterday")):
+            counted = [(version, days[day]) for (version, _), days in figures.items() if day in days]
+            # Of two models that had one name in a day, it is that of the one with more rows.
+            for version, sums in dict(sorted(counted, key=lambda each: each[1].rows)).items():
+                if sums.psi is not None:
+                    found.add_metric((version, name), sums.psi)
+                    rows.add_metric((version, name), sums.rows)
         yield found
         yield rows
 

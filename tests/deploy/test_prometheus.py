@@ -187,7 +187,7 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     model: Any = SimpleNamespace(version="1", about=about, signature=SimpleNamespace(columns=None))
     answer: Any = SimpleNamespace(model=model, prediction=["a"])
     drift.count([[0.5]], answer, {"method": "predict", "model_version": "1"})
-    metrics.on_expose.append(lambda add: add(drift.families([model])))
+    metrics.on_expose.append(lambda add: add(drift.families()))
     certificate = place / "certificate.pem"
     subprocess.run(["openssl", *NEW_CERTIFICATE, "-days", "1", "-out", certificate], check=True, capture_output=True)
     metrics.on_expose.append(lambda add: add(certificate_families(certificate)))
@@ -209,7 +209,7 @@ def test_names_and_values_are_those_of_the_metrics(expression: str, exposed: set
     assert recorded <= RECORDED
     assert names or recorded or re.search(r"\bup\b|vector", expression)
     known = {"outcome": set(OUTCOMES.values()), "reason": {*LOSSES, *exits.REASONS}, "status": set(AUTH_STATUSES)}
-    known |= {"variant": {"stable", "canary", ""}, "model_version": {""}}
+    known |= {"variant": {"stable", "canary", ""}, "model_version": {""}, "day": {"today", "yesterday"}}
     for label, values in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', expression):
         assert label == "job" or set(values.split("|")) <= known[label]
 

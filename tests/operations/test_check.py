@@ -89,6 +89,26 @@ def test_what_would_keep_it_from_answering_is_named(
     assert done.stdout.count("FAIL") + done.stderr.count("server:") >= 1
 
 
+@pytest.mark.parametrize("name", ["gone_room", "broken"])
+def test_extension_that_does_not_load_is_one_failure(tmp_path: Path, iris_file: Path, name: str) -> None:
+    write_users(tmp_path / "users.json")
+    (tmp_path / "broken.py").write_text("def init_app(app, service:\n")
+    done = check(tmp_path, model_path=iris_file, extensions=f"+{name}")
+    assert [line[:4] for line in done.stdout.splitlines()] == ["FAIL", "ok  ", "ok  ", "1 of"]
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificate_that_cannot_be_read_is_noted(tmp_path: Path, iris_file: Path, content: str | None) -> None:
+    pytest.importorskip("telemetry.certificate")
+    write_users(tmp_path / "users.json")
+    path = tmp_path / "certificate.pem"
+    if content:
+        path.write_text(content)
+    done = check(tmp_path, model_path=iris_file, certificate_file=path)
+    assert done.returncode == 0  # the server does not need it
+    assert f"note  CERTIFICATE_FILE: {path} " in done.stdout
+
+
 def test_users_file_that_is_broken_is_named(tmp_path: Path, iris_file: Path) -> None:
     (tmp_path / "users.json").write_text('{"alice": {"password": "' + SECRET + '", "roles": ["predict"]}}')
     done = check(tmp_path, model_path=iris_file)

@@ -127,6 +127,22 @@ def test_each_death_is_counted_and_recorded_by_its_reason(tmp_path: Path, doomed
         assert events() == Counter(REASONS)
 
 
+def test_death_by_a_signal_is_an_error_in_the_log(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, log_format="json") as server:
+
+        def errors() -> list[str]:
+            lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+            return [line["message"] for line in lines if line["severity"] in ("ERROR", "CRITICAL")]
+
+        (pid,) = server.workers()
+        os.kill(pid, signal.SIGTERM)  # it is asked to end
+        server.wait_until(lambda: server.log.read_text().count("serving version") == 2)
+        assert errors() == []
+        (pid,) = server.workers()
+        os.kill(pid, signal.SIGSEGV)
+        server.wait_until(lambda: errors() == [f"worker (pid {pid}) died: crashed"])
+
+
 def test_directory_that_cannot_be_written_stops_no_server(tmp_path: Path, iris_file: Path) -> None:
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal/workers").write_text("a file in its place")
