@@ -58,6 +58,18 @@ def statuses(server: Any, path: str, count: int = 20) -> set[int]:
     return {server.ask("GET", path)[0] for _ in range(count)}
 
 
+def test_server_is_ready_without_a_worker_that_was_taken_away_while_it_loaded(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "slow").touch()
+    with gunicorn(tmp_path, ready=False, model_path=model, web_concurrency=2) as server:
+        server.wait_until(lambda: "serving version" in server.log.read_text() and loading(tmp_path))
+        assert server.ask("GET", "/readyz")[0] == 503
+        (slow,) = loading(tmp_path)
+        while slow in (workers := server.workers()):  # gunicorn ends the one that it started first
+            server.process.send_signal(signal.SIGTTIN if len(workers) == 1 else signal.SIGTTOU)
+            server.wait_until(lambda before=workers: server.workers() != before)
+        server.wait_until(server.is_ready)
+
+
 @pytest.mark.parametrize("worker_class", WORKER_CLASSES)
 def test_server_is_ready_once_the_last_worker_is(tmp_path: Path, model: Path, worker_class: str) -> None:
     (tmp_path / "slow").touch()
