@@ -128,7 +128,7 @@ def on_reload(server):
 
 
 def _call_extensions(function, argument):
-    """Call before_fork, master_ready, on_reload (in the master), after_fork, worker_starts (in a worker), if any."""
+    """Call address_taken, before_fork, master_ready, on_reload (in the master), after_fork, worker_starts, if any."""
     for extension in _extensions:
         getattr(extension, function, lambda argument: None)(argument)
 
@@ -137,15 +137,15 @@ def _check_addresses(server):
     """Explain what to do when a port is taken; gunicorn would try five times, and only report that it is."""
     inherited = _socket_is_handed_in or os.environ.get("GUNICORN_FD")
     for host, port in [] if inherited else [each for each in server.address if isinstance(each, tuple)]:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    sys.exit(f"cannot listen at HOST={host} PORT={port}: {error.strerror}")
-                other = port + 1 if port < 65535 else 5001
-                sys.exit(f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run")
+        family, dual = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in host else (socket.AF_INET, False)
+        try:
+            socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                sys.exit(f"cannot listen at HOST={host} PORT={port}: {error.strerror}")
+            _call_extensions("address_taken", _settings)
+            other = port + 1 if port < 65535 else 5001
+            sys.exit(f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run")
 
 
 def when_ready(server):

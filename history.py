@@ -51,7 +51,7 @@ class History:
         record["model_version"] = version
         try:
             settings = self._settings or Settings.load()
-            with _as_owner_of(settings.journal_dir):
+            with as_owner_of(settings.journal_dir):
                 settings.journal_dir.mkdir(parents=True, exist_ok=True)
                 _append(settings.journal_dir, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
@@ -112,20 +112,21 @@ def os_user() -> str:
 
 
 @contextmanager
-def _as_owner_of(directory: Path) -> Iterator[None]:
+def as_owner_of(directory: Path) -> Iterator[None]:
     """Let root act as the owner of a directory, or of the nearest that exists above it.
 
     What is made there stays the service's to write; and a link that the service's user has laid there leads nowhere
-    that this user could not write to.
+    that this user could not write to. A root that may not become others, as in some containers, stays what it is.
     """
     owner = next(each for each in (directory, *directory.absolute().parents) if each.exists()).stat()
     if os.geteuid() != 0 or owner.st_uid == 0:
         yield
         return
     group = os.getegid()
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
     try:
+        with suppress(PermissionError):
+            os.setegid(owner.st_gid)
+            os.seteuid(owner.st_uid)
         yield
     finally:
         os.seteuid(0)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from processes import FileLock
+from processes import FileLock, is_locked
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -42,6 +42,19 @@ def before_fork(settings: "Settings") -> None:
             owner = (settings.journal_dir / "server.lock").read_text("utf-8", "replace")
             if owner.partition(",")[0] != str(os.getppid()):  # else SIGUSR2, or a worker that begins anew (RELOAD=1)
                 _wait_for_predecessor(_ours[1], settings, owner)
+
+
+def address_taken(settings: "Settings") -> None:
+    """End this gunicorn with a command that would start, if the directory is owned, not only the address taken."""
+    path = settings.journal_dir / "server.lock"
+    with suppress(OSError):  # nobody owns it
+        if is_locked(path):
+            other = settings.port + 1 if settings.port < 65535 else 5001
+            sys.exit(
+                f"cannot start: port {settings.port} is taken, and JOURNAL_DIR={settings.journal_dir} is used by the "
+                f"server of pid {path.read_text('utf-8', 'replace')}. To start another beside it: "
+                f"{_command(settings, other)}"
+            )
 
 
 def init_app(app: "Flask", service: "Service") -> None:
@@ -86,15 +99,17 @@ def _wait_for_predecessor(lock: FileLock, settings: "Settings", owner: str) -> N
         if time.monotonic() > deadline:
             sys.exit(
                 f"cannot start: JOURNAL_DIR={settings.journal_dir} is used by another server (pid {owner}), and what "
-                f"the two record and count would be mixed. Give this one its own: {_command(settings)}"
+                f"the two record and count would be mixed. Give this one its own: {_command(settings, settings.port)}"
             )
         time.sleep(0.1)
 
 
-def _command(settings: "Settings") -> str:
-    """Return the command that was given, with the settings of the environment and another JOURNAL_DIR."""
+def _command(settings: "Settings", port: int) -> str:
+    """Return the command that was given, with the settings of the environment, this PORT and another JOURNAL_DIR."""
     names = [each.name.upper() for each in fields(settings)]
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    given["JOURNAL_DIR"] = f"{settings.journal_dir}-{settings.port}"
+    if port != settings.port:
+        given["PORT"] = str(port)
+    given["JOURNAL_DIR"] = f"{settings.journal_dir}-{port}"
     command = ["make", "run"] if "MAKELEVEL" in os.environ else [".venv/bin/gunicorn", *sys.argv[1:]]
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in given.items()), shlex.join(command)])

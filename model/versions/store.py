@@ -25,7 +25,7 @@ from typing import Any
 
 import orjson
 
-from history import os_user
+from history import as_owner_of, os_user
 from processes import FileLock, is_locked, replace_file, sync_directory
 
 from ..formats import ModelLoadError
@@ -212,16 +212,15 @@ class Store:
         with self._locked():
             version = version or self._next()
             self._check_new(version)
-            staging = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            holder = FileLock(staging / LOCK)
-            holder.acquire()  # until this process ends: see _remove_leftovers
+            with as_owner_of(self.directory):
+                staging = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
+                holder = FileLock(staging / LOCK)
+                holder.acquire()  # until this process ends: see _remove_leftovers
         try:
             manifest = _copy(artifact, staging, version)
             yield manifest
             write_json(staging / "manifest.json", manifest.about | {"published": _now(), "by": os_user()})
             staging.chmod(0o755)
-            for path in (*staging.iterdir(), staging):
-                _give(path, self.directory)
             with self._locked():
                 self._check_new(version)
                 holder.release()  # first: NFS keeps a removed file that is open under another name
@@ -331,8 +330,8 @@ class Store:
                 raise StoreError(f"version {version} is in use: {self.in_use()[version]}")
             if not _VERSION.fullmatch(version) or not (self.directory / version).is_dir():
                 raise StoreError(f"there is no version {version!r}; there are {', '.join(self.versions()) or 'none'}")
-            removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
-            _give(removed, self.directory)
+            with as_owner_of(self.directory):
+                removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))
             try:
                 (self.directory / version).rename(removed / "removed")
             except PermissionError as error:  # only its owner may move a directory
@@ -403,10 +402,13 @@ class Store:
     def _locked(self) -> Iterator[None]:
         """Keep others from changing the store meanwhile. Raises: StoreError, it cannot be written."""
         try:
-            _make(self.directory)
-            with FileLock(self.directory / LOCK, mode=0o666):  # less the umask
-                _give(self.directory / LOCK, self.directory)
+            lock = FileLock(self.directory / LOCK, mode=0o666)  # less the umask
+            with as_owner_of(self.directory):
+                lock.acquire(wait=True)  # which makes the directory
+            try:
                 yield
+            finally:
+                lock.release()
         except OSError as error:
             raise StoreError(f"the store cannot be written: {error}") from error
 
@@ -415,7 +417,8 @@ def _copy(artifact: Path, staging: Path, version: str) -> Manifest:
     """Copy an artifact into a directory, and describe the copy. Raises: StoreError."""
     copy = staging / f"model{artifact.suffix.lower()}"
     try:
-        shutil.copyfile(artifact, copy)
+        with artifact.open("rb") as source, as_owner_of(staging), copy.open("xb") as target:
+            shutil.copyfileobj(source, target, 2**20)
         copy.chmod(0o444)
         with copy.open("rb") as file:
             os.fsync(file.fileno())
@@ -443,24 +446,8 @@ def read_rows(path: str | Path) -> list[Any]:
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write a JSON file that anyone who may write to its directory can replace."""
     content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    replace_file(path, content.encode(), durable=durable, keep_owner=False)
-    _give(path, path.parent)
-
-
-def _make(directory: Path) -> None:
-    """Make a directory and those above it; each has the owner of the one above."""
-    if not directory.exists():
-        _make(directory.parent)
-        directory.mkdir(exist_ok=True)
-        _give(directory, directory.parent)
-
-
-def _give(path: Path, directory: Path) -> None:
-    """Give what root has written to the owner of a directory: the service's user could not change or remove it."""
-    if os.geteuid() == 0:
-        with suppress(OSError):  # a file system without owners, or one that does not obey this root
-            owner = directory.stat()
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    with as_owner_of(path.parent):
+        replace_file(path, content.encode(), durable=durable, keep_owner=False)
 
 
 def _without_canary(routing: Routing) -> Routing:

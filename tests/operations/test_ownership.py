@@ -58,6 +58,20 @@ def test_second_server_in_one_directory_is_refused_with_the_way_out(tmp_path: Pa
         assert len(records(Path(given["JOURNAL_DIR"]))) == 1
 
 
+def test_same_command_again_is_refused_with_another_port_and_directory_at_once(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file) as first:
+        with gunicorn(tmp_path, ready=False, model_path=iris_file, port=first.port, makelevel=1) as second:
+            assert second.process.wait(60) == 1
+            said = second.log.read_text()
+        assert f"port {first.port} is taken, and JOURNAL_DIR={first.journal_dir} is used by the server of pid" in said
+        command = said.strip().splitlines()[-1].partition("beside it: ")[2]
+        assert command.endswith(" make run")
+        given = {k.lower(): v for k, v in (word.split("=", 1) for word in shlex.split(command)[:-2])}
+        with gunicorn(tmp_path, **given) as second:
+            second.port = int(given["port"])
+            assert second.predict(IRIS) == first.predict(IRIS) == SETOSA
+
+
 def test_command_under_make_is_make(tmp_path: Path, iris_file: Path) -> None:
     with gunicorn(tmp_path, model_path=iris_file):
         assert assert_refused(tmp_path, model_path=iris_file, makelevel=1).endswith(" make run\n")

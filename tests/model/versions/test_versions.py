@@ -277,7 +277,7 @@ def test_publish_that_fails_leaves_nothing(store: Store, artifact: Path, monkeyp
         put(store, artifact.with_name("gone.joblib"), "1")
     with pytest.raises(TypeError), store.new_version(artifact, "1") as manifest:
         manifest.about.update(sample={1, 2})  # no JSON
-    for step in ("os.rename", "os.fsync", "shutil.copyfile", "json.dumps"):
+    for step in ("os.rename", "os.fsync", "shutil.copyfileobj", "json.dumps"):
         with monkeypatch.context() as patch:
             patch.setattr(step, stop)
             with pytest.raises(KeyboardInterrupt):
@@ -1581,6 +1581,17 @@ def test_what_root_writes_belongs_to_the_owner_of_the_store(artifact: Path) -> N
         assert store.versions() == ["1", "2"]
     finally:
         shutil.rmtree(place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_link_that_the_owner_of_the_store_lays_leads_root_nowhere(artifact: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to all but us
+        place = Path(name)
+        os.chown(place, 65534, 65534)
+        (place / ".lock").symlink_to(tmp_path / "made by root")
+        with pytest.raises(StoreError, match="Permission denied"):
+            put(Store(place), artifact, "1")
+        assert not (tmp_path / "made by root").exists()
 
 
 def test_version_of_another_user_that_cannot_be_removed_names_the_way(
