@@ -6,6 +6,10 @@ install` is replaced by one with the same code, not by a mixture that may not ev
 code that is, so that the systemd unit can refuse a reload that would not bring new code (`python -m server check
 --reload PID`).
 
+What a model imports when it is loaded, the master does not know. A worker that starts after a package has changed
+refuses to import from that package, rather than serve a mixture; and a worker that has no model for this reason does
+not accept requests as long as another one serves.
+
 Not with RELOAD=1, where workers are to see what has changed.
 """
 
@@ -16,11 +20,14 @@ import logging
 import os
 import pkgutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from model.formats import ModelLoadError
 from processes import replace_file
 from settings import EXTENSIONS, ROOT
 
@@ -32,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WAY_OUT = "A worker imports nothing that was installed later, since it might mix two versions. Restart the server"
+
 NOTE = "code.json"  # in JOURNAL_DIR: the process id of the master, and what `code` returned in it
 # Modules that only processes of their own import: commands, and the shipper. SLS's SDK takes 0.1 s and 12 MB.
 OF_COMMANDS = ("model.demo", "model.versions.onnx_export", "sls.check", "sls.client", "sls.console")
@@ -42,22 +51,61 @@ LIBRARIES = {".pt": "torch", ".pt2": "torch"}
 LIBRARIES |= dict.fromkeys((".joblib", ".pkl", ".pickle", ".skops"), "sklearn.pipeline")
 
 
+_at_start: dict[str, str] = {}  # what `code` returned in the master
+_refused: dict[str, str] = {}  # in a worker: a name that is imported → its package, which has changed since then
+
+
+class ChangedPackage(ModelLoadError):
+    """A package was changed after the server was started. Not an ImportError, for which libraries have a way out."""
+
+
 def init_app(app: "Flask", service: "Service") -> None:
-    """Do nothing: all is done before the fork."""
+    """Leave the requests to other workers while this one may not import what its model needs."""
+
+    def wait_for_others(state: dict[str, Any]) -> None:  # gunicorn.conf.py does not let it accept connections before
+        while _refused and not state["ready"] and service.others_serve():
+            time.sleep(1.0)
+
+    service.serving.on_update.append(wait_for_others)
 
 
 def before_fork(settings: "Settings") -> None:
     """Import what workers will need, and note which code that is."""
+    global _at_start
     if settings.reload:
         return
     for name, error in import_all(settings).items():
         log.warning("%s does not import: %r", name, error)
-    note = {"pid": os.getpid(), "code": code()}
+    _at_start = code()
+    note = {"pid": os.getpid(), "code": _at_start}
     try:
         settings.journal_dir.mkdir(parents=True, exist_ok=True)
         replace_file(settings.journal_dir / NOTE, json.dumps(note).encode(), durable=False)
     except OSError as error:
         log.warning("a reload will not be refused if the code has changed: %s", error)
+
+
+def after_fork(settings: "Settings") -> None:
+    """Let a worker import nothing from packages that have changed since the master was started."""
+    if not _at_start:
+        return
+    found = packages()
+    changed = [name for name, digest in digests(found).items() if _at_start.get(name) != digest]
+    for name in changed:
+        with suppress(OSError):  # removed just now
+            for line in found[name].read_text("utf-8", "replace").splitlines():
+                _refused[line.partition("/")[0].partition(".")[0]] = name
+    if changed:
+        log.error("installed after the server was started: %s. %s", ", ".join(changed), WAY_OUT)
+        sys.meta_path.insert(0, _Refusal())
+
+
+class _Refusal(MetaPathFinder):
+    """Is asked before all others where a module is."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if package := _refused.get(name.partition(".")[0]):
+            raise ChangedPackage(f"{package} was installed after the server was started. {WAY_OUT}")
 
 
 # --- imports
@@ -112,10 +160,18 @@ def code() -> dict[str, str]:
 
     A package's is that of its RECORD, which has a hash of each file that pip installed.
     """
-    paths = {str(path.relative_to(ROOT)): path for path in product_files()}
-    for directory in {Path(each) for each in sys.path if each.endswith("-packages")}:
-        for record in directory.glob("*.dist-info/RECORD"):
-            paths[record.parent.name.removesuffix(".dist-info").replace("-", " ")] = record
+    return digests({str(path.relative_to(ROOT)): path for path in product_files()} | packages())
+
+
+def packages() -> dict[str, Path]:
+    """Return the RECORD of each installed package, by its name and version."""
+    directories = {Path(each) for each in sys.path if each.endswith("-packages")}
+    records = [record for directory in directories for record in directory.glob("*.dist-info/RECORD")]
+    return {record.parent.name.removesuffix(".dist-info").replace("-", " "): record for record in records}
+
+
+def digests(paths: dict[str, Path]) -> dict[str, str]:
+    """Return a digest of each file, by the same names."""
     found = {}
     for name, path in sorted(paths.items()):
         with suppress(OSError):  # removed just now

@@ -90,7 +90,7 @@ def reload(service: str) -> None:
     for command in read_unit(service)["ExecReload"]:
         pid = os.fork()
         if pid == 0:
-            run(service, command.replace("$MAINPID", main))
+            run(service, re.sub(r"\$MAINPID|\$\{MAINPID\}", main, command))
         _, status = os.waitpid(pid, 0)
         if status:
             sys.exit(f"Job for {service} failed because the control process exited with error code.")

@@ -1,13 +1,16 @@
 """Code that changes under a running server: its workers keep the code it was started with, and a reload is refused."""
 
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pytest
 from conftest import ROOT, WORKER_CLASSES, Gunicorn, Load, basic, gunicorn
 
@@ -70,8 +73,11 @@ def reload_as_the_unit(copy: Path, server: Gunicorn) -> Any:
     environ = {"PATH": os.environ["PATH"], "JOURNAL_DIR": str(server.journal_dir)}
     unit = (ROOT / "deploy/systemd/prediction-server.service").read_text()
     refuse, _ = [line.partition("=")[2] for line in unit.splitlines() if line.startswith("ExecReload=")]
-    command = shlex.split(refuse.replace("$MAINPID", str(server.process.pid)))
-    command[0] = sys.executable
+    assert ".venv/bin/python" in refuse
+    words = {"${MAINPID}": str(server.process.pid), ".venv/bin/python": sys.executable}
+    command = [
+        re.sub("|".join(map(re.escape, words)), lambda word: words[word[0]], each) for each in shlex.split(refuse)
+    ]
     return subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, check=False)
 
 
@@ -90,6 +96,12 @@ def test_reload_is_refused_once_the_code_has_changed(tmp_path: Path, copy: Path,
         assert "web/another.py" in reload_as_the_unit(copy, server).stderr
 
 
+def test_reload_is_not_refused_without_the_room_that_knows(tmp_path: Path, copy: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, within=("env", "-C", str(copy)), model_path=iris_file) as server:
+        shutil.rmtree(copy / "operations")
+        assert reload_as_the_unit(copy, server).returncode == 0
+
+
 def test_reload_is_refused_once_a_package_has_changed(tmp_path: Path, copy: Path, iris_file: Path) -> None:
     installed = tmp_path / "site-packages"
     for version in ("1.0", "1.1"):
@@ -103,6 +115,61 @@ def test_reload_is_refused_once_a_package_has_changed(tmp_path: Path, copy: Path
         refused = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, check=False)
         assert refused.returncode == 1
         assert "some_library 1.0, some_library 1.1" in refused.stderr
+
+
+LATE = """
+class Late:
+    n_features_in_ = 4
+
+    def __getstate__(self):
+        return {"some": "state"}
+
+    def __setstate__(self, state):
+        import late_library
+        self.value = late_library.VALUE
+
+    def predict(self, rows):
+        return [self.value] * len(rows)
+"""
+
+
+@pytest.mark.long
+def test_worker_does_not_mix_a_model_with_a_library_that_was_installed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = tmp_path / "site-packages"
+
+    def install(library: str, version: str, value: int) -> None:
+        for old in installed.glob(f"{library}-*"):
+            shutil.rmtree(old)
+        (installed / f"{library}-{version}.dist-info").mkdir(parents=True)
+        (installed / f"{library}.py").write_text(f"VALUE = {value}\n")
+        (installed / f"{library}-{version}.dist-info/RECORD").write_text(f"{library}.py,sha256={value},10\n")
+
+    for library in ("late_library", "another_library"):
+        install(library, "1.0", 1)
+    (tmp_path / "late_module.py").write_text(LATE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from late_module import Late  # type: ignore[import-not-found]  # just written
+
+    joblib.dump(Late(), tmp_path / "late.joblib")
+    within = ("env", f"PYTHONPATH={tmp_path}:{installed}")
+    with gunicorn(tmp_path, within=within, model_path=tmp_path / "late.joblib", web_concurrency=2) as server:
+        install("another_library", "1.1", 2)
+        replaced(server, server.workers()[0])  # the model does not need that one
+        install("late_library", "1.1", 2)
+        with Load(server) as load:
+            os.kill(server.workers()[0], signal.SIGKILL)
+            server.wait_until(lambda: "NOT READY" in server.log.read_text())  # and waits
+            before = len(load.answered)
+            server.wait_until(lambda: len(load.answered) > before + 50)  # by the other one
+        assert {answer.status for answer in load.answers} == {200}
+        assert server.predict(IRIS) == (200, {"prediction": [1]})
+        assert "late_library 1.1 was installed after the server was started" in server.log.read_text()
+        for worker in server.workers():
+            os.kill(worker, signal.SIGKILL)
+        server.wait_until(lambda: server.log.read_text().count("NOT READY") == 3)
+        server.wait_until(lambda: server.predict(IRIS)[0] == 503)  # no answer rather than another one
 
 
 def test_master_that_left_no_note_may_be_reloaded(tmp_path: Path, copy: Path) -> None:
