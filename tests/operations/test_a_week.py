@@ -144,7 +144,7 @@ def test_an_operators_week(
             backup, served = sunday_a_backup(week)
         everything_is_accounted_for(week)
         assert week.server.stop() == 0
-        sls.wait_until(lambda: not segments(week.journal), 20)  # the shipper ends after the server, with nothing left
+        sls.wait_until(lambda: not segments(week.journal), 60)  # the shipper ends after the server, with nothing left
         the_history_tells_the_week(week)
         the_backup_is_restored(week, backup, served)
         no_password_is_written(week)
