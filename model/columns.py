@@ -97,8 +97,9 @@ class Column:
     nullable: bool = False  # the model answers a row in which this value is missing
     missing: Any = math.nan  # what the model gets for a missing value
     # What the model gets, a dtype of numpy or pandas: float64, int64 (if all values are whole), str, bool, object,
-    # "datetime64[us]", "datetime64[us, Europe/Oslo]", "category"; "date" for a date as the caller wrote it. By default
-    # that of the kind.
+    # "datetime64[us]", "datetime64[us, Europe/Oslo]", "category"; "date" for a date as the caller wrote it; "infer" for
+    # numbers as they were written, or strings; "infer int64" and "infer float64" the same with 3.0 as 3, and 3 as 3.0.
+    # By default that of the kind.
     dtype: str = ""
     optional: bool = False  # the model drops it; a row that is an object may leave it out
     zoned: bool | None = None  # of dates: whether those of the encoder, or of the sample, have an offset
@@ -168,7 +169,7 @@ class Column:
             return self._to_learned
         if self.kind == "category":
             return self._to_category
-        return None
+        return {"infer int64": _to_whole, "infer float64": _to_float}.get(self.dtype)
 
     def _to_boolean(self, value: Any) -> Any:
         if value not in (0, 1):
@@ -220,6 +221,14 @@ class Column:
         return {pd.Timestamp(value): value for value in self.learned}
 
 
+def _to_whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _to_float(value: Any) -> Any:
+    return float(value) if type(value) is int else value
+
+
 def rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:
     """Return rows with objects as lists of their values in column order; whatever else a sample holds is unchanged."""
     names: list[Any] = [c.name for c in columns]
@@ -247,7 +256,7 @@ def context(values: list[Any], column: Column) -> Any:
     present = [value for value in values if value is not None]
     if column.dtype == "date":
         return (present[0].utcoffset(),) if present else ()
-    if column.dtype == "infer" or (column.dtype == "int64" and not column.learned):
+    if column.dtype.startswith("infer") or (column.dtype == "int64" and not column.learned):
         return len(present) < len(values), are_whole(present), frozenset(map(type, present))
     return None
 
@@ -269,16 +278,16 @@ def are_whole(values: list[Any]) -> bool:
     return all((type(v) is int or (type(v) is float and v.is_integer())) and -(2**63) <= v < 2**63 for v in values)
 
 
-def to_numbers(values: list[Any], column: Column, whole: bool) -> Any:
+def to_numbers(values: list[Any], name: str | None, dtype: str, whole: bool) -> Any:
     """Make an array of a column's numbers. An encoder may distinguish whole numbers whose floats are equal."""
-    if column.dtype != "int64":
-        return to_array(values, column.dtype)
+    if dtype != "int64":
+        return to_array(values, dtype)
     if whole:
         return np.array(list(map(int, values)), dtype=np.int64)
     if any(type(value) is int and abs(value) > 2**53 for value in values):
         raise BadRows(
-            f"column {column.name!r}: a whole number beyond 2**53 is not exact beside a missing, fractional or larger "
-            "value; send those rows in a request of their own"
+            f"column {name!r}: a whole number beyond 2**53 is not exact beside a missing, fractional or larger value; "
+            "send those rows in a request of their own"
         )
     return to_array(values, "float64")
 
@@ -288,18 +297,18 @@ def to_series(values: list[Any], column: Column) -> Any:
     import pandas as pd
 
     dtype = column.dtype
-    counted = dtype == "int64" or (dtype == "infer" and all(type(value) in (int, float) for value in values))
-    present = [value for value in values if value is not None and value == value] if counted else values
-    if present and len(present) < len(values) and not column.learned and are_whole(present):
-        # Before a step of the user's own, which may make strings of them: a null must not turn 3 into 3.0.
-        return pd.array([None if value is None or value != value else int(value) for value in values], dtype="Int64")
+    if dtype.startswith("infer"):
+        types = set(map(type, values))
+        if not types <= {int, float}:
+            return pd.Series(values, dtype=object)
+        dtype = "int64" if all(type(value) is int for value in values if value == value) else "float64"
+    if dtype == "int64" and not column.learned and not are_whole(values):
+        present = [value for value in values if value is not None and value == value]
+        if 0 < len(present) < len(values) and are_whole(present):
+            # Before a step of the user's own, which may make strings of them: a null must not turn 3 into 3.0.
+            return pd.array([int(v) if v is not None and v == v else None for v in values], dtype="Int64")
     if dtype in ("float64", "float32", "float16", "int64"):
-        return to_numbers(values, column, whole=are_whole(values))
-    if dtype == "infer":  # a column that may hold numbers or strings
-        numbers = all(type(value) in (int, float) for value in values)
-        if numbers and all(type(value) is int for value in values) and are_whole(values):
-            return np.array(values, dtype=np.int64)  # a step may make strings of them, and "3" is not "3.0"
-        return to_array(values, "float64") if numbers else pd.Series(values, dtype=object)
+        return to_numbers(values, column.name, dtype, whole=are_whole(values))
     if dtype == "boolean":  # pandas' own, which may be missing
         return pd.array([value if isinstance(value, bool) else None for value in values], dtype="boolean")
     if dtype == "category":

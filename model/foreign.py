@@ -114,6 +114,12 @@ def _catboost(part: Any) -> list[Column] | None:
     return [Column(None if plain else name, kinds.get(at, "number")) for at, name in enumerate(names)]
 
 
+def keeps_no_categories(part: Any) -> bool:
+    """Return whether a fitted booster has learned categories or texts, but does not keep them, as CatBoost."""
+    is_fitted = hasattr(part, "get_cat_feature_indices") and part.is_fitted()
+    return is_fitted and bool(part.get_cat_feature_indices() or part.get_text_feature_indices())
+
+
 def _column(name: str | None, categories: list[Any] | None) -> Column:
     if categories is None:
         return Column(name)

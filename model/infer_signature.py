@@ -7,6 +7,7 @@ the model, the second is tried out, one missing value at a time.
 
 import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,11 +27,12 @@ from .signature import Column, Layout, Signature
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
 # scikit-learn's trees make float32 of all numbers themselves: what does not fit is known before they are called.
 SINGLE = ("sklearn.tree.", *(f"sklearn.ensemble._{name}" for name in ("forest", "gb", "iforest")))
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")  # as Python makes strings of numbers
 TRIAL_SECONDS = 10.0  # of each search; only models that are slow or have very many columns need more
 SAMPLE_DECIDES = "a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
 NUMBERS_OR_STRINGS = (
-    "the model takes numbers as well as strings in {}, and does not show which it was fitted on, so both are accepted, "
-    f"as they are written: {SAMPLE_DECIDES}"
+    "the model takes numbers as well as strings in {}, and does not show which it was fitted on, so both are accepted: "
+    f"{SAMPLE_DECIDES}"
 )
 WHOLE_OR_NOT = (
     "a step of your own reads {} before strings are encoded, and the model does not show whether it was fitted on 3 or "
@@ -101,8 +103,8 @@ def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) ->
     behind = [foreign("columns", part) or () for part in estimators_in(model) if id(part) not in reached]
     if any(column.dtype == "category" for columns in behind for column in columns):
         return (
-            "a step of your own stands before a booster with pandas categories, and does not show which columns it "
-            "passes on; make the categories in that step, or put an OrdinalEncoder in their place"
+            "a step stands before a booster with pandas categories, and does not show which columns it passes on; make "
+            "the categories in a step of your own, or put an OrdinalEncoder in their place"
         )
     if isinstance(failure, ImportError):
         return "the model needs a library that is not installed here"
@@ -122,8 +124,8 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
     """Yield the signatures that the model may have, the likeliest first."""
     if hasattr(model, "signatures"):
         yield from model.signatures(sample)
-    elif getattr(model, "n_features_in_", None) or foreign("columns", model):
-        yield from _candidates_with_columns(model, sample)
+    elif (reader := _first_reader(model)) is not None:
+        yield from _candidates_with_columns(model, reader, sample)
     elif any(hasattr(part, "build_analyzer") for part, *_ in raw_parts(model, range(sys.maxsize))):
         yield Signature("texts", ())
     elif isinstance(sample, list) and sample and isinstance(sample[0], dict):
@@ -140,10 +142,17 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
         yield Signature("numbers", ())
 
 
-def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
-    boosted = foreign("columns", model) or []
-    names = [str(name) for name in getattr(model, "feature_names_in_", ())] or [c.name for c in boosted if c.name]
-    found = inspect(model, getattr(model, "n_features_in_", 0) or len(boosted))
+def _first_reader(model: Any) -> Any:
+    """Return the first part that gets the model's own input and shows its width: the model, or what a passthrough
+    comes before; None if there is none."""
+    first = (part for part, _, before in raw_parts(model, range(sys.maxsize)) if not before)
+    return next((part for part in first if getattr(part, "n_features_in_", None) or foreign("columns", part)), None)
+
+
+def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) -> Iterable[Signature]:
+    boosted = foreign("columns", reader) or []
+    names = [str(name) for name in getattr(reader, "feature_names_in_", ())] or [c.name for c in boosted if c.name]
+    found = inspect(model, getattr(reader, "n_features_in_", 0) or len(boosted))
     columns = [facts.column(name) for facts, name in itertools.zip_longest(found, names)]
     layout: Layout = "array"
     if names and (_selects_columns(model) or any(c.dtype not in ("float64", "int64") for c in columns)):
@@ -151,7 +160,9 @@ def _candidates_with_columns(model: Any, sample: list[Any] | None) -> Iterable[S
     elif names:
         _forget_names(model)
     # The model does not show what a step of the user's own takes.
-    unknown = _unknown(found) if layout == "frame" or (sample and _encodes_strings_later(model, len(found))) else []
+    unknown = _unknown(found)
+    if layout != "frame" and not (sample and _strings_learned_later(model, len(found))[0]):
+        unknown = []
     shown = _kinds_in(sample, columns)  # numbers may be written as booleans, if the sample has them so
     known = {at for at, c in enumerate(columns) if c.kind == "number" and shown.get(at) == "boolean"} - set(unknown)
     columns = [replace(c, kind="boolean") if at in known else c for at, c in enumerate(columns)]
@@ -297,10 +308,16 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
     """Let columns of which the model takes numbers as well as strings hold either: it does not show which is right."""
     columns = signature.columns or ()
     unknown = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "number"]
-    numbers = unknown if _encodes_strings_later(model, len(columns)) else []
+    if not unknown:
+        return signature
+    encodes_later, strings = _strings_learned_later(model, len(columns))
+    numbers = unknown if encodes_later else []
+    form = _form_of_numbers(strings)
+    made = list(columns)
     if signature.layout != "frame":  # numbers of an array become floats
-        doubted = (replace(c, doubt=WHOLE_OR_NOT) if at in numbers else c for at, c in enumerate(columns))
-        return replace(signature, columns=signature.columns and tuple(doubted))
+        for at in numbers if form != "float64" else ():
+            made[at] = replace(columns[at], dtype=form, doubt="" if form else WHOLE_OR_NOT)
+        return replace(signature, columns=tuple(made))
 
     def takes_text(indices: list[int]) -> bool:
         tried = replace(signature, columns=_with_kinds(columns, dict.fromkeys(indices, "text")))
@@ -309,22 +326,32 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
         return any(_failure(model, tried, [row]) is None for row in rows_of_text)
 
     found = set(_accepted(unknown, takes_text))
-    made = list(columns)
     for at in {*numbers, *found}:
-        kind: Kind = "any" if at in found else "number"
-        doubt = NUMBERS_OR_STRINGS if at in found else WHOLE_OR_NOT
-        made[at] = replace(columns[at], kind=kind, dtype="infer", doubt=doubt)
+        if at in found:
+            made[at] = replace(columns[at], kind="any", dtype=f"infer {form}".rstrip(), doubt=NUMBERS_OR_STRINGS)
+        else:
+            made[at] = replace(columns[at], dtype=form or "infer", doubt="" if form else WHOLE_OR_NOT)
     return replace(signature, columns=tuple(made))
 
 
-def _encodes_strings_later(model: Any, width: int) -> bool:
-    """Return whether some part has learned strings that are not those of raw columns."""
+def _strings_learned_later(model: Any, width: int) -> tuple[bool, list[str]]:
+    """Return whether some part has learned strings that are not those of raw columns, and those that it keeps."""
     reached = {id(raw.part) for raw in raw_parts(model, range(width))}
-    return any(
-        hasattr(part, "vocabulary_") or any(np.asarray(array).dtype.kind in "OU" for array in part.categories_)
-        for part in estimators_in(model)
-        if id(part) not in reached and (hasattr(part, "vocabulary_") or hasattr(part, "categories_"))
-    )
+    found, strings = False, []
+    for part in estimators_in(model):
+        if id(part) in reached:
+            continue
+        arrays = [*getattr(part, "categories_", ()), *(foreign("categories", part) or {}).values()]
+        strings += [value for array in arrays for value in np.asarray(array).tolist() if isinstance(value, str)]
+        found = found or bool(strings) or hasattr(part, "vocabulary_") or bool(foreign("keeps_no_categories", part))
+    return found, strings
+
+
+def _form_of_numbers(strings: list[str]) -> str:
+    """Return of which type the numbers were that strings were made of: int64 if "3", float64 if "3.0", else ""."""
+    numbers = [value for value in strings if NUMBER.fullmatch(value)]
+    whole = [value.lstrip("-").isdecimal() for value in numbers]
+    return "" if not whole or any(whole) != all(whole) else "int64" if whole[0] else "float64"
 
 
 def _unknown(found: Sequence[ColumnFacts]) -> list[int]:

@@ -80,6 +80,8 @@ def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]
 
 def _is_identity(step: Any) -> bool:
     """Return whether a step changes nothing, as a FunctionTransformer without a function does."""
+    if hasattr(step, "steps"):
+        return all(_is_identity(inner) for _, inner in step.steps)
     return step in (None, "passthrough") or (hasattr(step, "inverse_func") and step.func is None)
 
 

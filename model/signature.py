@@ -244,7 +244,7 @@ class Signature:
             return pd.DataFrame({column.name: to_series(values, column) for column, values in columns})
         if all(c.dtype in ("float64", "float32", "float16", "int64") for c in self.columns):
             whole = all(are_whole(values) for _, values in columns)
-            return np.column_stack([to_numbers(values, column, whole) for column, values in columns])
+            return np.column_stack([to_numbers(values, c.name, c.dtype, whole) for c, values in columns])
         if len(narrow := {c.dtype for c in self.columns} - {"float64"}) == 1 and narrow <= {"float32", "float16"}:
             return np.column_stack([to_array(values, *narrow) for _, values in columns])  # an array has one type
         by_column = [

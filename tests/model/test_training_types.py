@@ -9,6 +9,7 @@ import pytest
 from sklearn.compose import make_column_transformer
 from sklearn.decomposition import NMF
 from sklearn.ensemble import BaggingClassifier, HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.feature_selection import SelectKBest, f_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -245,6 +246,17 @@ def test_categories_reach_a_booster_through_a_column_transformer(name: str, nest
     assert probabilities(model, rows.to_numpy().tolist()) == pytest.approx(model.predict_proba(rows))
 
 
+@pytest.mark.parametrize("step", ["passthrough", FunctionTransformer(), make_pipeline("passthrough", None)])
+@pytest.mark.parametrize("name", ["scikit-learn", "lightgbm", "xgboost"])
+@pytest.mark.parametrize("sample", [None, [{"x": 0.5, "city": "Bern"}]])
+def test_categories_reach_a_booster_through_steps_that_change_nothing(name: str, step: Any, sample: Any) -> None:
+    frame = pd.DataFrame({"x": RNG.normal(size=N_ROWS), "city": RNG.choice(["Oslo", "Bern", "Rome"], N_ROWS)})
+    frame = frame.astype({"city": "category"})
+    model = make_pipeline(step, boosters()[name]).fit(frame, (frame["city"] == "Oslo") ^ (frame["x"] > 0))
+    rows = frame.iloc[:20]
+    assert probabilities(model, rows.to_numpy().tolist(), sample) == pytest.approx(model.predict_proba(rows))
+
+
 def test_encoder_gets_columns_that_a_column_transformer_passes_on() -> None:
     frame = pd.DataFrame({"x": RNG.normal(size=N_ROWS), "size": RNG.choice([0.1, 0.2], N_ROWS).astype("float32")})
     passed = make_column_transformer((StandardScaler(), ["x"]), remainder="passthrough")
@@ -288,10 +300,29 @@ def next_code(frame: Any) -> Any:
     return (frame + 1).astype(str)
 
 
+def as_strings(frame: Any) -> Any:
+    """Make strings of numbers, or take strings."""
+    return frame.astype(str)
+
+
+@pytest.mark.parametrize("held", [pd.DataFrame, np.asarray])
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+@pytest.mark.parametrize("make_strings", [next_code, as_strings])
+def test_numbers_become_the_strings_that_an_encoder_learned(held: Any, dtype: str, make_strings: Any) -> None:
+    codes = held(pd.DataFrame({"code": RNG.choice([3, 5, 8], N_ROWS)}, dtype=dtype))
+    encoder = OneHotEncoder(handle_unknown="ignore")
+    model = make_pipeline(FunctionTransformer(make_strings), encoder, LogisticRegression())
+    model.fit(codes, np.ravel(codes) == 5)
+    expected = model.predict_proba(held(pd.DataFrame({"code": [5, 8]}, dtype=dtype)))
+    for sent in ([[5], [8]], [[5.0], [8.0]], [[5], [8.0]]):
+        assert probabilities(model, sent) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("held", [pd.DataFrame, np.asarray])
 def test_numbers_of_which_a_step_makes_strings_are_warned_of(held: Any) -> None:
     codes = held(pd.DataFrame({"code": RNG.choice([3, 5, 8], N_ROWS)}))
-    model = make_pipeline(FunctionTransformer(next_code), OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    words = make_pipeline(FunctionTransformer(np.ravel), CountVectorizer(analyzer="char"))
+    model = make_pipeline(FunctionTransformer(next_code), words, LogisticRegression())
     model.fit(codes, np.ravel(codes) == 5)
     assert "whether it was fitted on 3 or on 3.0" in infer_signature(model)[0].columns[0].doubt
     for sent in ([[5], [8]], [[5.0], [8.0]]):
@@ -299,6 +330,14 @@ def test_numbers_of_which_a_step_makes_strings_are_warned_of(held: Any) -> None:
         assert probabilities(model, sent, [[3]]) == pytest.approx(
             model.predict_proba(held(pd.DataFrame({"code": [5, 8]})))
         )
+
+
+def test_numbers_of_which_a_step_makes_catboosts_categories_are_warned_of() -> None:
+    catboost = pytest.importorskip("catboost")
+    codes = pd.DataFrame({"code": RNG.choice([3, 5, 8], N_ROWS)})
+    booster = catboost.CatBoostClassifier(iterations=3, verbose=0, allow_writing_files=False, cat_features=["code"])
+    model = make_pipeline(FunctionTransformer(next_code), booster).fit(codes, codes["code"] == 5)
+    assert "whether it was fitted on 3 or on 3.0" in infer_signature(model)[0].columns[0].doubt
 
 
 @pytest.mark.parametrize("dtype", ["int64", "object", "Int64"])
