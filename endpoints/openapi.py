@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.answers import ModelFailed
-from model.columns import ACCEPTED, ISO_DATE, BadRows, Column, json_form, rows_as_lists
+from model.columns import FORMS, ISO_DATE, BadRows, Column, json_form, rows_as_lists
 from model.loaded import LoadedModel, RowsRefused
 from model.signature import Signature
 from web.decoding import NPY
@@ -172,7 +172,7 @@ def rows_schema(signature: Signature, closed: frozenset[int] = frozenset()) -> S
         return _array(number)
     if (shape := signature.describe().get("shape")) is not None:
         kind = signature.describe()["type"]
-        item = _value_schema({bool} if kind == "boolean" else ACCEPTED[kind], signature.precision)
+        item = _value_schema({bool} if kind == "boolean" else FORMS[kind].accepted, signature.precision)
         for size in reversed(shape):
             item = _array(item, size)
         return _array(item)

@@ -8,35 +8,31 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
 
 Kind = Literal["number", "integer", "text", "boolean", "category", "date", "any"]
 
-ACCEPTED: dict[Kind, set[type]] = {
-    "number": {int, float},
-    "integer": {int},
-    "text": {str},
-    "boolean": {bool, int, float},  # 1 and 0 stand for true and false
-    "category": {int, float, str, bool},  # or only the types that its categories have
-    "date": {str},
-    "any": {int, float, str, bool},
-}
-_DTYPES: dict[Kind, str] = {"number": "float64", "integer": "int64", "text": "str", "boolean": "bool", "date": "date"}
-EXAMPLES: dict[Kind, str] = {
-    **{"number": "0.5", "integer": "1", "text": '"text"', "boolean": "true", "category": '"text"'},
-    **{"date": '"2026-01-31"', "any": "0.5"},
-}
-EXPECTED: dict[Kind, str] = {
-    "number": "a number",
-    "integer": "a whole number, written without a decimal point",
-    "text": "a string",
-    "boolean": "true or false",
-    "category": "a category",
-    "date": "a date",
-    "any": "a number, a string, or true or false",
+
+class Form(NamedTuple):
+    """What is common to the columns of a kind."""
+
+    accepted: set[type]  # types of JSON values
+    expected: str  # what errors call such a value
+    example: str  # as JSON
+    dtype: str = "object"  # that the model gets
+
+
+FORMS: dict[Kind, Form] = {
+    "number": Form({int, float}, "a number", "0.5", "float64"),
+    "integer": Form({int}, "a whole number, written without a decimal point", "1", "int64"),
+    "text": Form({str}, "a string", '"text"', "str"),
+    "boolean": Form({bool, int, float}, "true or false", "true", "bool"),  # 1 and 0 stand for true and false
+    "category": Form({int, float, str, bool}, "a category", '"text"'),  # or only the types that its categories have
+    "date": Form({str}, "a date", '"2026-01-31"', "date"),
+    "any": Form({int, float, str, bool}, "a number, a string, or true or false", "0.5"),
 }
 NOT_BOOLEAN = "a number; expected true or false, or 1 or 0"
 JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -86,11 +82,7 @@ def json_form(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Column:
-    """One input column of a model.
-
-    Kinds: "number"; "integer", a whole number; "text", a string; "boolean", which may be written 1 and 0; "category",
-    a value as those in `learned`; "date", ISO 8601; "any" of these but a date.
-    """
+    """One input column of a model; `FORMS` has the kinds."""
 
     name: str | None  # None if the model was fitted without names
     kind: Kind = "number"
@@ -104,17 +96,17 @@ class Column:
     optional: bool = False  # the model drops it; a row that is an object may leave it out
     zoned: bool | None = None  # of dates: whether those of the encoder, or of the sample, have an offset
     doubt: str = ""  # a warning that it may not be what it seems to be; {} stands for its name
-    learned: tuple[Any, ...] = ()  # values that the model saw when it was fitted, if it keeps them
+    learned: tuple[Any, ...] = ()  # values that the model saw when it was fitted, if it keeps them; a "category" is one
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", self.dtype or _DTYPES.get(self.kind, "object"))
+        object.__setattr__(self, "dtype", self.dtype or FORMS[self.kind].dtype)
         if self.dtype.startswith("datetime64"):
             object.__setattr__(self, "zoned", "," in self.dtype)
 
     @cached_property
     def accepted(self) -> set[type]:
         """The types of its JSON values."""
-        types = ACCEPTED[self.kind]
+        types = FORMS[self.kind].accepted
         if self.kind == "category" and self.learned:
             types = {type(json_form(value)) for value in self.learned}
             if types & {int, float, bool}:
@@ -137,7 +129,7 @@ class Column:
             if self.zoned is not None:
                 return f"a date as ISO 8601 {'with' if self.zoned else 'without'} an offset, {self.json_example()}"
             return "a date as ISO 8601, such as 2026-01-31 or 2026-01-31T08:30:00+01:00"
-        return EXPECTED[self.kind]
+        return FORMS[self.kind].expected
 
     def json_example(self) -> str:
         """Show a value as JSON."""
@@ -145,7 +137,7 @@ class Column:
             return '"2026-01-31T08:30:00+01:00"'
         if self.kind in ("category", "boolean", "any") and isinstance(self.example, (str, bool, int, float)):
             return _as_json(self.example)
-        return EXAMPLES[self.kind]
+        return FORMS[self.kind].example
 
     def place(self, at: int) -> str | int:
         """Return what errors call the column that is number `at` of the model's."""
@@ -169,7 +161,7 @@ class Column:
             return self._to_learned
         if self.kind == "category":
             return self._to_category
-        return {"infer int64": _to_whole, "infer float64": _to_float}.get(self.dtype)
+        return _AS_WRITTEN.get(self.dtype)
 
     def _to_boolean(self, value: Any) -> Any:
         if value not in (0, 1):
@@ -221,12 +213,10 @@ class Column:
         return {pd.Timestamp(value): value for value in self.learned}
 
 
-def _to_whole(value: Any) -> Any:
-    return int(value) if type(value) is float and value.is_integer() else value
-
-
-def _to_float(value: Any) -> Any:
-    return float(value) if type(value) is int else value
+_AS_WRITTEN: dict[str, Callable[[Any], Any]] = {
+    "infer int64": lambda value: int(value) if type(value) is float and value.is_integer() else value,
+    "infer float64": lambda value: float(value) if type(value) is int else value,
+}
 
 
 def rows_as_lists(rows: Any, columns: Iterable[Column]) -> list[Any]:

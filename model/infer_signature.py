@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .column_checks import check_categories, check_units
-from .columns import ACCEPTED, ISO_DATE, Kind, rows_as_lists
+from .columns import ISO_DATE, Kind, rows_as_lists
 from .formats import ModelLoadError, foreign
 from .formats.sklearn import estimators_in
 from .parts import ColumnFacts, inspect, raw_parts
@@ -143,8 +143,7 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 
 
 def _first_reader(model: Any) -> Any:
-    """Return the first part that gets the model's own input and shows its width: the model, or what a passthrough
-    comes before; None if there is none."""
+    """Return the part that shows the width of the model's own input: the model, or one after a passthrough; or None."""
     first = (part for part, _, before in raw_parts(model, range(sys.maxsize)) if not before)
     return next((part for part in first if getattr(part, "n_features_in_", None) or foreign("columns", part)), None)
 
@@ -168,7 +167,6 @@ def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) 
     columns = [replace(c, kind="boolean") if at in known else c for at, c in enumerate(columns)]
     if any(foreign("kinds", part) is not None for part in estimators_in(model)):  # these parse strings, in any form
         parsed = [at for at, c in enumerate(columns) if c.kind in ("number", "date") and shown.get(at) == "text"]
-        parsed = [at for at in parsed if not _are_dates(sample, columns, at)]
         columns = list(_with_kinds(columns, dict.fromkeys(parsed, "text")))
     of_lightgbm = any(type(part).__module__.startswith("lightgbm.") for part in (model, *estimators_in(model)))
     blanks = of_lightgbm and not any(" " in name for name in names)
@@ -213,16 +211,14 @@ def _kinds_in(sample: Any, columns: Sequence[Column]) -> dict[int, Kind]:
     return {at: _kind_of_values([row[at] for row in rows]) for at in range(len(columns) if rows else 0)}
 
 
-def _kind_of_values(values: Iterable[Any]) -> Kind:
-    """Return the first kind that includes all values but None; "number" if there are no others.
-
-    It is "integer" if all are whole numbers.
-    """
+def _kind_of_values(values: list[Any]) -> Kind:
+    """Return the kind of all values but None: "integer" if all numbers are whole, "number" if there are no values."""
     types = set(map(type, values)) - {type(None)}
     if types == {int}:
         return "integer"
-    kinds: tuple[Kind, ...] = ("number", "text", "boolean", "any")
-    return next((kind for kind in kinds if types <= (ACCEPTED[kind] if kind != "boolean" else {bool})), "any")
+    if types == {str}:
+        return "date" if all(value is None or ISO_DATE.fullmatch(value) for value in values) else "text"
+    return "boolean" if types == {bool} else "number" if types <= {int, float} else "any"
 
 
 def _with_sample(signature: Signature, sample: Any) -> Signature:
@@ -239,22 +235,13 @@ def _with_sample(signature: Signature, sample: Any) -> Signature:
     return replace(signature, columns=tuple(found)) if columns else signature
 
 
-def _are_dates(sample: Any, columns: Sequence[Column], at: int) -> bool:
-    """Return whether a column of a sample holds dates as ISO 8601."""
-    values = [row[at] for row in rows_as_lists(sample, columns) if isinstance(row, list) and row[at] is not None]
-    return bool(values) and all(isinstance(value, str) and ISO_DATE.fullmatch(value) for value in values)
-
-
 def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable[dict[int, Kind]]:
     """Yield kinds for unknown columns: a sample's; else each combination of a few, or all alike or all but one."""
     if sample:
         shown = {at: kind for at, kind in _kinds_in(sample, columns).items() if at in unknown}
-        yield shown
-        number: Kind = "number"
-        yield shown | {at: number for at, kind in shown.items() if kind == "integer"}
-        if dates := [at for at in shown if _are_dates(sample, columns, at)]:
-            date: Kind = "date"
-            yield shown | dict.fromkeys(dates, date)
+        others: tuple[dict[Kind, Kind], ...] = {"date": "text"}, {"date": "text", "integer": "number"}, {}
+        for other in others:
+            yield {at: other.get(kind, kind) for at, kind in shown.items()}
     elif len(unknown) <= 6:
         for guess in itertools.product(NUMBER_OR_TEXT, repeat=len(unknown)):
             yield dict(zip(unknown, guess, strict=True))
@@ -262,11 +249,11 @@ def _guesses(unknown: list[int], columns: list[Column], sample: Any) -> Iterable
             numbers: dict[int, Kind] = dict.fromkeys(unknown, "number")
             yield numbers | {at: "date"}
     else:
-        for common, other in itertools.permutations(NUMBER_OR_TEXT):
+        for common, rare in itertools.permutations(NUMBER_OR_TEXT):
             alike = dict.fromkeys(unknown, common)
             yield alike
             for at in unknown if len(unknown) <= 64 else ():
-                yield alike | {at: other}
+                yield alike | {at: rare}
 
 
 # --- rows that are tried
@@ -310,13 +297,12 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
     unknown = [at for at in _unknown(inspect(model, len(columns))) if columns[at].kind == "number"]
     if not unknown:
         return signature
-    encodes_later, strings = _strings_learned_later(model, len(columns))
-    numbers = unknown if encodes_later else []
-    form = _form_of_numbers(strings)
-    made = list(columns)
-    if signature.layout != "frame":  # numbers of an array become floats
-        for at in numbers if form != "float64" else ():
-            made[at] = replace(columns[at], dtype=form, doubt="" if form else WHOLE_OR_NOT)
+    encodes_later, form = _strings_learned_later(model, len(columns))
+    made, is_frame = list(columns), signature.layout == "frame"
+    for at in unknown if encodes_later else ():  # numbers of an array become floats
+        dtype = form or ("infer" if is_frame else "")
+        made[at] = replace(columns[at], dtype=dtype, doubt="" if form else WHOLE_OR_NOT)
+    if not is_frame:
         return replace(signature, columns=tuple(made))
 
     def takes_text(indices: list[int]) -> bool:
@@ -325,33 +311,23 @@ def _with_ambiguous(model: Any, signature: Signature, rows: list[Any]) -> Signat
         rows_of_text = [[text if at in indices else value for at, value in enumerate(rows[0])] for text in texts]
         return any(_failure(model, tried, [row]) is None for row in rows_of_text)
 
-    found = set(_accepted(unknown, takes_text))
-    for at in {*numbers, *found}:
-        if at in found:
-            made[at] = replace(columns[at], kind="any", dtype=f"infer {form}".rstrip(), doubt=NUMBERS_OR_STRINGS)
-        else:
-            made[at] = replace(columns[at], dtype=form or "infer", doubt="" if form else WHOLE_OR_NOT)
+    for at in _accepted(unknown, takes_text):
+        made[at] = replace(columns[at], kind="any", dtype=f"infer {form}".rstrip(), doubt=NUMBERS_OR_STRINGS)
     return replace(signature, columns=tuple(made))
 
 
-def _strings_learned_later(model: Any, width: int) -> tuple[bool, list[str]]:
-    """Return whether some part has learned strings that are not those of raw columns, and those that it keeps."""
-    reached = {id(raw.part) for raw in raw_parts(model, range(width))}
-    found, strings = False, []
-    for part in estimators_in(model):
-        if id(part) in reached:
-            continue
+def _strings_learned_later(model: Any, width: int) -> tuple[bool, str]:
+    """Return whether some part has learned strings that are not those of raw columns, and of what numbers these were.
+
+    That is int64 if they hold "3", float64 if "3.0", and "" if neither or both.
+    """
+    reached, found, pointed = {id(raw.part) for raw in raw_parts(model, range(width))}, False, set()
+    for part in [part for part in estimators_in(model) if id(part) not in reached]:
         arrays = [*getattr(part, "categories_", ()), *(foreign("categories", part) or {}).values()]
-        strings += [value for array in arrays for value in np.asarray(array).tolist() if isinstance(value, str)]
+        strings = [value for array in arrays for value in np.asarray(array).tolist() if isinstance(value, str)]
+        pointed |= {not value.lstrip("-").isdecimal() for value in strings if NUMBER.fullmatch(value)}
         found = found or bool(strings) or hasattr(part, "vocabulary_") or bool(foreign("keeps_no_categories", part))
-    return found, strings
-
-
-def _form_of_numbers(strings: list[str]) -> str:
-    """Return of which type the numbers were that strings were made of: int64 if "3", float64 if "3.0", else ""."""
-    numbers = [value for value in strings if NUMBER.fullmatch(value)]
-    whole = [value.lstrip("-").isdecimal() for value in numbers]
-    return "" if not whole or any(whole) != all(whole) else "int64" if whole[0] else "float64"
+    return found, "" if len(pointed) != 1 else "float64" if pointed.pop() else "int64"
 
 
 def _unknown(found: Sequence[ColumnFacts]) -> list[int]:

@@ -63,7 +63,8 @@ def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]
     if _is_identity(step):
         return columns
     if hasattr(step, "statistics_"):  # an imputer leaves out columns without any value
-        kept = [at for at, found in zip(columns, step.statistics_, strict=False) if _is_kept(step, found)]
+        empty = [not step.keep_empty_features and value != value for value in step.statistics_]
+        kept = [at for at, is_empty in zip(columns, empty, strict=False) if not is_empty]
         return kept + [None] * len(getattr(step.indicator_, "features_", ()))
     if hasattr(step, "steps"):
         return functools.reduce(lambda passed, inner: _passed_on(inner[1], passed), step.steps, columns)
@@ -83,11 +84,6 @@ def _is_identity(step: Any) -> bool:
     if hasattr(step, "steps"):
         return all(_is_identity(inner) for _, inner in step.steps)
     return step in (None, "passthrough") or (hasattr(step, "inverse_func") and step.func is None)
-
-
-def _is_kept(imputer: Any, statistic: Any) -> bool:
-    """Return whether an imputer passes on a column, for which it found this statistic."""
-    return imputer.keep_empty_features or statistic is None or statistic == statistic
 
 
 def _inner_estimators(part: Any) -> Iterable[Any]:
@@ -123,8 +119,8 @@ class ColumnFacts:
         if is_object and any(value is None for value in array):
             self.missing = None
         known = array[is_present(array)]
-        present = tuple(known.tolist() if is_object else known)
-        present = tuple(str(v) if isinstance(v, np.str_) else v for v in present)
+        values = known.tolist() if is_object else known
+        present = tuple(str(v) if isinstance(v, np.str_) else v for v in values)
         if present and not self.learned:
             self.learned = present
             self.kind, self.dtype = _kind_and_dtype(array.dtype, present)
@@ -200,16 +196,14 @@ def inspect(model: Any, width: int) -> list[ColumnFacts]:
             for facts, column in zip(columns, boosted, strict=False):
                 facts.kind = facts.kind or column.kind
                 facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
-        elif (learned := foreign("categories", part)) is not None:
-            for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
-                if name in learned:
-                    facts.learn(learned[name])
+        elif (learned := foreign("categories", part)) is not None or hasattr(part, "categories_"):
+            names = getattr(part, "feature_names_in_", ())
+            arrays = part.categories_ if learned is None else [learned.get(name, ()) for name in names]
+            for facts, values in zip(columns, arrays, strict=False):
+                facts.learn(values)
         elif (kinds := foreign("kinds", part)) is not None:
             for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
                 facts.kind = facts.kind or kinds.get(name)
-        elif hasattr(part, "categories_"):
-            for facts, values in zip(columns, part.categories_, strict=False):
-                facts.learn(values)
         elif hasattr(part, "statistics_"):
             for facts in columns:
                 if getattr(part, "missing_values", 0) is None:

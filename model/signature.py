@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .columns import (
-    ACCEPTED,
-    EXPECTED,
+    FORMS,
     NOT_BOOLEAN,
     BadRows,
     Column,
@@ -256,11 +255,11 @@ class Signature:
 
     def _validate_scalars(self, data: list[Any]) -> Any:
         kind: Kind = "text" if self.layout == "texts" else "number"
-        if not set(map(type, data)) <= ACCEPTED[kind]:
+        if not set(map(type, data)) <= FORMS[kind].accepted:
             raise bad_rows(
-                {"row": at, "detail": f"{json_name(value)}; expected {EXPECTED[kind]}: data is {self.example()}"}
+                {"row": at, "detail": f"{json_name(value)}; expected {FORMS[kind].expected}: data is {self.example()}"}
                 for at, value in enumerate(data)
-                if type(value) not in ACCEPTED[kind]
+                if type(value) not in FORMS[kind].accepted
             )
         return data
 

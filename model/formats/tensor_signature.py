@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..columns import ACCEPTED, EXAMPLES, EXPECTED, Kind, json_name, to_array
+from ..columns import FORMS, Kind, json_name, to_array
 from ..signature import BadRows, Signature, bad_rows, matches
 
 
@@ -54,7 +54,7 @@ class TensorSignature(TypedSignature):
 
     def example(self) -> str:
         """Show the form of `data` with one row, as JSON."""
-        value = EXAMPLES[kind_of(self.precision)]
+        value = FORMS[kind_of(self.precision)].example
         for size in reversed(self.shape):  # a list is shown in full if it is short, else as its first value
             value = f"[{', '.join([value] * size)}]" if size and size * len(value) < 60 else f"[{value}, …]"
         return f"[{value}]"
@@ -92,11 +92,11 @@ class TensorSignature(TypedSignature):
             else:
                 shape = sizes  # if sizes are open, the first row sets them for the others
                 if wrong := [value for value in values if type(value) not in _accepted(kind)]:
-                    yield {"row": at, "detail": f"holds {json_name(wrong[0])}; expected {EXPECTED[kind]}"}
+                    yield {"row": at, "detail": f"holds {json_name(wrong[0])}; expected {FORMS[kind].expected}"}
 
 
 def _accepted(kind: Kind) -> set[type]:
-    return {bool} if kind == "boolean" else ACCEPTED[kind]
+    return {bool} if kind == "boolean" else FORMS[kind].accepted
 
 
 def _flatten(row: Any) -> tuple[tuple[int, ...] | None, list[Any], set[type]]:

@@ -26,6 +26,7 @@ from model.signature import BadRows
 
 BOOSTERS = ("lightgbm", "xgboost", "catboost")
 AT_ONCE = 8  # callers
+MAX_WAIT = 300.0  # seconds; a busy machine is no overload
 
 OUTCOMES = ("wrong", "failed", "refused", "rightly refused", "right")  # the worst first
 Ask = Callable[[list[Any]], Any]  # rows as JSON → predictions; raises BadRows or RowsRefused

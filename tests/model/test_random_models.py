@@ -16,9 +16,10 @@ from typing import Any
 import joblib
 import pytest
 from conftest import gunicorn
-from random_checks import Tally, asks, check, check_all, check_at_once, main, need_boosters
+from random_checks import MAX_WAIT, Tally, asks, check, check_all, check_at_once, main, need_boosters
 from random_models import FORMS, Case, sample_of
 
+from model.batching import Batcher
 from model.formats import ModelLoadError
 from model.loaded import load_model
 from model.signature import BadRows
@@ -29,7 +30,7 @@ def check_in_process(case: Case, seed: int, place: Path, tally: Tally) -> None:
     joblib.dump(case.model, place / "model.joblib")
     sample = sample_of(case, random.Random(seed)) if seed % 2 else None
     try:
-        model = load_model(place / "model.joblib", sample=sample)
+        model = load_model(place / "model.joblib", sample=sample, batcher=Batcher(max_wait=MAX_WAIT))
     except ModelLoadError as error:
         tally.add(case, f"refused: at load, {error}")
         tally.counts["refused"] += len(FORMS) - 1
@@ -42,7 +43,7 @@ def check_over_http(case: Case, seed: int, place: Path, tally: Tally) -> None:
     joblib.dump(case.model, place / "model.joblib")
     if seed % 2:
         (place / "model.sample.json").write_text(json.dumps(sample_of(case, random.Random(seed))))
-    with gunicorn(place, model_path=place / "model.joblib") as server:
+    with gunicorn(place, model_path=place / "model.joblib", max_wait=MAX_WAIT) as server:
 
         def ask(data: Any) -> Any:
             status, answer = server.predict(data)

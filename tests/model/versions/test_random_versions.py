@@ -18,9 +18,10 @@ import joblib
 import orjson
 import pytest
 from conftest import Gunicorn, basic, gunicorn
-from random_checks import Tally, asks, check, check_all, check_at_once, main, need_boosters
+from random_checks import MAX_WAIT, Tally, asks, check, check_all, check_at_once, main, need_boosters
 from random_models import FORMS, ONNX_KINDS, Case, sample_of
 
+from model.batching import Batcher
 from model.formats import ModelLoadError
 from model.loaded import LoadedModel, load_model
 from model.serving import Serving
@@ -64,7 +65,7 @@ def published(case: Case, seed: int, place: Path, store: Store, tally: Tally, fr
 def watched(store: Store, journal_dir: Path) -> LoadedModel:
     """Load the stable version as a server does."""
     watcher = StoreWatcher(store.directory, journal_dir)
-    update = watcher.update(Serving(watcher))
+    update = watcher.update(Serving(watcher, max_wait=MAX_WAIT))
     assert update is not None
     routes, errors = update
     assert routes is not None, errors
@@ -91,7 +92,12 @@ def check_exported(case: Case, seed: int, place: Path, tally: Tally) -> None:
     except ModelLoadError:  # the model itself: test_random_models.py counts those
         return
     tally.counts["exported"] += 1
-    check(replace(case, exported=True), seed, asks(load_model(place / "model.onnx")), tally)
+    check(
+        replace(case, exported=True),
+        seed,
+        asks(load_model(place / "model.onnx", batcher=Batcher(max_wait=MAX_WAIT))),
+        tally,
+    )
 
 
 @pytest.mark.long
@@ -162,7 +168,7 @@ class Versions:
 @pytest.mark.long
 def test_random_models_are_answered_so_by_a_gunicorn_that_swaps_them(tmp_path: Path) -> None:
     """More than a hundred pairs of a model and a form."""
-    with gunicorn(tmp_path, model_dir=tmp_path / "models", ready=False) as server:
+    with gunicorn(tmp_path, model_dir=tmp_path / "models", ready=False, max_wait=MAX_WAIT) as server:
         versions = Versions(server, Store(tmp_path / "models"))
         tally = check_all(versions.check, range(1100, 1126), tmp_path)
     tally.assert_right(20)
