@@ -260,7 +260,8 @@ def to_array(values: Sequence[Any], dtype: str) -> Any:
         array = np.array(values, dtype=dtype)
         if dtype not in ("float32", "float16") or not np.isinf(array).any():
             return array
-    raise BadRows(f"data holds a number that is too large for {dtype}, which the model takes")
+    misfit = "is too large for" if dtype.startswith("float") else "does not fit"
+    raise BadRows(f"data holds a number that {misfit} {dtype}, which the model takes")
 
 
 def are_whole(values: list[Any]) -> bool:
