@@ -35,8 +35,8 @@ WATCH = 1000  # of so many heads one is read by gunicorn too
 
 # A path without escapes, perhaps a query; then fields of printable ASCII.
 HEAD = re.compile(
-    rb"((?:GET|POST) ((?:/[A-Za-z0-9._~-]+)+)(?:\?([A-Za-z0-9._~=&%+-]+))? HTTP/1\.1)\r\n"
-    rb"((?:[A-Za-z0-9-]+:[ -~]*\r\n)+)\r\n"
+    r"(GET|POST) (((?:/[A-Za-z0-9._~-]++)++)(?:\?([A-Za-z0-9._~=&%+-]++))?) HTTP/1\.1\r\n"
+    r"((?:[A-Za-z0-9-]++:[ -~]*+\r\n)++)\r\n"
 )
 FIELD = re.compile(r"([^:]+):([^\r]*)\r\n")
 HOST = re.compile(r"([^:]+)(?::([0-9]+))?")
@@ -48,6 +48,7 @@ MAX_REQUEST_LINE = 4094  # bytes
 
 # Fields that frame a message other than by its length, or are between two hops.
 UNSUPPORTED_HEADERS = {"EXPECT", "KEEP-ALIVE", "PROXY-CONNECTION", "TE", "TRAILER", "TRANSFER-ENCODING", "UPGRADE"}
+UNSUPPORTED_VARIABLES = {f"HTTP_{name.replace('-', '_')}" for name in UNSUPPORTED_HEADERS}  # the same in an environ
 SERVER_HEADERS = hop_headers | {"content-length"}  # headers of a response that the application does not set; lower case
 
 # gunicorn's settings that change what it does with a request. If one is not at its default, it takes all requests.
@@ -199,7 +200,14 @@ def of_connection(cfg: Any, server: Any, addr: Any) -> tuple[dict[str, Any], dic
         environ |= {"SERVER_NAME": server[0], "SERVER_PORT": str(server[1])}
     policy = HeaderPolicy()  # of gunicorn, which decides here too which peers FORWARDED_ALLOW_IPS trusts
     policy.cfg, policy.peer_addr = cfg, addr
-    return environ, policy._peer_trusted_for_forwarded()[0]
+    return environ, {variable_of(name): value for name, value in policy._peer_trusted_for_forwarded()[0].items()}
+
+
+@lru_cache(256)
+def variable_of(name: str) -> str:
+    """Return the name that a header field has in an environ."""
+    variable = name.upper().replace("-", "_")
+    return variable if variable in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{variable}"
 
 
 def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> dict[str, Any] | None:
@@ -207,29 +215,25 @@ def parse_head(data: bytes, base: dict[str, Any], schemes: dict[str, str]) -> di
 
     None if it is not simple. `base` and `schemes` are what `of_connection` returned.
     """
-    head = HEAD.match(data)
-    if head is None or head.end(1) > MAX_REQUEST_LINE:
+    head = HEAD.match(data.decode("latin-1"))
+    if head is None or head.end(2) + len(" HTTP/1.1") > MAX_REQUEST_LINE:
         return None
-    line, path, query, fields = (part.decode("ascii") for part in head.groups(b""))
-    method, target, _ = line.split(" ")
-    environ = base | {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "RAW_URI": target}
+    method, target, path, query, fields = head.groups("")
+    environ = {**base, "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "RAW_URI": target}
     found, scheme = FIELD.findall(fields), ""
     for name, value in found:
-        name, value = name.upper(), value.strip(" ")
-        if name in UNSUPPORTED_HEADERS or (name == "CONNECTION" and value.lower() not in ("keep-alive", "close")):
+        variable, value = variable_of(name), value.strip(" ")
+        if variable in UNSUPPORTED_VARIABLES or variable in environ:
             return None
-        if name in schemes:
+        if variable == "HTTP_CONNECTION" and value.lower() not in ("keep-alive", "close"):
+            return None
+        if variable == "CONTENT_LENGTH" and not (value.isdigit() and len(value) < 10):
+            return None
+        if variable in schemes:
             if scheme:
                 return None
-            scheme = "https" if value == schemes[name] else "http"
-        if name == "CONTENT-LENGTH" and not (value.isdigit() and len(value) < 10):
-            return None
-        key = name.replace("-", "_")
-        if name not in ("CONTENT-LENGTH", "CONTENT-TYPE"):
-            key = f"HTTP_{key}"
-        if key in environ:
-            return None
-        environ[key] = value
+            scheme = "https" if value == schemes[variable] else "http"
+        environ[variable] = value
     environ["wsgi.url_scheme"] = scheme or "http"
     host = HOST.fullmatch(environ.get("HTTP_HOST", ""))
     if host is None or len(found) > MAX_FIELDS:
@@ -244,7 +248,7 @@ def format_response(status: str, headers: list[tuple[str, str]], body: bytes, ke
 
     Raises: InvalidResponseHeader, no status (as in WSGI, `200 OK`), or a line break within a line.
     """
-    fields = (f"{name}: {value}" for name, value in headers if name.lower() not in SERVER_HEADERS)
+    fields = [f"{name}: {value}" for name, value in headers if name.lower() not in SERVER_HEADERS]
     lines = [f"HTTP/1.1 {status}", *fields]
     text = "".join(lines)
     if not status or "\n" in text or "\r" in text:
@@ -255,4 +259,5 @@ def format_response(status: str, headers: list[tuple[str, str]], body: bytes, ke
         body = b""
     else:
         lines.append(f"Content-Length: {len(body)}")
-    return "\r\n".join((*lines, "\r\n")).encode("latin-1") + body
+    lines.append("\r\n")
+    return "\r\n".join(lines).encode("latin-1") + body

@@ -1,9 +1,10 @@
 """Shortcuts through Flask, for applications that leave these parts of it as they are.
 
-They save 36 of the 74 µs that a view with a hook before it and one after it takes.
+They save 46 of the 76 µs that a view with a hook before it and one after it takes.
 
-Flask: overrides `create_url_adapter`, `ensure_sync` and `response_class`.
-Werkzeug: overrides `MapAdapter.match` and `Response.__call__`; relies on `response`, `_on_close` and `_status_code`.
+Flask: overrides `create_url_adapter`, `ensure_sync`, `response_class` and `session_interface`.
+Werkzeug: overrides `MapAdapter.match` and `Response.__call__`; replaces `LocalProxy.__getattr__`; makes `Response` and
+`Headers` with the attributes that their own constructors set.
 """
 
 import inspect
@@ -12,9 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 from flask import Flask, Request, Response
+from flask.sessions import NullSession, SecureCookieSession, SecureCookieSessionInterface
+from werkzeug.datastructures import Headers
+from werkzeug.local import LocalProxy
 from werkzeug.routing import MapAdapter
 
 from . import UnexpectedInternals
+
+JSON = "application/json"
 
 
 def slim(app: Flask) -> None:
@@ -25,8 +31,10 @@ def slim(app: Flask) -> None:
     expected = "map server_name script_name subdomain url_scheme path_info default_method query_args"
     if " ".join(inspect.signature(MapAdapter).parameters) != expected:
         raise UnexpectedInternals("parameters of werkzeug.routing.MapAdapter")
-    if not vars(Response(b"a")).items() >= {"response": [b"a"], "_on_close": [], "_status_code": 200}.items():
+    if vars(SlimResponse(b"a", content_type=JSON)) != vars(Response(b"a", content_type=JSON)):
         raise UnexpectedInternals("attributes of flask.Response")
+    if type(vars(LocalProxy).get("__getattr__")).__name__ not in ("_ProxyLookup", "function"):
+        raise UnexpectedInternals("attributes of werkzeug.local.LocalProxy")
     if list(inspect.signature(Flask.create_url_adapter).parameters) != ["self", "request"]:
         raise UnexpectedInternals("parameters of Flask.create_url_adapter")
     if app.response_class is Response:
@@ -35,14 +43,42 @@ def slim(app: Flask) -> None:
         app.create_url_adapter = _adapters(app)  # type: ignore[assignment,method-assign]
     if "ensure_sync" not in vars(app):
         app.ensure_sync = lru_cache(64)(app.ensure_sync)  # type: ignore[method-assign]
+    if type(app.session_interface) is SecureCookieSessionInterface:
+        app.session_interface = SlimSessions()
+    LocalProxy.__getattr__ = _getattr  # type: ignore[assignment]
+
+
+def _getattr(proxy: Any, name: str) -> Any:
+    """Return an attribute of what a proxy, such as `flask.request`, stands for: werkzeug would make a partial first."""
+    return getattr(proxy._get_current_object(), name)
+
+
+class SlimSessions(SecureCookieSessionInterface):
+    """Sessions that are made once for all requests, as long as the application has no secret key to sign any."""
+
+    _none = NullSession()  # nothing can be put into it
+
+    def open_session(self, app: Flask, request: Request) -> SecureCookieSession | None:
+        """Return the session of a request."""
+        return super().open_session(app, request) if app.secret_key else self._none
 
 
 class SlimResponse(Response):
-    """A response that does not copy its headers to send them, if they need no correction.
+    """A response that is made at once if it is plain JSON, and does not copy its headers if they need no correction.
 
     Werkzeug would correct `Location`, add a missing `Content-Length`, and leave out the body that some responses must
     not have. Those, and responses with something to do when they are closed, take its own way.
     """
+
+    def __init__(self, response: Any = None, *arguments: Any, **named: Any) -> None:
+        """Make a response, as werkzeug does."""
+        if type(response) is not bytes or arguments or named != {"content_type": JSON}:
+            super().__init__(response, *arguments, **named)
+            return
+        self.headers = Headers()
+        self.headers._list = [("Content-Type", JSON), ("Content-Length", str(len(response)))]
+        self._status, self._status_code = "200 OK", 200
+        self.direct_passthrough, self._on_close, self.response = False, [], [response]
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
         """Send the response, as a WSGI application."""

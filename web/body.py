@@ -38,9 +38,9 @@ class BodyReader:
             RequestTimeout: not there in time.
             BadRequest: it breaks off, or its chunks are malformed.
         """
-        if (_length(environ) or 0) <= self.max_bytes:
+        if ((declared := _length(environ)) or 0) <= self.max_bytes:
             buffer = io.BytesIO()  # whose value is not copied; a list of chunks and their join would be there together
-            buffer.writelines(self._chunks(environ, self.timeout))
+            buffer.writelines(self._chunks(environ, declared, self.timeout))
             if len(body := buffer.getvalue()) <= self.max_bytes:
                 environ["body.complete"] = True
                 return body
@@ -57,7 +57,7 @@ class BodyReader:
     def _discard(self, environ: dict[str, Any]) -> None:
         """Read on a little, then shut the connection down: closed with unread data it is reset, and the answer lost."""
         with suppress(HTTPException):
-            if sum(map(len, self._chunks(environ, LINGER))) <= self.max_bytes:
+            if sum(map(len, self._chunks(environ, _length(environ), LINGER))) <= self.max_bytes:
                 return
         _shutdown(environ, socket.SHUT_RDWR)
 
@@ -68,13 +68,13 @@ class BodyReader:
             if deadline <= self._seconds and self._reads.pop(token, None) is not None:
                 _shutdown(environ, socket.SHUT_RD)
 
-    def _chunks(self, environ: dict[str, Any], seconds: float) -> Iterator[bytes]:
-        """Yield a body as it arrives, up to one byte more than it may have, and let other requests in between.
+    def _chunks(self, environ: dict[str, Any], declared: int | None, seconds: float) -> Iterator[bytes]:
+        """Yield a body of `_length` as it arrives, up to one byte more than allowed; let other requests in between.
 
         gevent reads on without a pause for as long as there is data, so a fast sender would have the worker to itself.
         Raises: RequestTimeout, BadRequest; the connection is of no further use then.
         """
-        token, stream, declared = object(), environ["wsgi.input"], _length(environ)
+        token, stream = object(), environ["wsgi.input"]
         length = left = self.max_bytes + 1 if declared is None else min(declared, self.max_bytes + 1)
         size, now = MIN_CHUNK_SIZE if declared is None else CHUNK_SIZE, time.monotonic()
         yielded = now

@@ -8,6 +8,7 @@ from typing import Any
 import flask
 import pytest
 from flask import Blueprint, Flask, Response, abort, redirect, request, send_file, session, url_for
+from werkzeug.local import LocalProxy
 from werkzeug.routing import MapAdapter
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 from werkzeug.wrappers import Response as BaseResponse
@@ -166,6 +167,39 @@ def test_no_route_depends_on_the_host(host: str) -> None:
     assert "200 OK" in str(answer)
 
 
+def test_session_without_a_secret_key_is_as_without() -> None:
+    found = []
+    for is_slim in (True, False):
+        app = application(is_slim)
+        app.secret_key = None
+        app.add_url_rule("/read", view_func=lambda: str(session.get("a")))
+        found.append(answers(app, {"path": "/read"}, {"path": "/cookie"}, {"path": "/read"}))
+        app.secret_key = "set later"
+        (answer,) = answers(app, {"path": "/cookie"})
+        assert "Set-Cookie" in str(answer)
+    assert found[0] == found[1]
+    assert "500" in found[0][1][0]  # a session that cannot be signed cannot be written to
+
+
+def test_proxies_are_as_without() -> None:
+    app = application(True)
+    with pytest.raises(RuntimeError, match="outside of request context"):
+        request.path  # noqa: B018  # that it raises is what is tested
+    with app.test_request_context("/a"):
+        assert (request.path, flask.current_app.name) == ("/a", "test")
+        with pytest.raises(AttributeError, match="no_such"):
+            request.no_such  # noqa: B018
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1}', b"\xff" * 1000])
+def test_json_response_is_as_without(content: bytes) -> None:
+    found = slim_flask.SlimResponse(content, content_type="application/json")
+    expected = Response(content, content_type="application/json")
+    assert vars(found) == vars(expected)
+    found.headers.add("X-A", "1")
+    assert "X-A" not in slim_flask.SlimResponse(content, content_type="application/json").headers
+
+
 def test_what_another_extension_has_replaced_stays() -> None:
     app = Flask("test")
     app.response_class = OwnResponse
@@ -191,6 +225,7 @@ def other_response(self: Any, *arguments: Any, **named: Any) -> None:
     [
         (MapAdapter, "__init__", other_adapter),
         (Response, "__init__", other_response),
+        (LocalProxy, "__getattr__", None),
         (Flask, "create_url_adapter", lambda self, context: None),
     ],
 )
