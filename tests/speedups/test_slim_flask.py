@@ -8,7 +8,6 @@ from typing import Any
 import flask
 import pytest
 from flask import Blueprint, Flask, Response, abort, redirect, request, send_file, session, url_for
-from werkzeug.local import LocalProxy
 from werkzeug.routing import MapAdapter
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 from werkzeug.wrappers import Response as BaseResponse
@@ -181,16 +180,6 @@ def test_session_without_a_secret_key_is_as_without() -> None:
     assert "500" in found[0][1][0]  # a session that cannot be signed cannot be written to
 
 
-def test_proxies_are_as_without() -> None:
-    app = application(True)
-    with pytest.raises(RuntimeError, match="outside of request context"):
-        request.path  # noqa: B018  # that it raises is what is tested
-    with app.test_request_context("/a"):
-        assert (request.path, flask.current_app.name) == ("/a", "test")
-        with pytest.raises(AttributeError, match="no_such"):
-            request.no_such  # noqa: B018
-
-
 @pytest.mark.parametrize("content", [b"", b'{"a": 1}', b"\xff" * 1000])
 def test_json_response_is_as_without(content: bytes) -> None:
     found = slim_flask.SlimResponse(content, content_type="application/json")
@@ -225,7 +214,6 @@ def other_response(self: Any, *arguments: Any, **named: Any) -> None:
     [
         (MapAdapter, "__init__", other_adapter),
         (Response, "__init__", other_response),
-        (LocalProxy, "__getattr__", None),
         (Flask, "create_url_adapter", lambda self, context: None),
     ],
 )
