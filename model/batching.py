@@ -131,11 +131,12 @@ class Batcher:
                 batch = self._take(call, method)
                 self._alone = 0 if len(batch) > 1 else self._alone + 1
                 self._answer(run, [each for each in batch if not each.answered], method)
+            if call.error is not None:
+                raise call.error
+            return call.result
         finally:  # also if this caller is killed while it waits or leads
             self._leave(call, batch)
-        if call.error is not None:
-            raise call.error
-        return call.result
+            call.error = None  # whose traceback holds this frame: the two would hold the rows until they are collected
 
     def _enter(self, call: _Call, method: str, is_first: bool) -> None:
         """Put a call into the queue, and let it lead if there is no leader. Raises: Overloaded."""

@@ -1,7 +1,7 @@
 """How much JSON the rows of one request can be: counted before it is decoded, since a list takes 56 bytes in memory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .signature import BadRows, Signature
@@ -33,25 +33,27 @@ class Limits:
 
     def check(self, body: bytes) -> None:
         """Reject JSON that holds more, before anything is made of it. Raises: BadRows."""
-        if self._exceeded(body) and (problem := self._exceeded(_without_strings(body))):
+        if self._exceeded([body]) and (problem := self._exceeded(_without_strings(body))):
             raise BadRows(problem)
 
-    def _exceeded(self, body: bytes) -> str:
-        lists = body.count(b"[") + body.count(b"{")
-        if lists > self.lists:
-            return f"the body has more lists and objects than {self.rows} rows, the most that one request may have"
-        if body.count(b",") > lists * self.values:
+    def _exceeded(self, pieces: Iterable[bytes]) -> str:
+        lists = commas = 0
+        for piece in pieces:
+            lists += piece.count(b"[") + piece.count(b"{")
+            commas += piece.count(b",")
+            if lists > self.lists:
+                return f"the body has more lists and objects than {self.rows} rows, the most that one request may have"
+        if commas > lists * self.values:
             return "the body has more values than its rows can have; GET /model shows what a row is"
         return ""
 
 
-def _without_strings(body: bytes) -> bytes:
-    """Return JSON with its strings cut out; piece by piece, between which other threads run."""
-    found, in_string, rest = [], 0, b""
+def _without_strings(body: bytes) -> Iterator[bytes]:
+    """Yield JSON piece by piece with its strings cut out: no copy of it all is made, and other threads run between."""
+    in_string, rest = 0, b""
     for at in range(0, len(body), PIECE_SIZE):
         piece = (rest + body[at : at + PIECE_SIZE]).replace(rb"\\", b"").replace(rb"\"", b"")
         rest = b"\\" * piece.endswith(b"\\")  # it belongs to the next byte
         parts = piece.split(b'"')
-        found.append(b"".join(parts[in_string::2]))
+        yield b"".join(parts[in_string::2])
         in_string ^= (len(parts) - 1) % 2
-    return b"".join(found)

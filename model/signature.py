@@ -135,8 +135,8 @@ class Signature:
         if not common or not set(map(type, itertools.chain.from_iterable(rows))) <= common:
             self._check_each_column(rows)
         rows = self._convert(rows) if self._converted else rows
-        if self.precision == "float32" and self.is_one_array and _largest(rows) > 3.4e38:
-            to_array(rows, self.precision)  # before others' rows are with them: it raises
+        if self.precision == "float32" and self.is_one_array:
+            return to_array(rows, self.precision)  # before others' rows are with them, since it may raise
         return rows
 
     def _wrong_lists(self, data: list[Any]) -> Iterator[dict[str, Any]]:
@@ -306,10 +306,6 @@ class Signature:
                 errors[-1]["column"] = self.columns[indices[0]].place(indices[0]) if self.columns else indices[0]
         if errors:
             raise bad_rows(errors)
-
-
-def _largest(rows: list[Any]) -> float:
-    return max(map(abs, filter(None, itertools.chain.from_iterable(rows))), default=0.0)
 
 
 def matches(shape: Sequence[int | None], sizes: Sequence[int]) -> bool:

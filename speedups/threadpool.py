@@ -25,9 +25,12 @@ INTERNALS = ["_lock", "_handlerList", "_register_at_fork_reinit_lock"]  # of log
 def run_in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function on a native thread; return or raise what it does. Other greenlets run meanwhile."""
     result, error = get_hub().threadpool.apply(_guarded, (function, arguments))
-    if error is not None:
+    if error is None:
+        return result
+    try:
         raise error
-    return result
+    finally:
+        del error  # its traceback holds this frame: the two would hold the arguments until they are collected
 
 
 def _guarded(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:

@@ -12,8 +12,6 @@ from werkzeug.exceptions import BadRequest
 
 poll = select.poll  # not gevent's, which may switch to another greenlet: workers.py sets it
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # without it, as on macOS, only connections that are wholly closed count
-
-
 PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
 
 

@@ -1,12 +1,15 @@
 """Concurrent calls are merged, each caller gets its own rows' answers, and nobody hurts anybody else."""
 
+import gc
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,23 @@ def test_a_refused_row_harms_only_its_caller() -> None:
     first, second, bad, fourth = at_once(*calls)
     assert (first, second, fourth) == ([1], [4], [16])
     assert isinstance(bad, ValueError)
+
+
+class Rows(list[int]):
+    """Rows to which there are weak references."""
+
+
+def test_refused_rows_are_freed_without_a_collection() -> None:
+    rows = Rows([-1])
+    alive = weakref.ref(rows)
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            Batcher().submit(Model(), rows, "square")
+        del rows
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_callers_past_the_bound_are_refused_and_those_before_answered() -> None:

@@ -69,6 +69,29 @@ except SystemExit as error:
     assert run(script) == "True (3, 1)\nfrom the thread\n"
 
 
+def test_arguments_of_a_call_that_raised_are_freed_without_a_collection() -> None:
+    script = """
+import gc, gevent, weakref
+gc.disable()
+
+class Body(list):
+    pass
+
+def refuse(body):
+    raise ValueError
+
+body = Body()
+alive = weakref.ref(body)
+try:
+    threadpool.run_in_thread(refuse, body)
+except ValueError:
+    del body
+gevent.sleep(0.1)
+print(alive())
+"""
+    assert run(script) == "None\n"
+
+
 @pytest.mark.parametrize("name", threadpool.INTERNALS)
 def test_logging_without_an_internal_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     create_lock = logging.Handler.createLock
