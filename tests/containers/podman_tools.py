@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import time
+import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,14 @@ class Container:
             return answer.status, json.loads(answer.read())
         finally:
             connection.close()
+
+    def metrics(self) -> str:
+        """Return what /metrics shows."""
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/metrics", headers={"Authorization": AUTHORIZATION}
+        )
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return str(answer.read().decode())
 
     def ask_inside(self) -> Any:
         """Predict from within."""

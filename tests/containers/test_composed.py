@@ -1,11 +1,11 @@
 """compose.yaml, followed as docs/containers.md has it, by podman-compose."""
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import runbook
 from conftest import ROOT, free_port
 from nginx_tools import substitute
 from podman_tools import IMAGE, PASSWORD, demo_model, podman
@@ -20,8 +20,7 @@ def test_page_with_nginx_in_front_works_word_for_word(tmp_path: Path) -> None:
 
     podman has no log driver of that name, and asks for nobody's health without systemd.
     """
-    page = (ROOT / "docs/containers.md").read_text().partition("\n### With nginx in front\n")[2]
-    block = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0]
+    (block,) = runbook.commands(__file__, "containers.md", "With nginx in front")
     port, project = free_port(), f"test-{free_port()}"
     for path in ("deploy/docker/compose.yaml", "deploy/docker/upstream.conf", "deploy/nginx/prediction-server.conf"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

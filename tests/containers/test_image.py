@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runbook
 from conftest import ROOT, free_port
 from podman_tools import IMAGE, PASSWORD, STATE, Container, demo_model, podman, running, state_volume, wait_until
 
@@ -27,8 +28,7 @@ def volume() -> Iterator[str]:
 
 def test_page_in_a_container_works_word_for_word(tmp_path: Path) -> None:
     """With podman in the place of docker, a port that is free, and a password at the prompt."""
-    page = (ROOT / "docs/containers.md").read_text().partition("\n## In a container\n")[2]
-    block = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
+    (block,) = runbook.commands(__file__, "containers.md", "In a container")
     port, volume, name = free_port(), f"test-{free_port()}", f"test-{free_port()}"
     block = block.replace("docker ", "podman ").replace("127.0.0.1:5000:", f"127.0.0.1:{port}:")
     block = block.replace("predictions:/", f"{volume}:/").replace("--name predictions", f"--name {name}")
@@ -142,6 +142,9 @@ def test_what_the_memory_limit_killed_comes_back(volume: str, victim: str) -> No
         wait_until(container.is_healthy)
         assert container.predict() == (200, {"prediction": [0]})
         assert ("Perhaps out of memory?" in container.log()) == (victim == "worker")
+        # A new container counts from zero; its figures show when it started.
+        counted = "1.0" if victim == "worker" else "0.0"
+        assert f'prediction_worker_exits_total{{reason="killed"}} {counted}' in container.metrics()
 
 
 def test_image_says_what_the_server_does() -> None:

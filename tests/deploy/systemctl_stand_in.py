@@ -8,6 +8,7 @@ nginx it starts, or lets it read its files again.
 """
 
 import ctypes
+import fcntl
 import grp
 import os
 import pwd
@@ -19,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,26 +30,37 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read_unit(file: str) -> dict[str, list[str]]:
-    """Read a unit, or that of a template for an instance: its directives, each with its values in order."""
+    """Read a unit, or a template for an instance, and its drop-ins: its directives, each with its values in order."""
     name, _, kind = file.rpartition(".")
     prefix, at, instance = name.partition("@")
     unit: dict[str, list[str]] = {}
-    for directive, value in re.findall(r"^(\w+)=(.*)$", (UNITS / f"{prefix}{at}.{kind}").read_text(), re.MULTILINE):
-        unit.setdefault(directive, []).append(value.replace("%N", name).replace("%i", instance))
+    for path in (UNITS / f"{prefix}{at}.{kind}", *sorted(UNITS.glob(f"{file}.d/*.conf"))):
+        for directive, value in re.findall(r"^(\w+)=(.*)$", path.read_text(), re.MULTILINE):
+            unit.setdefault(directive, []).append(value.replace("%N", name).replace("%i", instance))
     return unit
+
+
+def listen(unit: dict[str, list[str]]) -> Iterator[socket.socket]:
+    """Yield the listening sockets of a unit."""
+    (group,), (mode,), (backlog,) = (unit[name] for name in ("SocketGroup", "SocketMode", "Backlog"))
+    for place in unit["ListenStream"]:
+        if place.startswith("/"):
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(place)
+            os.chown(place, 0, grp.getgrnam(group).gr_gid)
+            os.chmod(place, int(mode, 8))
+        else:
+            address, _, port = place.rpartition(":")
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, int(port)))
+        listener.listen(int(backlog))
+        yield listener
 
 
 def start(service: str) -> None:
     """Start a service with its socket, and wait until it says that it is ready."""
-    held = read_unit(service.replace(".service", ".socket"))
-    (path,), (group,), (mode,), (backlog,) = (
-        held[name] for name in ("ListenStream", "SocketGroup", "SocketMode", "Backlog")
-    )
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    os.chown(path, 0, grp.getgrnam(group).gr_gid)
-    os.chmod(path, int(mode, 8))
-    listener.listen(int(backlog))
+    listeners = list(listen(read_unit(service.replace(".service", ".socket"))))
     with expecting_ready(service) as told:
         if os.fork() == 0:
             told.close()
@@ -57,13 +69,30 @@ def start(service: str) -> None:
             null = os.open("/dev/null", os.O_RDONLY)
             for descriptor, copy in ((null, 0), (log, 1), (log, 2)):
                 os.dup2(descriptor, copy)
+            pid_file(f"{service}.holder").write_text(str(os.getpid()))
             while True:
                 pid = os.fork()
                 if pid == 0:
-                    run(service, read_unit(service)["ExecStart"][0], listener.fileno())
+                    run(service, read_unit(service)["ExecStart"][0], listeners)
                 pid_file(service).write_text(str(pid))
                 os.waitpid(pid, 0)
                 time.sleep(0.2)
+
+
+def stop(service: str) -> None:
+    """Stop a service and close its sockets."""
+    main = int(pid_file(service).read_text())
+    os.kill(int(pid_file(f"{service}.holder").read_text()), signal.SIGKILL)
+    end(main, signal.SIGTERM)
+    for place in read_unit(service.replace(".service", ".socket"))["ListenStream"]:
+        Path(place).unlink(missing_ok=True)
+
+
+def end(pid: int, how: signal.Signals) -> None:
+    """Send a signal, and wait until the process has ended."""
+    os.kill(pid, how)
+    while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        time.sleep(0.1)
 
 
 def pid_file(service: str) -> Path:
@@ -96,14 +125,14 @@ def reload(service: str) -> None:
             sys.exit(f"Job for {service} failed because the control process exited with error code.")
 
 
-def run(service: str, command: str, listener: int | None = None) -> None:
-    """Become a process of the service; `listener` is the socket that the main one gets."""
+def run(service: str, command: str, listeners: Sequence[socket.socket] = ()) -> None:
+    """Become a process of the service; `listeners` are the sockets that the main one gets."""
     unit = read_unit(service)
     user = pwd.getpwnam(unit["User"][0])
     environ = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": user.pw_dir, "USER": user.pw_name}
     environ |= dict(each.split("=", 1) for each in unit["Environment"])
-    if listener is not None:
-        environ |= {"NOTIFY_SOCKET": f"@{service}", "LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    if listeners:
+        environ |= {"NOTIFY_SOCKET": f"@{service}", "LISTEN_FDS": f"{len(listeners)}", "LISTEN_PID": str(os.getpid())}
     hide_and_protect(unit, user)
     files = int(unit["LimitNOFILE"][0])
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
@@ -118,10 +147,10 @@ def run(service: str, command: str, listener: int | None = None) -> None:
     os.setuid(user.pw_uid)
     assert unit["NoNewPrivileges"] == ["yes"]
     assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-    if listener is not None:
-        os.dup2(listener, 3)
-        os.set_inheritable(3, True)  # also where it was 3 already
-    os.closerange(3 if listener is None else 4, 100)
+    aside = [fcntl.fcntl(each, fcntl.F_DUPFD, 50) for each in listeners]  # since one may be where another goes
+    for number, descriptor in enumerate(aside, 3):
+        os.dup2(descriptor, number)
+    os.closerange(3 + len(aside), 100)
     filter_calls(calls)
     words = shlex.split(command)
     os.execve(words[0], words, environ)
@@ -193,11 +222,18 @@ def main(namespace: str, *arguments: str) -> None:
         os.execvpe("ip", again, os.environ | {"STAND_IN": "1"})
     match arguments:
         case ("daemon-reload",):
-            subprocess.run(["systemd-analyze", "verify", *UNITS.glob("prediction-server.*")], check=True)
+            units = [path for path in UNITS.glob("prediction-server.*") if path.is_file()]
+            subprocess.run(["systemd-analyze", "verify", *units], check=True)
         case ("enable", "--now", "--no-block", "prediction-server.socket", "prediction-server.service"):
             pass  # it would try for as long as there is no user
-        case ("enable", "--now", str(), str(service)) | ("start", str(service)):
+        case ("enable" | "start", *_, str(service)) if service.endswith(".service"):
             start(service)
+        case ("stop", str(service), str()) if service.endswith(".service"):
+            stop(service)
+        case ("restart", "prediction-server", "nginx"):
+            main(namespace, "restart", "prediction-server")
+            end(int(Path("/run/nginx.pid").read_text()), signal.SIGQUIT)
+            subprocess.run(["nginx"], check=True)
         case ("restart", "prediction-server"):
             with expecting_ready("prediction-server.service"):
                 os.kill(int(pid_file("prediction-server.service").read_text()), signal.SIGTERM)

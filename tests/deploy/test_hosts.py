@@ -22,6 +22,7 @@ from typing import Any
 
 import joblib
 import pytest
+import runbook
 from conftest import PASSWORD, Gunicorn, Load, basic, gunicorn, records, write_users
 from nginx_tools import SHIPPED, Nginx, needs_nginx, nginx
 from werkzeug.security import generate_password_hash
@@ -212,9 +213,13 @@ def test_host_that_is_killed_or_has_no_model_costs_no_request(tmp_path: Path, ir
             second.app.wait_until(lambda: first.served() > 5 and second.served() > 5)
             first.kill()
             time.sleep(2.0)
+            asked_third = [line for line in logged(front) if third.address in line["upstream"]]
+            shutil.copy(iris_file, tmp_path / "broken.joblib")
+            third.app.process.send_signal(signal.SIGHUP)
+            third.app.wait_until(lambda: "serving version" in third.app.log.read_text())
+            third.check_is_asked_again()
         check_all_answered(load, 15)
-        assert first.served() + second.served() >= len(load.statuses)
-        asked_third = [line for line in logged(front) if third.address in line["upstream"]]
+        assert first.served() + second.served() + third.served() >= len(load.statuses)
         assert {line["upstream_status"].partition(",")[0] for line in asked_third} == {"502"}
         assert 1 <= len(asked_third) <= 5  # once in five seconds
 
@@ -250,11 +255,15 @@ def test_hosts_fail_and_come_back_under_load_without_a_failed_request(tmp_path: 
 
 
 def test_request_that_an_overloaded_host_refuses_is_not_given_to_the_others(tmp_path: Path) -> None:
-    """Nor is a host given up because it is overloaded."""
+    """Nor is a host given up because it is overloaded; what goes on from one without a model is refused once."""
     joblib.dump(Slow(0.3).fit([[1.0, 2.0]]), tmp_path / "model.joblib")
+    (tmp_path / "broken.joblib").write_bytes(b"not a model")
     with hosts_behind_nginx(tmp_path, tmp_path / "model.joblib") as (front, hosts):
-        for host in hosts:
+        *loaded, empty = hosts
+        for host in loaded:
             host.start(max_wait=0.1)
+        empty.start(ready=False, model_path=tmp_path / "broken.joblib")
+        empty.app.wait_until(lambda: "NOT READY" in empty.app.log.read_text())
 
         def ask(_: int) -> int:
             given = {"Content_Type": "application/json", "Authorization": basic("predict")}
@@ -265,8 +274,14 @@ def test_request_that_an_overloaded_host_refuses_is_not_given_to_the_others(tmp_
         assert statuses.keys() == {200, 503}
         assert statuses[503] > 40
         front.wait_until(lambda: len(logged(front)) == 120)
-        assert {line["upstream_status"] for line in logged(front)} == {"200", "503"}
-        assert {line["upstream"] for line in logged(front)} == {f"{host.address}:5000" for host in hosts}
+        first_asked, last_asked = set(), set()
+        for line in logged(front):
+            asked = list(zip(line["upstream"].split(", "), line["upstream_status"].split(", "), strict=True))
+            assert [status for _, status in asked[:-1]] == ["502"] * (len(asked) - 1)  # a 503 is the last
+            first_asked.add(asked[0])
+            last_asked.add(asked[-1])
+        assert (f"{empty.address}:5000", "502") in first_asked
+        assert last_asked == {(f"{host.address}:5000", status) for host in loaded for status in ("200", "503")}
 
 
 def test_rolling_restart_fails_no_request(tmp_path: Path, iris_file: Path) -> None:
@@ -287,6 +302,35 @@ def test_rolling_restart_fails_no_request(tmp_path: Path, iris_file: Path) -> No
                 host.check_is_asked_again()
         check_all_answered(load, 100)
         assert slowest(load) < 45.0  # while all workers of a host are new ones, requests wait for them
+
+
+# Restarts the host that the test at the other end of two pipes has; it runs as `ssh HOST sudo systemctl restart …`.
+SSH = """#!/bin/sh
+[ "$2 $3 $4 $5" = "sudo systemctl restart prediction-server" ] && echo $1 >{place}/asked && read done <{place}/done
+"""
+
+
+def test_loop_that_restarts_one_host_after_the_other_fails_no_request(tmp_path: Path, iris_file: Path) -> None:
+    (loop,) = runbook.commands(__file__, "operations.md", "Restarts, drain and time-outs")
+    for name in ("asked", "done"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "ssh").write_text(SSH.format(place=tmp_path))
+    (tmp_path / "ssh").chmod(0o755)
+    with hosts_behind_nginx(tmp_path, iris_file) as (front, hosts):
+        for host in hosts:
+            host.start()
+        with Load(front, callers=4, pause=0.03) as load:
+            environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+            typed = subprocess.Popen([*front.namespace.within, "bash", "-eu", "-c", loop], env=environ)
+            for host in hosts:
+                assert (tmp_path / "asked").read_text() == f"{host.address}\n"
+                host.stop()
+                host.start(ready=False)
+                (tmp_path / "done").write_text("done\n")
+            assert typed.wait(120) == 0
+            for host in hosts:
+                host.check_is_asked_again()
+        check_all_answered(load, 50)
 
 
 def test_hosts_that_were_all_away_are_asked_as_soon_as_one_is_back(tmp_path: Path, iris_file: Path) -> None:

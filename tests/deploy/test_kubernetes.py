@@ -6,15 +6,22 @@ what it would put together is put together here.
 """
 
 import copy
+import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runbook
 import yaml
 from conftest import ROOT, write_users
 from flask import Flask
+from nginx_tools import substitute
+from werkzeug.security import check_password_hash
 
 from auth import ROLES
 from server import create_app
@@ -127,6 +134,23 @@ def test_files_of_secrets_are_ignored_by_git(directory: str) -> None:
     assert "/deploy/kubernetes/*/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
     for secret in read(HERE / directory / "kustomization.yaml")["secretGenerator"]:
         assert [name for name in secret["files"] if not name.startswith("secrets/")] == []
+
+
+def test_commands_make_the_secrets_that_the_kustomization_names(tmp_path: Path) -> None:
+    """All that is typed before and between the calls of kubectl, in a copy."""
+    (first,) = runbook.commands(__file__, "containers.md", "Deploy")
+    (later,) = runbook.commands(__file__, "containers.md", "Change secrets")
+    secrets = tmp_path / "deploy/kubernetes/common/secrets"
+    secrets.parent.mkdir(parents=True)  # as in a clone
+    for typed, password in ((first, "correct horse"), (later, "battery staple")):
+        commands = substitute(typed, {".venv/bin/python": sys.executable})
+        given = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "input": f"{password}\n{password}\n"}
+        subprocess.run(["bash", "-euc", commands], check=True, text=True, capture_output=True, **given)
+        found = json.loads((secrets / "users.json").read_text())["alice"]
+        assert check_password_hash(found["password"], password)
+        assert found["roles"] == ["predict"]
+    (named,) = read(HERE / "common/kustomization.yaml")["secretGenerator"]
+    assert sorted(f"secrets/{path.name}" for path in secrets.glob("[!.]*")) == sorted(named["files"])
 
 
 # --- schemas

@@ -19,11 +19,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import joblib
 import pytest
+import runbook
 from conftest import PASSWORD, ROOT, Gunicorn, Load, basic, gunicorn, read_all, records
 from nginx_tools import NGINX, OPERATIONS, SHIPPED, Nginx, certificate, needs_nginx, nginx, one_host, substitute
 from test_bad_requests import (
@@ -54,6 +56,10 @@ from settings import Settings
 pytestmark = needs_nginx
 
 LOGROTATE = shutil.which("logrotate", path=f"{os.environ['PATH']}:/usr/sbin")
+needs_logrotate = pytest.mark.skipif(
+    not (LOGROTATE and Path("/etc/logrotate.d/nginx").exists() and os.geteuid() == 0),
+    reason="needs root and logrotate: sudo apt install logrotate",
+)
 IRIS = [[5.1, 3.5, 1.4, 0.2]]
 SETOSA = (200, {"prediction": [0]})
 CALL = {"Content_Type": "application/json", "Authorization": basic("predict")}
@@ -444,15 +450,18 @@ def test_certificates_authority_finds_its_file_over_http(behind: Behind, tmp_pat
             assert (answer.status, answer.read()) == (200, b"as it should be")
 
 
-def test_connections_to_the_app_are_kept(behind: Behind) -> None:
-    def connected() -> set[str]:
-        links = set()
-        for worker in behind.app.workers():
-            for each in Path(f"/proc/{worker}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    links.add(os.readlink(each))
-        return {link for link in links if link.startswith("socket:")}
+def sockets(app: Gunicorn) -> set[str]:
+    """Return the sockets that an app's workers have open."""
+    links = set()
+    for worker in app.workers():
+        for each in Path(f"/proc/{worker}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                links.add(os.readlink(each))
+    return {link for link in links if link.startswith("socket:")}
 
+
+def test_connections_to_the_app_are_kept(behind: Behind) -> None:
+    connected = partial(sockets, behind.app)
     for _ in range(3):  # nginx closes an idle one after two seconds, for which this machine may pause as well
         time.sleep(2.5)  # then those of the tests before are closed
         before = connected()
@@ -467,6 +476,50 @@ def test_connections_to_the_app_are_kept(behind: Behind) -> None:
     assert kept <= later
     assert len(later - before) <= 2  # nginx runs two processes, each with connections of its own
     behind.front.wait_until(lambda: connected() <= before, 10)  # and idle ones are closed in time for a stop
+
+
+KEPT = 4  # seconds, KEEPALIVE of the next test
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by_proxy", [2, 60])
+def test_idle_connection_is_used_again_and_one_that_closes_fails_no_request(
+    by_proxy: int, iris_file: Path, tmp_path: Path
+) -> None:
+    """A proxy that keeps connections for less than KEEPALIVE needs no retries for that; this one has them."""
+    times = {"keepalive_timeout 2s": f"keepalive_timeout {by_proxy}s"}
+    changes = {"proxy_next_upstream error": "proxy_next_upstream off; #"} if by_proxy < KEPT else {}
+    bind = ["--bind", f"unix:{tmp_path}/gunicorn.sock"]
+    with (
+        gunicorn(tmp_path, *bind, trusted_proxies=1, model_path=iris_file, keepalive=KEPT) as app,
+        nginx(tmp_path / "nginx", substitute(one_host(tmp_path / "gunicorn.sock"), times), changes) as front,
+        contextlib.closing(front.connect()) as caller,  # one connection, so that one nginx process has it
+    ):
+        no_one, given = sockets(app), {name.replace("_", "-"): value for name, value in CALL.items()}
+
+        def ask(meanwhile: Callable[[], None] = lambda: None) -> set[str]:
+            caller.request("POST", "/predict", BODY, given)
+            meanwhile()
+            answer = caller.getresponse()
+            assert (answer.status, answer.read()) == (200, b'{"prediction":[0]}\n')
+            return sockets(app) - no_one
+
+        def close_while_nginx_sleeps() -> None:
+            front.wait_until(lambda: sockets(app) <= no_one, 20)
+            os.killpg(front.process.pid, signal.SIGCONT)
+
+        used = False
+        for _ in range(5):  # this machine may pause for as long
+            kept = ask()
+            time.sleep(1.0)
+            used = used or ask() == kept != set()
+        assert used
+        front.wait_until(lambda: sockets(app) <= no_one, 20)  # closed: by the proxy, or by the app
+        assert ask()
+        if by_proxy > KEPT:  # the request comes, the app closes, and then nginx sends it there
+            os.killpg(front.process.pid, signal.SIGSTOP)
+            ask(close_while_nginx_sleeps)
+            front.wait_until(lambda: '"upstream_status":"502, 200"' in front.access_log.read_text())
 
 
 def test_other_protocols_are_spoken_as_configured(behind: Behind) -> None:
@@ -732,10 +785,7 @@ def test_certificate_is_renewed_under_load_without_a_failed_request(behind: Behi
         check_all_answered(load)
 
 
-@pytest.mark.skipif(
-    not (LOGROTATE and Path("/etc/logrotate.d/nginx").exists() and os.geteuid() == 0),
-    reason="needs root and logrotate: sudo apt install logrotate",
-)
+@needs_logrotate
 def test_logs_are_rotated_under_load_without_a_lost_line(behind: Behind, tmp_path: Path) -> None:
     with in_front_of(behind.app, tmp_path / "nginx") as running:
         front, place = running.front, running.front.place
@@ -759,6 +809,31 @@ def test_logs_are_rotated_under_load_without_a_lost_line(behind: Behind, tmp_pat
             return [json.loads(line)["request_id"] for line in texts.splitlines()]
 
         front.wait_until(lambda: sorted(lines()) == sorted(load.answered), 30)
+
+
+@needs_logrotate
+def test_logs_are_rotated_by_size_as_well_once_it_is_set_up(tmp_path: Path) -> None:
+    """The page's commands on a copy of Debian's file; systemd takes the drop-in."""
+    (block,) = runbook.commands(__file__, "operations.md", "Logs")
+    log, units = tmp_path / "prediction-server.log", tmp_path / "system"
+    paths = {"/var/log/nginx/": f"{tmp_path}/", "invoke-rc.d nginx rotate": "true"}
+    (tmp_path / "rotate").write_text(substitute(Path("/etc/logrotate.d/nginx").read_text(), paths))
+    typed = substitute(block, {"/etc/logrotate.d/nginx": f"{tmp_path}/rotate", "/etc/systemd/system": str(units)})
+    stand_ins = 'sudo() { "$@"; }; systemctl() { [ "$1" = daemon-reload ]; }\n'
+    subprocess.run(["bash", "-euc", stand_ins + typed], check=True)
+    assert "\tdaily\n\tmaxsize 500M\n" in (tmp_path / "rotate").read_text()
+    assert (units / "logrotate.timer.d/hourly.conf").read_text() == "[Timer]\nOnCalendar=hourly\n"
+    shutil.copy("/lib/systemd/system/logrotate.timer", units)
+    checked = ["systemd-analyze", "verify", units / "logrotate.timer"]
+    told = subprocess.run(checked, capture_output=True, text=True, env=os.environ | {"SYSTEMD_UNIT_PATH": f"{units}:"})
+    assert (told.returncode, told.stderr) == (0, "")
+    for size, rotated in ((1000, False), (501 * 2**20, True)):  # it has been rotated today
+        log.touch()
+        os.truncate(log, size)
+        (tmp_path / "state").write_text(f'logrotate state -- version 2\n"{log}" {time.strftime("%Y-%-m-%-d")}-0:0:0\n')
+        command = [str(LOGROTATE), "--state", str(tmp_path / "state"), str(tmp_path / "rotate")]
+        subprocess.run(command, check=True, capture_output=True)
+        assert log.with_name(f"{log.name}.1").exists() is rotated
 
 
 @pytest.mark.parametrize("upstream", ["upstream-one-host.conf", "upstream-several-hosts.conf"])

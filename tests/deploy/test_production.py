@@ -1,4 +1,7 @@
-"""docs/operations.md, "Production deployment", typed word for word on a host of its own, which is thrown away."""
+"""The operators' pages, typed word for word on a host of its own, which is thrown away.
+
+docs/operations.md sets it up; then comes what an operator does on other days, and what the alerts' pages say.
+"""
 
 import contextlib
 import http.client
@@ -18,11 +21,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import runbook
 from conftest import PASSWORD, ROOT, basic, ready, records
-from nginx_tools import OPERATIONS, needs_nginx
-from test_hosts import Namespace, can_make_namespaces
+from nginx_tools import needs_nginx, substitute
+from test_hosts import Namespace, can_make_namespaces, ip
 
-PROMPTS = ("Password: ", "Again: ", "Enter host password for user 'alice':")
+PROMPT = re.compile(r"(Password: |Again: |Enter host password for user '\w+':)\Z")
 
 # The host: what is here, with a layer over it that takes all that is written, and /run empty.
 HOST = """
@@ -46,15 +50,12 @@ STAND_INS = {
     "apt-get": 'shift; for each; do [ "${{each#-}}" != "$each" ] || dpkg -s "$each" >/dev/null || exit 1; done',
     "systemctl": f'exec {sys.executable} /stand-ins/systemctl_stand_in.py {{namespace}} "$@"',
     "curl": 'exec ip netns exec {namespace} /usr/bin/curl "$@"',
-    "journalctl": "cat /var/log/prediction-server.log",
+    # The kernel's log is the machine's: here it is what the kernel writes when memory is short.
+    "journalctl": '[ "$1" = -k ] && echo "gunicorn invoked oom-killer" || cat /var/log/prediction-server.log',
     "nft": 'exec ip netns exec {namespace} /usr/sbin/nft "$@"',
+    "openssl": 'exec ip netns exec {namespace} /usr/bin/openssl "$@"',
+    "python3.13": 'exec /usr/bin/python3 "$@"',  # another one would have to be where the service's user may go
 }
-
-
-def block(heading: str) -> str:
-    """Return a section's first commands."""
-    section = rf"^#+ {heading}\n.*?^```sh\n(.*?)^```$"
-    return re.search(section, OPERATIONS, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
 
 
 def pids(namespace: Namespace) -> list[int]:
@@ -93,7 +94,7 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
                     shown += os.read(terminal, 65536).decode(errors="replace")
                 except OSError:  # the last process that had it open has ended
                     break
-                if shown.endswith(PROMPTS) and len(shown) > answered:
+                if PROMPT.search(shown) and len(shown) > answered:
                     answered = len(shown)
                     os.write(terminal, f"{PASSWORD}\n".encode())
             elif process.poll() is not None:
@@ -107,7 +108,51 @@ def type_in(commands: str, place: Path, namespace: Namespace) -> str:
     return shown
 
 
-TYPED = block("Production deployment") + block("A second service on the host")
+SETUP = "".join(runbook.commands(__file__, "operations.md", "Production deployment"))
+(SECOND,) = runbook.commands(__file__, "operations.md", "A second service on the host")
+(PORT,) = runbook.commands(__file__, "operations.md", "Prometheus and Grafana")
+(NEW_VERSION,) = runbook.commands(__file__, "operations.md", "A new version of the model")
+(SYSTEM,) = runbook.commands(__file__, "operations.md", "Upgrades of the system")
+
+# Of these pages .venv/bin/python is to be typed as docs/operations.md says; what is in capitals is filled in.
+(LOOK,) = runbook.commands(__file__, "alerts.md", "What to look at")
+(OBJECTIVES,) = runbook.commands(__file__, "alerts.md", "Objectives")
+(PASSWORDS,) = runbook.commands(__file__, "alerts.md", "Alert: Rejected passwords")
+(DEATHS,) = runbook.commands(__file__, "alerts.md", "Alert: Worker deaths")
+(EXPIRY,) = runbook.commands(__file__, "alerts.md", "Alert: Certificate expires")
+(VERSIONS,) = runbook.commands(__file__, "alerts.md", "Alert: Versions disagree")
+(ROWS,) = runbook.commands(__file__, "alerts.md", "Alert: Rows rejected")
+(DISK,) = runbook.commands(__file__, "alerts.md", "Alert: Disk nearly full")
+(REFUSED,) = runbook.commands(__file__, "alerts.md", "Alert: Records refused")
+(REPORT,) = runbook.commands(__file__, "records.md", "Report")
+(HISTORY,) = runbook.commands(__file__, "records.md", "Who did what")
+
+# What has happened on the host when its operator looks: a second version, a wrong password, a worker that was killed, a
+# record that was refused.
+HAPPENED = """
+cd /opt/prediction-server
+sudo deploy/systemd/as_service.py -m auth add admin --role admin
+cp var/models/1/*.joblib model.joblib; echo '{"data": [[5.1, 3.5, 1.4, 0.2]]}' >rows.json
+ask() { curl -k "$@" -H 'Content-Type: application/json' -d @rows.json https://localhost/predict; }
+ask -u alice -H 'X-Request-ID: order-1'
+ask -u alice:wrong
+sudo kill -9 $(cut -d' ' -f1 /proc/$(cat /run/prediction-server.service.pid)/task/*/children)
+until journalctl -u prediction-server | grep -q 'SIGKILL'; do sleep 1; done
+echo '{"reason": "too odd"}' >var/journal/refused.json
+"""
+FOLLOW = ".venv/bin/python -m telemetry.report --follow"
+LOOKED = "\n".join((LOOK, OBJECTIVES, PASSWORDS, DEATHS, EXPIRY, VERSIONS, ROWS, DISK, REFUSED, REPORT, HISTORY))
+for word, meant in {
+    FOLLOW: f"timeout --signal INT 5 {FOLLOW} || [ $? = 124 ]",
+    ".venv/bin/python": "sudo deploy/systemd/as_service.py",
+    "--request ID": "--request order-1",
+    "HOST:443": "localhost:443",
+    "HOST:5000": "10.0.0.11:5000",
+    "--max-depth=2 / ": "--max-depth=2 /etc ",  # the machine's own disk is not ours to count
+    "-m model rollback": "-m model promote 8 --wait 60\nsudo deploy/systemd/as_service.py -m model rollback",
+}.items():
+    LOOKED = substitute(LOOKED, {word: meant})
+TYPED = SETUP + PORT + HAPPENED + NEW_VERSION + LOOKED + SYSTEM + SECOND
 SERVICES = ("prediction-server", "prediction-server@b")
 needs_a_host = pytest.mark.skipif(
     not (can_make_namespaces() and all(map(shutil.which, ("systemd-analyze", "openssl", "curl", "runuser")))),
@@ -145,13 +190,35 @@ def host_network() -> Iterator[Namespace]:
 @pytest.mark.parametrize("commands", [TYPED, FIRST_BOOT.format(root=ROOT)], ids=["typed", "first boot"])
 def test_commands_word_for_word_end_in_a_prediction(commands: str, tmp_path: Path) -> None:
     with host_network() as namespace:
+        ip("-n", namespace.name, "address", "add", "10.0.0.11/24", "dev", "lo")
         shown = type_in(commands, tmp_path, namespace)
         assert shown.replace("\r", "").endswith('{"prediction":[0]}\n')
         assert "configuration file /etc/nginx/nginx.conf test is successful" in shown
         assert not [line for line in shown.splitlines() if "[warn]" in line and "http2" not in line]
+        if commands == TYPED:
+            check_what_the_operator_saw(shown)
         users = [check_service(namespace, name) for name in SERVICES if f" {name}.service" in commands]
         assert len(users) == len(set(users)) == (2 if commands == TYPED else 1)
         check_front(namespace)
+
+
+def check_what_the_operator_saw(shown: str) -> None:
+    """Check that the commands of a day found what had happened; one that failed would have ended the typing."""
+    shown, history = shown.replace("\r", ""), r"^20\d\d-\d\d-\d\d .*"
+    for found in (
+        r'^request_id +"order-1"$',
+        r"^1\.0 without a fault$",
+        r"wrong password from ",
+        r"^gunicorn invoked oom-killer$",
+        r"was sent SIGKILL",
+        r'^\{"reason": "too odd"\}$',
+        rf"{history}auth add admin ",
+        rf"{history}model promote 8 ",
+        rf"{history}model rollback: from 8 to 1 ",
+        r'"version":"1"',
+    ):
+        assert re.search(found, shown, re.MULTILINE), found
+    assert len(re.findall(r"^notAfter=", shown, re.MULTILINE)) == 2  # the file's, and what callers see
 
 
 def check_service(namespace: Namespace, name: str) -> str:
@@ -171,8 +238,8 @@ def check_service(namespace: Namespace, name: str) -> str:
     assert {"users.json", "models", "journal"} <= {path.name for path in state.iterdir()}
     recorded = records(state / "journal")
     assert {"auth add alice", "model promote 1"} <= {each.get("command") for each in recorded}  # who set it up
-    (record,) = [each for each in recorded if "event" not in each]
-    assert (record["user"], record["status"]) == ("alice", 200)
+    (first, *_) = [each for each in recorded if "event" not in each]
+    assert (first["user"], first["status"]) == ("alice", 200)
     return status["Uid"]
 
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -16,8 +18,10 @@ from typing import Any
 
 import joblib
 import pytest
+import runbook
 import yaml
 from conftest import PASSWORD, ROOT, Gunicorn, Server, basic, free_port, gunicorn, write_users
+from nginx_tools import substitute
 from prometheus_client.parser import text_string_to_metric_families
 from sklearn.dummy import DummyClassifier
 
@@ -28,7 +32,7 @@ from operations import exits
 from telemetry.certificate import families as certificate_families
 from telemetry.drift import Drift
 from telemetry.feedback_metrics import families
-from telemetry.metrics import AUTH_STATUSES, OUTCOMES, Metrics
+from telemetry.metrics import AUTH_STATUSES, OUTCOMES, RESPONSE_SECONDS, Metrics
 from worker_slot import WorkerSlot
 
 HERE = ROOT / "deploy/prometheus"
@@ -47,6 +51,9 @@ NEW_CERTIFICATE = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("promtool") and shutil.which("prometheus")),
     reason="needs prometheus and promtool: sudo apt install prometheus",
+)
+needs_amtool = pytest.mark.skipif(
+    shutil.which("amtool") is None, reason="needs amtool: sudo apt install prometheus-alertmanager"
 )
 
 
@@ -111,7 +118,28 @@ def test_each_alert_has_its_page_and_a_severity() -> None:
         assert alert["labels"]["severity"] in severities
 
 
-@pytest.mark.skipif(shutil.which("amtool") is None, reason="needs amtool: sudo apt install prometheus-alertmanager")
+@pytest.mark.long
+@needs_prometheus
+@needs_amtool
+def test_commands_of_the_page_end_in_a_prometheus_that_scrapes(tmp_path: Path, iris_file: Path) -> None:
+    """Word for word in a copy of deploy/prometheus, with the settings of a server that runs here."""
+    (block, *_) = runbook.commands(__file__, "operations.md", "Prometheus and Grafana")
+    copy = Path(shutil.copytree(HERE, tmp_path / "deploy/prometheus"))
+    with gunicorn(tmp_path, model_path=iris_file) as server:
+        targets = {f"prediction-{number}.example.org:5000": f"127.0.0.1:{server.port}" for number in (1, 2)}
+        (copy / "prometheus.yml").write_text(substitute((copy / "prometheus.yml").read_text(), targets))
+        stand_ins = f'set -o pipefail; sudo() {{ "{sys.executable}" "${{@:2}}"; }}\n'
+        environ = os.environ | {"PYTHONPATH": str(ROOT), "USERS_FILE": str(tmp_path / "users.json")}
+        done = subprocess.run(
+            ["bash", "-euc", stand_ins + block], cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "git.example.org" not in (copy / "rules.yml").read_text() + (copy / "rules_test.yml").read_text()
+        with running_prometheus(copy) as watching:
+            watching.wait_until(lambda: watching.value("sum(up)") == 1)  # of both targets, which are one
+
+
+@needs_amtool
 def test_alertmanager_routes_each_severity() -> None:
     file = HERE / "alertmanager.yml"
 
@@ -210,6 +238,7 @@ def test_names_and_values_are_those_of_the_metrics(expression: str, exposed: set
     assert names or recorded or re.search(r"\bup\b|vector", expression)
     known = {"outcome": set(OUTCOMES.values()), "reason": {*LOSSES, *exits.REASONS}, "status": set(AUTH_STATUSES)}
     known |= {"variant": {"stable", "canary", ""}, "model_version": {""}, "day": {"today", "yesterday"}}
+    known |= {"le": {f"{each}" for each in RESPONSE_SECONDS}}
     for label, values in re.findall(r'(\w+)(?:=~|!=|=)"([^"]*)"', expression):
         assert label == "job" or set(values.split("|")) <= known[label]
 
@@ -267,6 +296,13 @@ def prometheus(place: Path, *targets: int, change: Callable[[str], str] = str) -
     (place / "prometheus.yml").write_text(json.dumps(configuration))
     (place / "rules.yml").write_text(change(rules))
     (place / job["basic_auth"]["password_file"]).write_text(PASSWORD)
+    with running_prometheus(place) as server:
+        yield server
+
+
+@contextmanager
+def running_prometheus(place: Path) -> Iterator[Prometheus]:
+    """Run Prometheus with the configuration in a directory."""
     port = free_port()
     arguments = [f"--config.file={place / 'prometheus.yml'}", f"--storage.tsdb.path={place / 'data'}"]
     with (place / "log").open("wb") as log:

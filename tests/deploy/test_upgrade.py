@@ -9,48 +9,58 @@ import time
 from pathlib import Path
 
 import pytest
+import runbook
 from conftest import ROOT, basic, records
-from nginx_tools import needs_nginx
+from nginx_tools import needs_nginx, substitute
 from test_hosts import Namespace
-from test_production import block, host_network, needs_a_host, pids, type_in
+from test_production import SETUP, host_network, needs_a_host, pids, type_in
 
-PAGE = (ROOT / "docs/upgrades.md").read_text("utf-8")
+UP, UNIT = runbook.commands(__file__, "upgrades.md", "Up")
+(BACK,) = runbook.commands(__file__, "upgrades.md", "Back")
+(PYTHON,) = runbook.commands(__file__, "upgrades.md", "Another Python")
+(LINK,) = runbook.commands(__file__, "upgrades.md", "An installation that is no link yet")
 BODY = b'{"data": [[5.1, 3.5, 1.4, 0.2]]}'
 
-# A host is set up; then a new release comes, which changes a module; then the way back. A reload is refused while the
-# link leads to another release than the one that serves.
+SHOW = """
+set +x
+echo; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"
+set -x
+"""
+
+# A host is set up. Then comes a new release, which changes a module, the unit and the Python; then the way back; then
+# the host is made one whose /opt/prediction-server is a directory. A reload is refused while the link leads to another
+# release than the one that serves.
 BEFORE = r"""
 git clone -q --no-hardlinks {root} /root/origin
 git -C /root/origin checkout -q -B main
 git clone -q /root/origin /root/clone
 cd /root/clone
-{install}
-set +x; echo; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
-"""
-RELEASE = r"""
+{setup}
+{show}
 cd /root/origin
 git config user.email someone@example.com; git config user.name Someone
 echo '# A comment.' >> web/callers.py
+echo '# Another comment.' >> deploy/systemd/prediction-server.service
 git commit -qam "Another release"
 cd /root/clone
-{up}
-set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
-systemctl reload prediction-server
 """
-BACK = r"""
+AFTER = r"""
+{show}
+grep 'Another comment' /etc/systemd/system/prediction-server.service
+systemctl reload prediction-server
 ln -sfT "$(readlink -f /opt/prediction-server-before)" /opt/prediction-server
 ! systemctl reload prediction-server
 ln -sfT $release /opt/prediction-server
 {back}
-set +x; echo "SERVES $(basename "$(readlink /proc/$(cat /run/prediction-server.service.pid)/cwd)")"; set -x
+{show}
+first=$(readlink -f /opt/prediction-server)
+rm /opt/prediction-server
+mv $first /opt/prediction-server
+ln -s /opt/prediction-server $first  # its programs begin with its name
+{link}
+systemctl restart prediction-server
+{show}
 """
-
-
-def commands(section: str) -> str:
-    """Return the first block of commands of a section of the page."""
-    found = re.search(rf"^## {section}\n.*?^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
 
 
 class Callers(threading.Thread):
@@ -89,8 +99,9 @@ class Callers(threading.Thread):
 @needs_nginx
 @needs_a_host
 def test_release_goes_up_and_back_under_load_and_keeps_the_state(tmp_path: Path) -> None:
-    script = BEFORE.format(root=ROOT, install=block("Production deployment")) + RELEASE.format(up=commands("Up"))
-    script += BACK.format(back=commands("Back"))
+    restart = 'sudo ln -sfT "$(readlink -f /opt/prediction-server)" /opt/prediction-server-before\n'
+    up = substitute(UP, {"python=python3 ": "python=python3.13 ", restart: f"{UNIT}{PYTHON}{restart}"})
+    script = BEFORE.format(root=ROOT, setup=SETUP, show=SHOW) + up + AFTER.format(back=BACK, link=LINK, show=SHOW)
     with host_network() as namespace:
         callers = Callers(namespace)
         callers.start()
@@ -100,9 +111,11 @@ def test_release_goes_up_and_back_under_load_and_keeps_the_state(tmp_path: Path)
         finally:
             callers.ending.set()
             callers.join()
-        served = re.findall(r"^SERVES (prediction-server-\w+)$", shown, re.MULTILINE)
-        assert len(served) == 3, shown
+        served = re.findall(r"^SERVES (prediction-server-[\w.-]+)$", shown, re.MULTILINE)
+        assert len(served) == 4, shown
         assert served[0] == served[2] != served[1]
+        assert (served[1].endswith("-python3.13"), served[3]) == (True, "prediction-server-first")
+        assert "as it was published" in shown
         assert "FAIL" not in shown
         assert "ok    model: version" in shown
         assert shown.count("would not bring it. Restart instead") == 1

@@ -22,7 +22,7 @@ from loopback_sls import LoopbackSLS
 from sklearn.datasets import load_iris
 from sls_tools import shipping, stored
 from test_exits import all_serve, metrics
-from test_state import ask, commands, environment, run, serving
+from test_state import BACK_UP, RESTORE, ask, elsewhere, environment, run, serving
 from test_systemd import handed_in
 
 from monitor import UNWRITABLE, segments
@@ -230,7 +230,7 @@ def saturday_workers_die_and_sls_is_away(week: Week) -> None:
 
 def sunday_a_backup(week: Week) -> tuple[Path, Any]:
     path = week.place / "state.tar.gz"
-    script = commands("sudo tar -czf", week.state, path)
+    script = elsewhere(BACK_UP, week.state, path)
     subprocess.run(["bash", "-c", script], cwd=ROOT, check=True, capture_output=True)
     return path, ask(week.server, "admin", "/model")
 
@@ -268,7 +268,7 @@ def the_history_tells_the_week(week: Week) -> None:
 def the_backup_is_restored(week: Week, backup: Path, served: Any) -> None:
     other = week.place / "other/var"
     other.mkdir(parents=True)
-    script, environ = commands("sudo systemctl stop", other, backup), os.environ | environment(other)
+    script, environ = elsewhere(RESTORE, other, backup), os.environ | environment(other)
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environ, check=True, capture_output=True, text=True)
     assert done.stdout.count("as it was published") == 2  # both versions are there
     for command in ("auth list", "model history"):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runbook
 from conftest import ROOT, Gunicorn, Load, SmallDisk, basic, gunicorn, records, write_users
 
 from model.versions.store import Routing
@@ -19,7 +19,7 @@ from monitor import read_lines, segments
 
 pytestmark = pytest.mark.long
 
-OPERATIONS = (ROOT / "docs/operations.md").read_text("utf-8")
+BACK_UP, RESTORE = runbook.commands(__file__, "operations.md", "Back up, restore, move")
 ROW = [[5.1, 3.5, 1.4, 0.2]]
 STAND_INS = """
 set -eu
@@ -77,16 +77,15 @@ def truths(server: Gunicorn, *receipts: str) -> Any:
     return ask(server, "feedback", "/feedback", {"feedback": [{"receipt": each, "truth": [0]} for each in receipts]})
 
 
-def commands(first: str, state: Path, backup: Path) -> str:
-    """Return the block of commands that begins so, for a state in another place."""
-    (block,) = re.findall(rf"^```sh\n({re.escape(first)}.*?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+def elsewhere(block: str, state: Path, backup: Path) -> str:
+    """Return a block of commands for a state in another place."""
     for there, here in (
         ("/var/lib/prediction-server", str(state)),
         ("/root/state.tar.gz", str(backup)),
         ("predictions:predictions", f"{os.getuid()}:{os.getgid()}"),
         ("deploy/systemd/as_service.py", sys.executable),
     ):
-        assert there in OPERATIONS
+        assert there in BACK_UP + RESTORE
         block = block.replace(there, here)
     return STAND_INS + block
 
@@ -104,14 +103,14 @@ def test_backup_of_a_running_server_is_restored_on_another_host(tmp_path: Path, 
             time.sleep(0.5)
         with Load(server) as load:
             server.wait_until(lambda: len(load.answered) > 10)
-            backup = commands("sudo tar -czf", state, tmp_path / "state.tar.gz")
+            backup = elsewhere(BACK_UP, state, tmp_path / "state.tar.gz")
             done = subprocess.run(["bash", "-c", backup], cwd=ROOT, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             server.wait_until(lambda: len(load.answered) > 20)
         assert set(load.statuses) == {200}
     shutil.rmtree(state)
 
-    restore = commands("sudo systemctl stop", other, tmp_path / "state.tar.gz")
+    restore = elsewhere(RESTORE, other, tmp_path / "state.tar.gz")
     environ = os.environ | environment(other)
     done = subprocess.run(["bash", "-c", restore], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sqlite3
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import runbook
 from conftest import ROOT, basic, records
 from loopback_sls import LoopbackSLS
 from sklearn.dummy import DummyClassifier, DummyRegressor
@@ -273,6 +275,29 @@ def test_recipients_are_written_in_the_accounts_region(
     assert setup(connect, operator.settings, BOTH) == 0
     there = [resource.kind for resource in desired(operator.settings, BOTH, False, None) if "." in resource.kind]
     assert asked == [f"http://{sls.endpoint}", "http://cn-heyuan.log.aliyuncs.com", *there]
+
+
+class AsInThePage(LoopbackSLS):
+    """The project, the log store and the region that the page names."""
+
+    project, logstore, endpoint, region = "my-project", "predictions", "cn-hangzhou.log.aliyuncs.com", "cn-hangzhou"
+
+
+def test_commands_of_the_page_set_the_console_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word for word, but for a scheme that leads to the stand-in; each in this process."""
+    (page,) = runbook.commands(__file__, "sls.md", "3. The console")
+    (first, *others) = [shlex.split(line, comments=True) for line in page.splitlines()]
+    with AsInThePage() as sls:
+        environ = sls.environ() | dict(each.split("=", 1) for each in first[1:])
+        monkeypatch.setattr("os.environ", environ | {"SLS_ENDPOINT": f"http://{environ['SLS_ENDPOINT']}"})
+        monkeypatch.setattr(console, "ACCOUNT_REGION", sls.region)
+        del sls.console["project", sls.project], sls.console["logstore", sls.logstore]
+        for line in others:
+            assert line[:3] == [".venv/bin/python", "-m", "sls"]
+            assert main(line[3:]) == 0, capsys.readouterr()
+        assert {kind for kind, _ in sls.console} >= {"project", "logstore", "index", "dashboard", "savedsearch", "job"}
 
 
 # --- check

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, basic
+import runbook
+from conftest import ROOT, Gunicorn, basic, free_port
 
 from endpoints.error_rate import wilson
 from monitor import Journal
@@ -334,6 +336,35 @@ def test_command_reads_the_directory_that_the_environment_names(journal: Path) -
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=30, check=True)
     assert re.search(r"^requests +14$", done.stdout, re.M)
     assert done.stderr == ""
+
+
+def test_second_server_beside_the_first_has_a_report_of_its_own(tmp_path: Path, copy: Path) -> None:
+    """docs/operations.md word for word, but for the port: in a directory whose environment is this one."""
+    (block,) = runbook.commands(__file__, "operations.md", "A second server beside the first, without systemd")
+    port = free_port()
+    make, ask = block.replace("PORT=5105", f"PORT={port}").splitlines()
+    shutil.copy(ROOT / "Makefile", copy)
+    (copy / ".venv").mkdir()
+    for each in Path(sys.prefix).iterdir():
+        (copy / ".venv" / each.name).symlink_to(each)
+    (copy / ".venv/run.done").unlink(missing_ok=True)
+    (copy / ".venv/run.done").touch()  # all is installed
+    environ = {"PATH": os.environ["PATH"], "WEB_CONCURRENCY": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", make], cwd=copy, env=environ, stdout=log, stderr=log, start_new_session=True
+        )
+    server = Gunicorn(process, port, copy, tmp_path / "log", 1)
+    try:
+        server.wait_until(server.all_ready)
+        command = ["curl", "-sf", "--netrc-file", "var/demo.netrc", "-H", "Content-Type: application/json"]
+        call = [*command, "-d", '{"data": [[5.1, 3.5, 1.4, 0.2]]}', f"http://127.0.0.1:{port}/predict"]
+        assert subprocess.run(call, cwd=copy, capture_output=True, check=True).stdout == b'{"prediction":[0]}\n'
+        shown = subprocess.run(["bash", "-c", ask], cwd=copy, env=environ, capture_output=True, text=True, check=True)
+        assert re.search(r"^requests +1$", shown.stdout, re.MULTILINE)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 def test_command_is_silent_if_nobody_reads_its_output(journal: Path) -> None:
