@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("operations.md", "upgrades.md", "alerts.md", "records.md", "sls.md", "containers.md")
+PAGES = ("operations.md", "upgrades.md", "alerts.md", "records.md", "sls.md", "containers.md", "clouds.md")
 WORDS = r"`[^`]+`(?:, `[^`]+`)*"
 MARKED = re.compile(
     rf"^<!-- (?:not typed: [^>]+|typed in (?P<test>[\w./-]+)(?:, without (?P<left_out>{WORDS}): [^>]+)?) -->$"

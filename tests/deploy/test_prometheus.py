@@ -123,7 +123,7 @@ def test_each_alert_has_its_page_and_a_severity() -> None:
 @needs_amtool
 def test_commands_of_the_page_end_in_a_prometheus_that_scrapes(tmp_path: Path, iris_file: Path) -> None:
     """Word for word in a copy of deploy/prometheus, with the settings of a server that runs here."""
-    (block, *_) = runbook.commands(__file__, "operations.md", "Prometheus and Grafana")
+    (block,) = runbook.commands(__file__, "operations.md", "Prometheus and Grafana")
     copy = Path(shutil.copytree(HERE, tmp_path / "deploy/prometheus"))
     with gunicorn(tmp_path, model_path=iris_file) as server:
         targets = {f"prediction-{number}.example.org:5000": f"127.0.0.1:{server.port}" for number in (1, 2)}
