@@ -2,7 +2,7 @@
 # make test      the tests, in a few minutes
 # make test-all  those that take their time as well: gthread, failures under load, onnxruntime, torch, keras, the boosters (1.7 GB)
 # make check     format, lint and types
-# make bench     this server beside others, in some hours; BENCH_ARGS=--quick in minutes
+# make bench     this server beside others, in a night; BENCH_ARGS=--quick in ten minutes
 # make pictures  the README's pictures of /docs and /monitor, from the real pages; it needs /usr/bin/chromium
 # make lock      write the exact, hashed requirements from the ranges in requirements.in and requirements/*.in
 
@@ -34,9 +34,8 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff check --fix .
 
 # It installs every server into an environment of its own under .bench; docs/performance.md says how it measures.
-bench: BENCH_ARGS ?= --chart docs/bench.svg
-bench:
-	$(PYTHON) -m bench.compare $(BENCH_ARGS)
+bench: $(VENV)/dev.done
+	$(BIN)/python -m bench.compare $(BENCH_ARGS)
 
 pictures:
 	$(MAKE) -s VENV=.browser .browser/browser.done

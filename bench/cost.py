@@ -1,71 +1,68 @@
-"""What password, record and metrics cost together: this server against itself without them.
+"""What does a part of this server cost a request: itself against itself without that part?
 
-With BENCH_BEFORE=DIRECTORY it is compared with another checkout of itself instead, such as an earlier commit.
+    python -m bench.cost                            without password, record and metrics
+    python -m bench.cost --without record           without one of them, or an extension: speedups, telemetry …
+    python -m bench.cost --hanging-sls              against one that ships to an SLS that never answers
+    BENCH_BEFORE=DIRECTORY python -m bench.cost     another checkout of it, such as an earlier commit
 
-    python -m bench.cost [--pairs 15] [--count 3000] [--model iris.joblib]
-
-Both run side by side on one core and are asked in turn, in changing order, from another. What is compared is the
-processor time of a request (user and system, of all processes of a server), over so many requests; a ratio is that of
-two neighbouring turns.
+Both run side by side on one core and are asked in turn, a second each, in changing order, from another. A ratio, of
+processor time (user and system, of all processes of a server) or of p99, is that of two neighbouring turns.
 """
 
-import argparse
+import socket
 from contextlib import ExitStack
 from dataclasses import replace
 from statistics import median, quantiles
-from tempfile import TemporaryDirectory
 
-from bench.environments import Cases, cores, prepare, start_of
-from bench.load import fixed_count
-from bench.running import Running, free_ports, running
-from bench.servers import BY_NAME, OURS
+import click
 
-BARE = replace(
-    OURS,
-    name="bare",
-    command=lambda start: [str(start.bin / "gunicorn"), "bench.bare:app"],
-    variables=lambda start: OURS.variables(start) | {"AUTH": "off"},
-    headers=lambda start: {},
-)
+from bench.running import running
+from bench.servers import BY_NAME, OURS, Cases, Server, prepare
+
+ALL_THREE = "password,record,metrics"
+EXTENSIONS = {"metrics": "-telemetry", "record": "+without_records"}
+SLS = {f"SLS_{name}": "cn-hangzhou" for name in ("PROJECT", "LOGSTORE", "REGION")}
+SLS |= {f"ALIBABA_CLOUD_ACCESS_KEY_{name}": "none" for name in ("ID", "SECRET")}
+SLS |= {"SLS_ENDPOINT": "http://cn-hangzhou.log.aliyuncs.com"}
 
 
-def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.cost", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15, metavar="N", help="of turns")
-    parser.add_argument("--count", type=int, default=3000, metavar="N", help="requests in a turn")
-    parser.add_argument("--model", default="iris.joblib")
-    given = parser.parse_args()
+@click.command(help=__doc__)
+@click.option("--pairs", default=15, show_default=True, help="of turns")
+@click.option("--model", default="iris.joblib", show_default=True)
+@click.option("--connections", default="1,64", show_default=True)
+@click.option("--without", metavar="PART,…", default=ALL_THREE, show_default=True)
+@click.option("--hanging-sls", is_flag=True)
+def main(pairs: int, model: str, connections: str, without: str, hanging_sls: bool) -> None:
     prepare(set())
-    cases, (core, other, _), against = Cases(given.model), cores(), BY_NAME.get("before", BARE)
-    bodies = cases.bodies(1)
     with ExitStack() as stack:
-        runs: list[Running] = []
-        for server in OURS, against:
-            place = stack.enter_context(TemporaryDirectory(prefix="bench-"))
-            start = start_of(server, given.model, 1, free_ports(1), place)
-            runs.append(stack.enter_context(running(server, start, core, cases.some(1)))[0])
-        name = against.name
-        print(f"| {given.model}, 1 row | it, µs | {name}, µs | difference, µs | it / {name} (quartiles) |")
-        print("|---|---|---|---|---|")
-        for connections in 1, 64:
-            for run in runs:
-                fixed_count(run, bodies, given.count // 3, connections, other)  # to warm up
-            pairs = []
-            for number in range(given.pairs):
+        other = BY_NAME["before"] if "before" in BY_NAME and without == ALL_THREE else without_parts(without.split(","))
+        if hanging_sls:  # connections are accepted by the kernel, and nobody reads them
+            port = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4096)).getsockname()[1]
+            variables = {**OURS.variables, **SLS, "http_proxy": f"http://127.0.0.1:{port}"}
+            other = replace(OURS, name="with a hanging SLS", variables=variables)
+        runs = [stack.enter_context(running(server, model)) for server in (OURS, other)]
+        print(f"| {model}, 1 row | it, µs | {other.name}, µs | difference, µs | it / {other.name} | p99, the same |")
+        print("|---|---|---|---|---|---|")
+        for count in map(int, connections.split(",")):
+            turns = []
+            for number in range(pairs + 1):  # the first to warm up
                 turn = {}
-                for run in runs[:: -1 if number % 2 else 1]:
-                    turn[run.server.name] = fixed_count(run, bodies, given.count, connections, other)["cpu"] * 1e6
-                pairs.append((turn["ours"], turn[against.name]))
-            ratios = [ours / theirs for ours, theirs in pairs]
-            low, middle, high = quantiles(ratios, n=4)
-            cells = [median(ours for ours, _ in pairs), median(theirs for _, theirs in pairs)]
-            cells.append(median(ours - theirs for ours, theirs in pairs))
-            print(
-                f"| {connections} connection{'s' * (connections > 1)} |" + "".join(f" {cell:.0f} |" for cell in cells),
-                end="",
-            )
-            print(f" {middle:.3f} ({low:.3f}–{high:.3f}) |", flush=True)
+                for at in (0, 1) if number % 2 else (1, 0):
+                    turn[at] = runs[at].closed_loop(Cases(model).bodies(1), count, 1)
+                turns.append(turn)
+            both = [(turn[0]["cpu"] * 1e6, turn[1]["cpu"] * 1e6) for turn in turns[1:]]
+            cells = [median(it) for it in (*zip(*both, strict=True), [ours - theirs for ours, theirs in both])]
+            ratios = [[turn[0][what] / turn[1][what] for turn in turns[1:]] for what in ("cpu", "p99")]
+            shown = [f"{middle:.3f} ({low:.3f}–{high:.3f})" for low, middle, high in map(quantiles, ratios)]
+            print(f"| {count} connections |", " | ".join([*(f"{cell:.1f}" for cell in cells), *shown]), "|", flush=True)
+
+
+def without_parts(parts: list[str]) -> Server:
+    """Return this server without some parts."""
+    settings = {"EXTENSIONS": ",".join(EXTENSIONS.get(part, f"-{part}") for part in parts if part != "password")}
+    if "password" not in parts:
+        return replace(OURS, name=f"without {','.join(parts)}", variables={**OURS.variables, **settings})
+    return replace(OURS, name="bare", variables={**OURS.variables, **settings, "AUTH": "off"}, user=lambda place: "")
 
 
 if __name__ == "__main__":

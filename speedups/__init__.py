@@ -1,8 +1,8 @@
 """Code that makes the server faster by reaching into other libraries. The server runs without any of it.
 
 Each file opens with what it saves and which internals it relies on. It checks them when it is switched on; if they are
-not as expected it is left off, and the library's own way is used. `python -m bench.speedups` measures with and without;
-the figures are medians of processor time, from Python 3.11 on a shared core.
+not as expected it is left off, and the library's own way is used. `python -m bench.cost --without speedups` measures
+without all of them; the figures are medians of processor time, from Python 3.11 on a shared core.
 """
 
 import logging

@@ -12,6 +12,6 @@ class Classifier:
     def __init__(self) -> None:
         self.run = load(os.environ["MODEL_PATH"])
 
-    @bentoml.api(batchable=True, max_batch_size=int(os.environ["BATCH"]) * 100)
+    @bentoml.api(batchable=True, max_batch_size=6400)
     def predict(self, data: np.ndarray) -> np.ndarray:
         return self.run(data)

@@ -4,9 +4,11 @@ The server has two versions, and answers the example. The traffic, errors and fe
 else the charts would show two minutes.
 """
 
+import math
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,13 +20,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for what is shown, and what t
 
 from conftest import PASSWORD  # noqa: E402  # found by the line above
 
-from bench.monitor import sums  # noqa: E402
 from browser.conftest import ARGUMENTS, CHROMIUM  # noqa: E402
 from browser.scene import ROLES, busy_server  # noqa: E402
-from telemetry.rollups import day_of  # noqa: E402
+from telemetry.rollups import Sums, bucket_of, day_of  # noqa: E402
 
 WIDTH, HEIGHT = 1200, 1230  # pixels
 MAX_BYTES = 500_000
+ERRORS = ("client 422 Unprocessable Entity", "model 500 Internal Server Error", "overload 503 Service Unavailable")
 
 
 def make_up_an_hour(journal_dir: Path) -> None:
@@ -34,14 +36,23 @@ def make_up_an_hour(journal_dir: Path) -> None:
     for start in range(now - 3600, now + 60, 60):
         for version, variant, rate, median in ("7", "stable", 36, 0.0015), ("8", "canary", 9, 0.0012):
             found = sums(dice, round(60 * rate * dice.uniform(0.9, 1.1)), median)
-            found.users.clear()
             found.users.update(
                 {user: found.requests * share // 10 for user, share in zip(ROLES, (6, 3, 1), strict=True)}
             )
-            found.feedback |= {"rows": 40, "wrong": round(dice.uniform(0.5, 2.5)) + (version == "8"), "entries": 40}
+            found.feedback = {"rows": 40, "wrong": round(dice.uniform(0.5, 2.5)) + (version == "8"), "entries": 40}
             line = {"time": start, "span": 60, "version": version, "variant": variant} | found.encode()
             with (journal_dir / "rollup" / f"{day_of(start)}.jsonl").open("ab") as file:
                 file.write(orjson.dumps(line) + b"\n")
+
+
+def sums(dice: random.Random, requests: int, median: float) -> Sums:
+    """Return what so many requests add up to, with a log-normal response time."""
+    errors = Counter({name: round(requests * dice.uniform(0, 0.002)) for name in ERRORS})
+    found = Sums(requests, requests - errors.total(), requests, requests * median, errors=+errors)
+    for _ in range(300):
+        found.times[bucket_of(dice.lognormvariate(math.log(median), 0.5))] += max(1, requests // 300)
+    found.protocols = Counter({"predict": requests})
+    return found
 
 
 def docs(page: Page) -> None:

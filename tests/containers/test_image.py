@@ -164,7 +164,7 @@ def test_image_says_what_the_server_does() -> None:
 KEPT_OUT = [
     *(".git/config", ".venv/lib/x.py", "var/users.json", "var/models/1/model.joblib", "model.joblib"),
     *("deploy/docker/server.env", "deploy/docker/tls/prediction-server.key"),
-    *("deploy/kubernetes/server/secrets/users.json", "tests/conftest.py", "bench/memory.py", "requirements/dev.txt"),
+    *("deploy/kubernetes/server/secrets/users.json", "tests/conftest.py", "bench/compare.py", "requirements/dev.txt"),
     *("model/__pycache__/guard.cpython-311.pyc", "model/tensors/__pycache__/onnx.cpython-311.pyc"),
 ]
 PACKAGES = [path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("bench", "tests")]

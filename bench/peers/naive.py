@@ -1,7 +1,4 @@
-"""The usual snippet (docs/tour.md), fixed only as far as it needs to answer: `tolist()`, no debugger, nothing logged.
-
-gunicorn bench.naive:app, with its default worker, which closes each connection after an answer.
-"""
+"""The usual snippet (docs/tour.md), fixed only as far as it needs to answer; on gunicorn's default worker."""
 
 import os
 
