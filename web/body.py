@@ -17,7 +17,7 @@ from flask import Response
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge, RequestTimeout
 from werkzeug.wsgi import get_content_length
 
-CHUNK_SIZE = 2**14  # bytes that are read at a time, at most
+CHUNK_SIZE = 2**16  # bytes that are read at a time, at most; gunicorn copies all that has arrived at each read
 MIN_CHUNK_SIZE = 64  # at first, if the body comes in chunks: each of them may be one byte, which takes 10 µs
 LINGER = 2.0  # seconds for which a rejected body is read on, so that the caller finishes sending and sees the answer
 
