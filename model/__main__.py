@@ -22,7 +22,8 @@ from .versions import living_workers, worker_statuses
 from .versions.callers import differences
 from .versions.guard import changed_at, watching
 from .versions.publishing import preflight, publish, validate
-from .versions.store import Routing, Store, StoreError, read_manifest, read_rows
+from .versions.routing import Routing
+from .versions.store import Store, StoreError, read_manifest, read_rows
 
 PATH = click.Path(path_type=Path)
 

@@ -14,7 +14,8 @@ import cli
 from history import History
 
 from .versions.publishing import publish
-from .versions.store import ROUTING, Store, StoreError
+from .versions.routing import ROUTING
+from .versions.store import Store, StoreError
 
 
 def train() -> tuple[Any, list[list[float]]]:

@@ -19,7 +19,8 @@ from loopback_sls import LoopbackSLS
 
 from history import EARLIER, FILE, History
 from model.versions.guard import Guard
-from model.versions.store import Routing, Store
+from model.versions.routing import Routing
+from model.versions.store import Store
 from monitor import segments
 from settings import Settings
 from telemetry.report import summarise

@@ -52,7 +52,8 @@ from processes import FileLock, is_locked
 
 from ..formats import ModelLoadError
 from ..serving import Routes
-from .store import LOCAL_ROLLBACK, Note, Routing, Store, StoreError, unnoted, write_json
+from .routing import LOCAL_ROLLBACK, Routing
+from .store import Note, Store, StoreError, unnoted, write_json
 from .watcher import StoreRoutes
 
 if TYPE_CHECKING:

@@ -29,13 +29,11 @@ from history import as_owner_of, os_user
 from processes import FileLock, is_locked, replace_file, sync_directory
 
 from ..formats import ModelLoadError
+from .routing import ROUTING, VERSION_NAME, Routing
 
-ROUTING = "routing.json"
 LOCK = ".lock"  # of the store, and of a version while it is made
-LOCAL_ROLLBACK = "guard.json"  # of the guard on one host, in its JOURNAL_DIR, if it cannot write the store
 MAX_PREVIOUS = 10  # earlier stable versions that the routing remembers
 MAX_SAMPLE_ROWS = 1000
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Note = Callable[[str, str, str, str], None]  # of a change: command, before, after, version (history.py)
 
@@ -70,13 +68,13 @@ class Manifest:
 
 def read_manifest(directory: Path, version: str) -> Manifest:
     """Read the manifest of a version. Raises: ModelLoadError, there is none, or it is not valid."""
-    if not _VERSION.fullmatch(version):
+    if not VERSION_NAME.fullmatch(version):
         raise ModelLoadError(f"{version!r} is not a valid version name")
     path = directory / version / "manifest.json"
     try:
         about = orjson.loads(path.read_bytes())
         name, sha256 = about["artifact"], about["sha256"]
-        if not _VERSION.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        if not VERSION_NAME.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError("artifact is not the name of a file here, or sha256 is not a SHA-256 sum")
         if about["version"] != version:
             raise ValueError(f"it belongs to version {about['version']!r}")
@@ -85,90 +83,6 @@ def read_manifest(directory: Path, version: str) -> Manifest:
         return Manifest(directory / version / name, version, about)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"version {version}: {path} cannot be used: {type(error).__name__}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which versions are served: `routing.json`.
-
-    Format: a JSON object with `stable` (a version); `previous`, the stable versions before it, the latest first:
-    rollback goes back to them, and a server falls back on them if the stable version does not load; `canary`, null or
-    `{"version", "weight", "guard"}`, the weight in percent of the requests; `generation`, which grows with each
-    change; `changed` (UTC), `by`, and `why`, the change in words.
-    """
-
-    stable: str = ""
-    previous: tuple[str, ...] = ()
-    canary: str = ""
-    weight: float = 0.0
-    guard: bool = False
-    generation: int = 0
-    changed: str = ""
-    by: str = ""
-    why: str = ""
-
-    @classmethod
-    def read(cls, directory: Path) -> "Routing":
-        """Read the routing of a store; without a file it is the empty one. Raises: ModelLoadError, it is not valid."""
-        path = directory / ROUTING
-        try:
-            if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-                raise ValueError("it is not a file")
-            given = orjson.loads(path.read_bytes())
-            previous = given.get("previous", [])
-            canary = given.get("canary") or {"version": "", "weight": 0, "guard": False}
-            weight, generation = float(canary["weight"]), int(given.get("generation", 0))
-            names = [given["stable"], *previous, *filter(None, [canary["version"]])]
-            if not isinstance(previous, list) or not all(map(_VERSION.fullmatch, names)):
-                raise ValueError("it contains an invalid version name")
-            if not 0 <= weight <= 100:
-                raise ValueError("the canary's weight is not from 0 to 100")
-            if not 0 <= generation < 2**53:  # GET /model shows it, and JSON has no larger ones
-                raise ValueError("the generation is not a number that grows with each change")
-            return cls(
-                given["stable"],
-                tuple(previous),
-                canary["version"],
-                weight,
-                canary["guard"] is True,
-                generation,
-                *(str(given.get(name, "")) for name in ("changed", "by", "why")),
-            )
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"{path} cannot be used: {type(error).__name__}: {error}"
-            raise ModelLoadError(f"{why}. Correct it, or remove it and promote a version") from error
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object that `read` reads."""
-        canary = {"version": self.canary, "weight": self.weight, "guard": self.guard} if self.canary else None
-        return {
-            "generation": self.generation,
-            "stable": self.stable,
-            "previous": list(self.previous),
-            "canary": canary,
-            "changed": self.changed,
-            "by": self.by,
-            "why": self.why,
-        }
-
-    @property
-    def etag(self) -> str:
-        """Identify this routing. The generation alone does not: a routing written by hand may repeat it."""
-        return f"{self.generation} of {self.changed}: {self.canary} {self.weight:g}"
-
-    def local_rollback(self, journal_dir: Path) -> str:
-        """Return why this routing's canary was rolled back on this host only, or ""."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = orjson.loads((journal_dir / LOCAL_ROLLBACK).read_bytes())
-            if found["routing"] == self.etag:
-                return str(found["reason"])
-        return ""
-
-    def __str__(self) -> str:
-        canary = f", canary {self.canary} for {self.weight:g} % of the requests" if self.canary else ""
-        return f"generation {self.generation}: stable {self.stable}{canary}"
 
 
 class Store:
@@ -183,7 +97,7 @@ class Store:
         found = []
         for path in self.directory.glob("*/manifest.json"):
             with suppress(OSError):  # removed just now
-                if _VERSION.fullmatch(path.parent.name):
+                if VERSION_NAME.fullmatch(path.parent.name):
                     found.append((path.stat().st_mtime_ns, path.parent.name))
         return [name for _, name in sorted(found)]
 
@@ -206,7 +120,7 @@ class Store:
         Yields its manifest, to whose `about` the block adds what is to be recorded.
         Raises: StoreError, the name is taken or invalid, or the file cannot be copied.
         """
-        if version and (not _VERSION.fullmatch(version) or version == ROUTING):
+        if version and (not VERSION_NAME.fullmatch(version) or version == ROUTING):
             raise StoreError(f"version {version!r}: expected 1 to 64 letters, digits, dots, dashes or underscores")
         self._remove_leftovers()
         with self._locked():
@@ -328,7 +242,7 @@ class Store:
         with self._locked():
             if version in self.in_use():
                 raise StoreError(f"version {version} is in use: {self.in_use()[version]}")
-            if not _VERSION.fullmatch(version) or not (self.directory / version).is_dir():
+            if not VERSION_NAME.fullmatch(version) or not (self.directory / version).is_dir():
                 raise StoreError(f"there is no version {version!r}; there are {', '.join(self.versions()) or 'none'}")
             with as_owner_of(self.directory):
                 removed = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=self.directory))

@@ -20,7 +20,8 @@ from ..loaded import LoadedModel
 from ..serving import Routes, Serving, Update
 from ..signature import BadRows
 from .loading import check_bytes, load_version
-from .store import LOCAL_ROLLBACK, ROUTING, Routing, read_manifest, write_json
+from .routing import LOCAL_ROLLBACK, ROUTING, Routing
+from .store import read_manifest, write_json
 
 log = logging.getLogger(__name__)
 

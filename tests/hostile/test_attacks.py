@@ -223,7 +223,7 @@ def test_flood_from_many_addresses_does_not_lock_out_who_was_verified_when_a_wor
 
 HANGS = """
 import ctypes
-from model.versions.store import Routing
+from model.versions.routing import Routing
 
 def init_app(app, service):
     read = Routing.read

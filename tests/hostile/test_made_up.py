@@ -29,7 +29,8 @@ from model.formats import ModelLoadError
 from model.limits import Limits
 from model.signature import Signature
 from model.versions.guard import Guard, Tail
-from model.versions.store import Routing, read_manifest
+from model.versions.routing import Routing
+from model.versions.store import read_manifest
 from monitor import Journal, read_lines, segments
 from settings import Settings
 from telemetry import report

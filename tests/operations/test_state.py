@@ -14,7 +14,7 @@ import pytest
 import runbook
 from conftest import ROOT, Gunicorn, Load, SmallDisk, basic, gunicorn, records, write_users
 
-from model.versions.store import Routing
+from model.versions.routing import Routing
 from monitor import read_lines, segments
 
 pytestmark = pytest.mark.long

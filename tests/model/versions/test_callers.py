@@ -23,7 +23,8 @@ from model.__main__ import main
 from model.versions.callers import compare, differences
 from model.versions.loading import SIGNATURE_FORM, load_version, model_facts
 from model.versions.publishing import installed, validate_here
-from model.versions.store import Manifest, Routing, Store, read_manifest
+from model.versions.routing import Routing
+from model.versions.store import Manifest, Store, read_manifest
 
 IRIS = load_iris(as_frame=True)
 ROWS = IRIS.data.iloc[[0, 60, 110]].to_numpy().tolist()

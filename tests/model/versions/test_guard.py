@@ -34,7 +34,8 @@ from model.versions.guard import (
     judge_predictions,
     watching,
 )
-from model.versions.store import Routing, Store, write_json
+from model.versions.routing import Routing
+from model.versions.store import Store, write_json
 from model.versions.watcher import StoreRoutes
 from monitor import Journal, log_monitor, segments
 

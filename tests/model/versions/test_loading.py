@@ -21,7 +21,8 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 from model.formats import ModelLoadError
 from model.serving import ModelNotReady, Serving
 from model.versions.loading import SIGNATURE_FORM, load_version, model_facts, same_predictions
-from model.versions.store import Manifest, Routing, Store, read_manifest
+from model.versions.routing import Routing
+from model.versions.store import Manifest, Store, read_manifest
 from model.versions.watcher import StoreWatcher
 
 IRIS = load_iris(as_frame=True)

@@ -32,7 +32,8 @@ from sklearn.tree import DecisionTreeClassifier
 from model.versions import publish_status, worker_statuses
 from model.versions.guard import MIN_REQUESTS
 from model.versions.loading import load_version, model_facts
-from model.versions.store import Routing, Store, write_json
+from model.versions.routing import Routing
+from model.versions.store import Store, write_json
 from model.versions.watcher import share_of
 from worker_slot import WorkerSlot
 

@@ -36,7 +36,8 @@ from model.__main__ import main
 from model.formats import ModelLoadError
 from model.versions import publish_status, publishing
 from model.versions.loading import SIGNATURE_FORM
-from model.versions.store import Manifest, Routing, Store, StoreError, read_manifest, read_rows, write_json
+from model.versions.routing import Routing
+from model.versions.store import Manifest, Store, StoreError, read_manifest, read_rows, write_json
 from worker_slot import WorkerSlot
 
 SAMPLE = [[5.1, 3.5, 1.4, 0.2], [7.0, 3.2, 4.7, 1.4], [6.3, 3.3, 6.0, 2.5]]
@@ -1636,7 +1637,8 @@ def test_lock_that_cannot_be_had_is_named(store: Store, artifact: Path, command:
 COMMON = """
 import hashlib, json, os, random, resource, shutil, signal, sys, time
 from pathlib import Path
-from model.versions.store import Routing, Store, StoreError, read_manifest
+from model.versions.routing import Routing
+from model.versions.store import Store, StoreError, read_manifest
 
 place = Path(sys.argv[1])
 store, artifact = Store(place / "store"), place / "model.joblib"

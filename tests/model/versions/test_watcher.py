@@ -15,7 +15,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from model.serving import ModelNotReady, Serving
 from model.versions import publish_status
-from model.versions.store import Routing, Store, write_json
+from model.versions.routing import Routing
+from model.versions.store import Store, write_json
 from model.versions.watcher import StoreRoutes, StoreWatcher
 from worker_slot import WorkerSlot
 
