@@ -34,6 +34,8 @@ FORMS: dict[Kind, Form] = {
     "date": Form({str}, "a date", '"2026-01-31"', "date"),
     "any": Form({int, float, str, bool}, "a number, a string, or true or false", "0.5"),
 }
+TOO_LARGE = "a number that is too large for float32, which the model makes of it"
+MAX_SINGLE = 2.0**128 - 2.0**103  # from here on it becomes an infinity
 NOT_BOOLEAN = "a number; expected true or false, or 1 or 0"
 JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 # ISO 8601 as programs write it; pandas would also take "now", and guess at "1/2/2026".
@@ -97,6 +99,7 @@ class Column:
     zoned: bool | None = None  # of dates: whether those of the encoder, or of the sample, have an offset
     doubt: str = ""  # a warning that it may not be what it seems to be; {} stands for its name
     learned: tuple[Any, ...] = ()  # values that the model saw when it was fitted, if it keeps them; a "category" is one
+    single: bool = False  # the model makes a float32 of it, before anything else
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", self.dtype or FORMS[self.kind].dtype)
@@ -161,7 +164,12 @@ class Column:
             return self._to_learned
         if self.kind == "category":
             return self._to_category
-        return _AS_WRITTEN.get(self.dtype)
+        return self._check_single if self.single and self.kind == "number" else _AS_WRITTEN.get(self.dtype)
+
+    def _check_single(self, value: Any) -> Any:
+        if abs(value) >= MAX_SINGLE:
+            raise BadRows(TOO_LARGE)
+        return value
 
     def _to_boolean(self, value: Any) -> Any:
         if value not in (0, 1):

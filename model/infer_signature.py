@@ -21,12 +21,10 @@ from .column_checks import check_categories, check_units
 from .columns import ISO_DATE, Kind, rows_as_lists
 from .formats import ModelLoadError, foreign
 from .formats.sklearn import estimators_in
-from .parts import ColumnFacts, inspect, raw_parts
+from .parts import SINGLE, ColumnFacts, find_single, inspect, raw_parts
 from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
-# scikit-learn's trees make float32 of all numbers themselves: what does not fit is known before they are called.
-SINGLE = ("sklearn.tree.", *(f"sklearn.ensemble._{name}" for name in ("forest", "gb", "iforest")))
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")  # as Python makes strings of numbers
 TRIAL_SECONDS = 10.0  # of each search; only models that are slow or have very many columns need more
 SAMPLE_DECIDES = "a sample decides (MODEL_SAMPLE, NAME.sample.json, or publish --sample)"
@@ -153,6 +151,9 @@ def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) 
     names = [str(name) for name in getattr(reader, "feature_names_in_", ())] or [c.name for c in boosted if c.name]
     found = inspect(model, getattr(reader, "n_features_in_", 0) or len(boosted))
     columns = [facts.column(name) for facts, name in itertools.zip_longest(found, names)]
+    precision = "float32" if type(model).__module__.startswith(SINGLE) else "float64"
+    single = find_single(model, len(columns)) if precision == "float64" else ()
+    columns = [replace(column, single=at in single) for at, column in enumerate(columns)]
     layout: Layout = "array"
     if names and (_selects_columns(model) or any(c.dtype not in ("float64", "int64") for c in columns)):
         layout = "frame"
@@ -171,7 +172,6 @@ def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) 
     of_lightgbm = any(type(part).__module__.startswith("lightgbm.") for part in (model, *estimators_in(model)))
     blanks = of_lightgbm and not any(" " in name for name in names)
     for kinds in _guesses(unknown, columns, sample):
-        precision = "float32" if type(model).__module__.startswith(SINGLE) else "float64"
         yield Signature(layout, _with_kinds(columns, kinds), precision, blanks)
     yield Signature(layout, tuple(columns), precision="float32")
 

@@ -4,6 +4,7 @@ import datetime
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,6 +14,9 @@ import numpy as np
 
 from .columns import Column, Kind
 from .formats import ModelLoadError, foreign
+
+# scikit-learn's trees make float32 of all numbers themselves: what does not fit is known before they are called.
+SINGLE = ("sklearn.tree.", *(f"sklearn.ensemble._{name}" for name in ("forest", "gb", "iforest")))
 
 
 class Selection(NamedTuple):
@@ -56,6 +60,23 @@ def raw_parts(part: Any, columns: Sequence[int | None], before: tuple[Any, ...] 
     else:
         for inner in _inner_estimators(part):
             yield from raw_parts(inner, columns, before)
+
+
+def find_single(model: Any, width: int) -> set[int]:
+    """Return the raw columns of which some tree of scikit-learn makes float32, as far as this is certain.
+
+    It is not if a part may be code of somebody's own, which may call the tree for some rows only, or a selector, which
+    may not call it at all, or if an imputer takes certain numbers for missing ones.
+    """
+    parts = list(raw_parts(model, range(width)))
+    for part in (*(raw.part for raw in parts), *(step for raw in parts for step in raw.before)):
+        marker = getattr(part, "missing_values", None)
+        is_own = not (type(part).__module__.startswith("sklearn.") or isinstance(part, (str, Selection)))
+        if is_own or hasattr(part, "get_support") or (isinstance(marker, numbers.Number) and marker == marker):
+            return set()
+    trees = [raw for raw in parts if type(raw.part).__module__.startswith(SINGLE)]
+    fitting = [raw.columns for raw in trees if getattr(raw.part, "n_features_in_", 0) == len(raw.columns)]
+    return {at for columns in fitting for at in columns if at is not None}
 
 
 def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]:

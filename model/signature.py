@@ -12,7 +12,9 @@ import numpy as np
 
 from .columns import (
     FORMS,
+    MAX_SINGLE,
     NOT_BOOLEAN,
+    TOO_LARGE,
     BadRows,
     Column,
     Kind,
@@ -284,11 +286,14 @@ class Signature:
         self._check_finite(numbers)
         for at, column in enumerate(self.columns or ()):
             if column.kind == "boolean":
-                wrong = np.flatnonzero(~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])))
-                if len(wrong):
-                    raise bad_rows(
-                        {"row": int(row), "column": column.place(at), "detail": NOT_BOOLEAN} for row in wrong
-                    )
+                wrong, why = ~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])), NOT_BOOLEAN
+            elif column.single:
+                wrong, why = np.abs(numbers[:, at]) >= MAX_SINGLE, TOO_LARGE
+            else:
+                continue
+            if wrong.any():
+                rows = np.flatnonzero(wrong).tolist()
+                raise bad_rows({"row": row, "column": column.place(at), "detail": why} for row in rows)
         return numbers
 
     def _check_finite(self, numbers: Any) -> None:

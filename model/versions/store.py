@@ -331,6 +331,8 @@ def _copy(artifact: Path, staging: Path, version: str) -> Manifest:
     """Copy an artifact into a directory, and describe the copy. Raises: StoreError."""
     copy = staging / f"model{artifact.suffix.lower()}"
     try:
+        if not artifact.is_file() and artifact.exists():  # opening a pipe would wait for its writer
+            raise StoreError(f"{artifact} cannot be copied into the store: it is not a file")
         with artifact.open("rb") as source, as_owner_of(staging), copy.open("xb") as target:
             shutil.copyfileobj(source, target, 2**20)
         copy.chmod(0o444)

@@ -63,7 +63,7 @@ def test_demo_is_published_and_promoted(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_demo_goes_on_after_a_stop_at_any_step(tmp_path: Path, monkeypatch: Any, validated_here: None) -> None:
-    steps = ("shutil.copyfile", "json.dumps", "os.rename", "os.fsync", "model.versions.store.Store.promote")
+    steps = ("shutil.copyfileobj", "json.dumps", "os.rename", "os.fsync", "model.versions.store.Store.promote")
     for step in steps:
         place = tmp_path / step
         with monkeypatch.context() as patch:
