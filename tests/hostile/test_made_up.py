@@ -145,7 +145,7 @@ def test_strings_are_cut_out_of_json_at_any_size_of_a_piece(value: Any, size: in
     body = orjson.dumps(value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "PIECE_SIZE", size)
-        assert limits._without_strings(body) == re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body)
+        assert b"".join(limits._without_strings(body)) == re.sub(rb'"(?:[^"\\]|\\.)*"', b"", body)
 
 
 @many
