@@ -56,6 +56,7 @@ def chunked(body: bytes, size: int) -> Any:
 @pytest.mark.parametrize("body", [b"x" * 5000, b"\n" * 5000, b"ab\ncd\r\n\r\n" * 500, b"y" * 3 * CHUNK_SIZE, b""])
 @pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
 def test_body_is_the_same_whatever_the_size_of_its_chunks(body: bytes, size: int) -> None:
+    body = body[: 10_000 * size]  # as many chunks take a second
     assert BodyReader(10**6, 30.0).read(chunked(body, size)) == body
 
 
