@@ -142,7 +142,8 @@ def _check_addresses(server):
             socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                sys.exit(f"cannot listen at HOST={host} PORT={port}: {error.strerror}")
+                why = (error.strerror or str(error)).partition(" (while")[0]  # what Python adds shows a tuple
+                sys.exit(f"cannot listen at HOST={host} PORT={port}: {why}")
             _call_extensions("address_taken", _settings)
             other = port + 1 if port < 65535 else 5001
             sys.exit(f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run")
@@ -197,8 +198,12 @@ def post_worker_init(worker):
     service = worker.wsgi.extensions["service"]
     service.start()
     waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0
-    while waits and worker.alive and not service.serving.finished.wait(0.5):
+    keeps_waiting = worker.wsgi.extensions.get(
+        "keeps_waiting", bool
+    )  # though loading has ended: operations/upgrades.py
+    while waits and worker.alive and (not service.serving.finished.wait(0.5) or keeps_waiting()):
         worker.notify()
+        time.sleep(0.1)  # `finished` may be set
         waits = time.monotonic() < until or service.others_serve()
 
 

@@ -116,7 +116,8 @@ def as_owner_of(directory: Path) -> Iterator[None]:
     """Let root act as the owner of a directory, or of the nearest that exists above it.
 
     What is made there stays the service's to write; and a link that the service's user has laid there leads nowhere
-    that this user could not write to. A root that may not become others, as in some containers, stays what it is.
+    that this user could not write to. It changes the user of the whole process: for commands, which have one thread. If
+    root may not change its user, as in some containers, it writes as root.
     """
     owner = next(each for each in (directory, *directory.absolute().parents) if each.exists()).stat()
     if os.geteuid() != 0 or owner.st_uid == 0:
@@ -124,7 +125,7 @@ def as_owner_of(directory: Path) -> Iterator[None]:
         return
     group = os.getegid()
     try:
-        with suppress(PermissionError):
+        with suppress(OSError):  # no right to, or an id that this user namespace does not have
             os.setegid(owner.st_gid)
             os.seteuid(owner.st_uid)
         yield

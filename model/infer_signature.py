@@ -21,7 +21,7 @@ from .column_checks import check_categories, check_units
 from .columns import ISO_DATE, Kind, rows_as_lists
 from .formats import ModelLoadError, foreign
 from .formats.sklearn import estimators_in
-from .parts import SINGLE, ColumnFacts, find_single, inspect, raw_parts
+from .parts import SINGLE, ColumnFacts, find_single, inspect, is_identity, raw_parts
 from .signature import Column, Layout, Signature
 
 NUMBER_OR_TEXT: tuple[Kind, ...] = ("number", "text")
@@ -142,8 +142,10 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 
 def _first_reader(model: Any) -> Any:
     """Return the part that shows the width of the model's own input: the model, or one after a passthrough; or None."""
-    first = (part for part, _, before in raw_parts(model, range(sys.maxsize)) if not before)
-    return next((part for part in first if getattr(part, "n_features_in_", None) or foreign("columns", part)), None)
+    while model is not None and not (getattr(model, "n_features_in_", None) or foreign("columns", model)):
+        steps = [step for _, step in getattr(model, "steps", ()) if not is_identity(step)]
+        model = steps[0] if steps else getattr(model, "best_estimator_", None)
+    return model
 
 
 def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) -> Iterable[Signature]:

@@ -42,7 +42,7 @@ def raw_parts(part: Any, columns: Sequence[int | None], before: tuple[Any, ...] 
     yield RawPart(part, columns, before)
     if hasattr(part, "steps"):
         for _, step in part.steps:
-            if _is_identity(step):
+            if is_identity(step):
                 continue
             yield from raw_parts(step, columns, before)
             columns = _passed_on(step, columns)
@@ -51,7 +51,7 @@ def raw_parts(part: Any, columns: Sequence[int | None], before: tuple[Any, ...] 
             before = (*before, step)
     elif hasattr(part, "_transformer_to_input_indices"):  # ColumnTransformer: names, masks and callables resolved
         for name, inner, _ in part.transformers_:
-            if not _is_identity(inner):
+            if not is_identity(inner):
                 indices = part._transformer_to_input_indices[name]
                 yield from raw_parts(inner, [columns[at] for at in indices], (*before, Selection(indices)))
     elif hasattr(part, "estimators_features_"):  # Bagging: each gets some of the columns
@@ -81,7 +81,7 @@ def find_single(model: Any, width: int) -> set[int]:
 
 def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]:
     """Return the raw columns that a step passes on, with None for each that it makes; nothing if it makes all."""
-    if _is_identity(step):
+    if is_identity(step):
         return columns
     if hasattr(step, "statistics_"):  # an imputer leaves out columns without any value
         empty = [not step.keep_empty_features and value != value for value in step.statistics_]
@@ -100,10 +100,10 @@ def _passed_on(step: Any, columns: Sequence[int | None]) -> Sequence[int | None]
     return found if any(at is not None for at in found) else []
 
 
-def _is_identity(step: Any) -> bool:
+def is_identity(step: Any) -> bool:
     """Return whether a step changes nothing, as a FunctionTransformer without a function does."""
     if hasattr(step, "steps"):
-        return all(_is_identity(inner) for _, inner in step.steps)
+        return all(is_identity(inner) for _, inner in step.steps)
     return step in (None, "passthrough") or (hasattr(step, "inverse_func") and step.func is None)
 
 

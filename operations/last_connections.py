@@ -1,4 +1,4 @@
-"""A stop resets no connection that is being opened: nobody connects any more before the workers take the last ones.
+"""A stop resets no connection that is being opened: the kernel drops new ones before the workers accept the last.
 
 An extension (EXTENSIONS in settings.py). A worker that stops takes the connections that wait in the listener's queue
 before it closes its listener (workers.py). One that came between these two, while no other worker listened, would be

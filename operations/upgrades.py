@@ -20,7 +20,6 @@ import logging
 import os
 import pkgutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
@@ -56,17 +55,16 @@ _refused: dict[str, str] = {}  # in a worker: a name that is imported → its pa
 
 
 class ChangedPackage(ModelLoadError):
-    """A package was changed after the server was started. Not an ImportError, for which libraries have a way out."""
+    """A package was changed after the server was started.
+
+    Not an ImportError: many libraries catch that and do without the package, which may change an answer.
+    """
 
 
 def init_app(app: "Flask", service: "Service") -> None:
     """Leave the requests to other workers while this one may not import what its model needs."""
-
-    def wait_for_others(state: dict[str, Any]) -> None:  # gunicorn.conf.py does not let it accept connections before
-        while _refused and not state["ready"] and service.others_serve():
-            time.sleep(1.0)
-
-    service.serving.on_update.append(wait_for_others)
+    serving = service.serving
+    app.extensions["keeps_waiting"] = lambda: bool(_refused) and serving.routes is None and service.others_serve()
 
 
 def before_fork(settings: "Settings") -> None:

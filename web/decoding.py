@@ -12,7 +12,6 @@ import orjson
 from flask import Request
 from werkzeug.exceptions import BadRequest, UnprocessableEntity, UnsupportedMediaType
 
-from model.columns import to_array
 from model.limits import Limits
 from web.body import BodyReader
 
@@ -34,7 +33,7 @@ class Decoder:
         self._one_at_a_time = threading.Semaphore(1)
 
     def read_rows(self, request: Request) -> tuple[Any, str]:
-        """Read a request's body and decode it, by its content type. Raises: HTTPException, what is wrong.
+        """Read a request's body and decode it, by its content type. Raises: HTTPException or BadRows, what is wrong.
 
         Returns:
             The rows, a decoded JSON value or an array `(n_rows, …)`, and the name of the method.
@@ -45,19 +44,10 @@ class Decoder:
         if environ["CONTENT_TYPE"] == NPY:
             rows, method = decode_npy(body), request.args.get("method", "predict")
         elif len(body) > LARGE_BODY:
-            rows, method = self.decode_large(self._decode_compactly, body)
+            rows, method = self.decode_large(decode_json, body, self.limits())
         else:
             rows, method = decode_json(body)
         check_length(rows, self._max_rows)
-        return rows, method
-
-    def _decode_compactly(self, body: bytes) -> tuple[Any, str]:
-        """Decode as `decode_json`, and make the array that the model takes: lists of numbers are larger by far."""
-        rows, method = decode_json(body, self.limits())
-        check_length(rows, self._max_rows)
-        found = [model.signature for model in self._models()]
-        if found and found.count(one := found[0]) == len(found) and one.is_one_array and one.precision[:5] == "float":
-            rows = to_array(one.validate(rows), one.precision)
         return rows, method
 
     def limits(self) -> Limits:

@@ -48,12 +48,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monitor import read_lines, segments
-from processes import FileLock, is_locked
+from processes import FileLock, is_locked, replace_file
 
 from ..formats import ModelLoadError
 from ..serving import Routes
 from .routing import LOCAL_ROLLBACK, Routing
-from .store import Note, Store, StoreError, unnoted, write_json
+from .store import Note, Store, StoreError, as_json, unnoted
 from .watcher import StoreRoutes
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class Guard:
             return self._store.rollback(why, only=routing.generation).why.startswith(why)
         except (StoreError, ModelLoadError):
             rollback = {"routing": routing.etag, "canary": routing.canary, "reason": reason}
-            write_json(self._directory / LOCAL_ROLLBACK, rollback)
+            replace_file(self._directory / LOCAL_ROLLBACK, as_json(rollback), keep_owner=False)
             self._store.note(why, str(routing), f"canary {routing.canary} rolled back on this host", routing.canary)
             return True
 

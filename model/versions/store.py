@@ -359,11 +359,15 @@ def read_rows(path: str | Path) -> list[Any]:
     return rows
 
 
-def write_json(path: Path, value: Any, durable: bool = True) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that anyone who may write to its directory can replace."""
-    content = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with as_owner_of(path.parent):
-        replace_file(path, content.encode(), durable=durable, keep_owner=False)
+        replace_file(path, as_json(value), keep_owner=False)
+
+
+def as_json(value: Any) -> bytes:
+    """Return JSON for people to read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _without_canary(routing: Routing) -> Routing:

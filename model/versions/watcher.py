@@ -15,13 +15,15 @@ from typing import Any
 
 import orjson
 
+from processes import replace_file
+
 from ..formats import ModelLoadError
 from ..loaded import LoadedModel
 from ..serving import Routes, Serving, Update
 from ..signature import BadRows
 from .loading import check_bytes, load_version
 from .routing import LOCAL_ROLLBACK, ROUTING, Routing
-from .store import read_manifest, write_json
+from .store import as_json, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class StoreWatcher:
         try:
             self._journal_dir.mkdir(parents=True, exist_ok=True)
             # Not durable: this runs in the event loop, and what a power failure may cost is only a hint.
-            write_json(self._journal_dir / ROUTING, remembered, durable=False)
+            replace_file(self._journal_dir / ROUTING, as_json(remembered), durable=False, keep_owner=False)
         except OSError as error:
             log.warning("a start with a broken routing.json will not know what was served last: %s", error)
 

@@ -199,6 +199,20 @@ class NoWidth(RegressorMixin, BaseEstimator):
         return x @ np.arange(1.0, x.shape[1] + 1)
 
 
+class Widens(NoWidth):
+    """Makes a column of its own for the estimator within it."""
+
+    def fit(self, x: Any, y: Any) -> "Widens":
+        self.estimator_ = LinearRegression().fit(self.widened(x), y)
+        return self
+
+    def widened(self, x: Any) -> Any:
+        return np.column_stack([x, x[:, 0] * x[:, 1]])
+
+    def predict(self, x: Any) -> Any:
+        return self.estimator_.predict(self.widened(x))
+
+
 class OnlyPredict:
     """Has a predict and nothing else: no base class, no parameters."""
 
@@ -581,6 +595,14 @@ def test_model_that_does_not_record_its_width_takes_rows_of_any_one_width(model:
     for rows in ([[1.0], [1.0, 2.0]], [[]], [[1.0, None]], [["a"]], [[True]], [{"a": 1.0}], [1.0]):
         with pytest.raises(BadRows):
             signature.parse(rows)
+
+
+def test_width_is_not_that_of_an_estimator_within_a_class_of_ones_own() -> None:
+    model = Widens().fit(NUMBERS.to_numpy(), Y)
+    signature, _ = infer_signature(model, [[50.0, 30.0]])
+    assert_same(model.predict(signature.parse([[60.0, 20.0]])), model.predict(np.array([[60.0, 20.0]])))
+    with pytest.raises(ModelLoadError, match="with size 1"):
+        infer_signature(model, [[50.0]])
 
 
 def test_model_that_refuses_zeros_is_validated_with_ones() -> None:

@@ -90,24 +90,6 @@ def test_large_json_of_a_legal_form_is_not_counted_as_too_large(serve: Any, ask:
     ask(serve(model, max_rows=len(X), extra_columns=extra, extensions=()))
 
 
-@pytest.mark.parametrize("nulls", [0, 100])
-def test_numbers_of_large_json_wait_for_the_model_as_an_array(serve: Any, fitted: Any, nulls: int) -> None:
-    model = (
-        HistGradientBoostingClassifier(max_iter=3).fit(np.where(X.mean(axis=0) < X, np.nan, X), Y) if nulls else fitted
-    )
-    client, given = serve(model), []
-    client.service.on_answer.append(lambda rows, answer, record: given.append(rows))
-    rows = np.tile(LONG, (10, 1))
-    rows[:nulls, 3] = np.nan
-    asked = np.where(np.isnan(rows), np.array(None), rows).tolist()
-    assert client.predict(asked)["prediction"] == model.predict(rows).tolist()
-    np.testing.assert_array_equal(given[0], rows)
-    assert given[0].dtype == np.float64
-    client.service.before_predict = lambda rows, record: rows  # of an extension, which gets them as they were sent
-    client.predict(asked)
-    assert type(given[1]) is list
-
-
 def test_large_request_with_a_fault_says_where_it_is(serve: Any, fitted: Any) -> None:
     client = serve(fitted)
     rows: Any = np.tile(X, (18, 1))[:10_000].tolist()
