@@ -1,5 +1,6 @@
 """JOURNAL_DIR has one owner: a second server is refused, and a successor is not."""
 
+import itertools
 import os
 import re
 import shlex
@@ -58,7 +59,13 @@ def test_second_server_in_one_directory_is_refused_with_the_way_out(tmp_path: Pa
         assert len(records(Path(given["JOURNAL_DIR"]))) == 1
 
 
-def test_same_command_again_is_refused_with_another_port_and_directory_at_once(tmp_path: Path, iris_file: Path) -> None:
+def test_same_command_again_is_refused_with_another_port_and_directory_at_once(
+    tmp_path: Path, iris_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Below those that the kernel gives to whoever asks for any, so that the next is nobody's either.
+    ports = range(20_000 + os.getpid() % 10_000, 32_000)
+    port = next(each for each in ports if not is_open(each) and not is_open(each + 1))
+    monkeypatch.setattr("conftest.free_port", itertools.chain([port], itertools.repeat(port + 2)).__next__)
     with gunicorn(tmp_path, model_path=iris_file) as first:
         with gunicorn(tmp_path, ready=False, model_path=iris_file, port=first.port, makelevel=1) as second:
             assert second.process.wait(60) == 1

@@ -109,8 +109,8 @@ def test_record_that_sls_rejects_for_its_content_is_a_dead_letter_and_the_others
 def test_dead_letters_are_bounded_and_the_latest_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sls.shipper.DEAD_LETTERS_BYTES", 2000)
-    directory = journal_of(tmp_path, 100)
+    monkeypatch.setattr("sls.shipper.DEAD_LETTERS_BYTES", 1000)
+    directory = journal_of(tmp_path, 40)
 
     def reject(batch: list[dict[str, Any]]) -> None:
         raise SLSError("PostBodyInvalid", "not this", 400)
@@ -118,12 +118,12 @@ def test_dead_letters_are_bounded_and_the_latest_are_kept(
     Shipper(directory, reject).run()
     kept = [directory / name for name in ("refused.old.json", "refused.json")]
     found = [json.loads(line)["request_id"] for path in kept for line in path.read_text().splitlines()]
-    assert found == [str(n) for n in range(100)][-len(found) :]
-    assert 10 < len(found) < 50
+    assert found == [str(n) for n in range(40)][-len(found) :]
+    assert 5 < len(found) < 25
     progress = Progress.read(directory)
     assert progress
-    assert progress.refused == 100
-    assert progress.refused_bytes(directory) == sum(path.stat().st_size for path in kept) < 5000
+    assert progress.refused == 40
+    assert progress.refused_bytes(directory) == sum(path.stat().st_size for path in kept) < 2500
     assert "the records in" in caplog.text
 
 
