@@ -198,9 +198,8 @@ def post_worker_init(worker):
     service = worker.wsgi.extensions["service"]
     service.start()
     waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0
-    keeps_waiting = worker.wsgi.extensions.get(
-        "keeps_waiting", bool
-    )  # though loading has ended: operations/upgrades.py
+    # An extension may have it wait although loading has ended, without a model (operations/upgrades.py).
+    keeps_waiting = worker.wsgi.extensions.get("keeps_waiting", bool)
     while waits and worker.alive and (not service.serving.finished.wait(0.5) or keeps_waiting()):
         worker.notify()
         time.sleep(0.1)  # `finished` may be set

@@ -30,7 +30,7 @@ MAX_BYTES = 8 * 2**20  # of a file, some 20,000 changes; then it becomes the ear
 
 
 class History:
-    """What was changed by whom, the oldest first; changes are appended only.
+    """Who changed what, the oldest first; changes are appended only.
 
     Format: `history.jsonl` in the journal's directory, and `history.1.jsonl` with what was before it. A line is a JSON
     object with `event` ("change"), `time` (seconds since 1970), `host`, `os_user`, `sudo_user` (who called sudo, or

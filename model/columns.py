@@ -222,9 +222,7 @@ class Column:
 
 
 _AS_WRITTEN: dict[str, Callable[[Any], Any]] = {
-    "infer int64": lambda value: (
-        int(value) if type(value) is float and value.is_integer() and abs(value) < 2**63 else value
-    ),
+    "infer int64": lambda value: int(value) if type(value) is float and are_whole([value]) else value,
     "infer float64": lambda value: float(value) if type(value) is int else value,
 }
 

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from settings import Settings
 
 MAX_WORKERS = 4096  # then the first places are taken again
+ALL_WERE, EXPECTED, FIRST = range(3)  # the cells
 
 _cells: memoryview | None = None
 _place = 0  # of this worker
-
-ALL_WERE, EXPECTED, FIRST = range(3)  # the cells
 
 
 def before_fork(settings: "Settings") -> None:

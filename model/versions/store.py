@@ -197,7 +197,7 @@ class Store:
     def rollback(self, why: str = "rollback", version: str = "", only: int | None = None) -> Routing:
         """Withdraw the canary; if there is none, return to the stable version before the last promotion.
 
-        A second rollback in a row is refused, also after the guard's: whoever runs it most likely does not know of the
+        A second rollback in a row is refused, also after the guard's: the operator most likely does not know of the
         first, and it would take a good version back.
 
         Args:
