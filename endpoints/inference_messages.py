@@ -72,7 +72,7 @@ def _rows_of_columns(inputs: dict[str, Any], signature: Signature) -> Any:
     named = any(column.name is not None for column in signature.columns or ())
     fits = set(inputs) == set(names)
     if named:  # what is missing or unknown among columns is said when the rows are compared with the model
-        fits = len(inputs) > 1 or fits or signature.blanks_replaced
+        fits = len(inputs) > 1 or fits or getattr(signature, "blanks_replaced", False)
     if not names or not fits:
         others = f", or one input for each column: {', '.join(names)[:1000]}" if names else ""
         raise BadRows(

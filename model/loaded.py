@@ -189,7 +189,7 @@ def _describe(estimator: Any, signature: Signature, rows: list[Any]) -> dict[str
         "signature": signature.describe(),
         "example": {"data": rows[:1]},
         "validated_with": "a synthetic row (no sample was recorded)",
-        "warnings": _warnings(signature),
+        "warnings": signature.warnings(),
     }
 
 
@@ -198,15 +198,6 @@ def _methods_by_class(estimator: Any) -> list[str]:
     if all(getattr(part, "decision_function_shape", "") != "ovo" for part in estimators_in(estimator)):
         by_class.append("decision_function")  # else an SVC's has a column for each pair of classes
     return by_class
-
-
-def _warnings(signature: Signature) -> list[str]:
-    """Return what an operator should know of a signature: columns that may hold something else than they seem to."""
-    names: dict[str, list[str]] = {}
-    for at, column in enumerate(signature.columns or ()):
-        if column.doubt:
-            names.setdefault(column.doubt, []).append(str(column.place(at)))
-    return [doubt.format(", ".join(columns)) for doubt, columns in names.items()]
 
 
 def _answer_sample(model: LoadedModel, rows: list[Any]) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""JSON rows → the array or data frame that a model was fitted on, or an error that says what is wrong with them."""
+"""JSON rows → what a model was fitted on, or an error that says what is wrong with them."""
 
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -10,21 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .columns import (
-    FORMS,
-    MAX_SINGLE,
-    NOT_BOOLEAN,
-    TOO_LARGE,
-    BadRows,
-    Column,
-    Kind,
-    are_whole,
-    context,
-    json_name,
-    to_array,
-    to_numbers,
-    to_series,
-)
+from .columns import FORMS, NOT_BOOLEAN, BadRows, Column, Kind, json_name, to_array
 
 __all__ = ["BadRows", "Column", "Signature", "bad_rows", "matches"]
 
@@ -45,15 +31,14 @@ class Signature:
     Traceback (most recent call last):
     model.columns.BadRows: row 0, column 'height': a string; expected a number
 
-    Layouts: "array" a 2-D array, `(n_rows, n_columns)` float64 (object if a column does not hold numbers); "frame" a
-    pandas data frame; "texts" and "numbers" a list of `n_rows` scalars. `columns` is None if the model does not show
-    how many it takes, and empty if rows have no columns. For tensors see `formats/tensor_signature.py`.
+    Layouts: "array" a 2-D array of numbers, `(n_rows, n_columns)`; "texts" and "numbers" a list of `n_rows` scalars.
+    `columns` is None if the model does not show how many it takes, and empty if rows have no columns. Those of other
+    layouts are subclasses: "frame", a pandas data frame, in `frames/`; the others in `formats/tensor_signature.py`.
     """
 
     layout: Layout
     columns: tuple[Column, ...] | None
     precision: str = "float64"  # of an array; some models take only the float32 they were fitted on
-    blanks_replaced: bool = False  # by underscores in the names, as LightGBM does; callers may write either
     ignores_extra: bool = False  # members of a row that are not columns
 
     def parse(self, data: Any) -> Any:
@@ -74,26 +59,14 @@ class Signature:
         """Return a key for rows that `validate` returned: those with equal keys can be assembled together."""
         if isinstance(rows, np.ndarray):
             return tuple(rows.shape[1:])
-        if self.columns is None:
-            return len(rows[0])
-        if not self._contextual:
-            return None
-        return tuple(context([row[at] for row in rows], self.columns[at]) for at in self._contextual)
+        return len(rows[0]) if self.columns is None else None
 
     def assemble(self, parts: Sequence[Any]) -> Any:
         """Make what `predict` takes of rows with equal keys. Raises: BadRows, a number does not fit its column."""
         if isinstance(parts[0], np.ndarray):
-            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        else:
-            rows = parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
-            if not self.is_one_array:
-                return rows if self.layout == "texts" else self._assemble_columns(rows)
-            array = to_array(rows, self.precision)  # null becomes NaN
-        if self.layout != "frame":
-            return array
-        import pandas as pd
-
-        return pd.DataFrame(array, columns=[c.name for c in self.columns or ()])
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        rows = parts[0] if len(parts) == 1 else list(itertools.chain.from_iterable(parts))
+        return to_array(rows, self.precision) if self.is_one_array else rows  # null becomes NaN
 
     def example(self) -> str:
         """Show the form of `data` with one row, as JSON."""
@@ -110,10 +83,14 @@ class Signature:
         columns = None if self.columns is None else [c.describe() for c in self.columns]
         return {"layout": self.layout, "columns": columns, "form": self.example()}
 
-    @cached_property
+    def warnings(self) -> list[str]:
+        """Return what an operator should know: columns that may hold something else than they seem to."""
+        return []
+
+    @property
     def is_one_array(self) -> bool:
         """Whether all values go into one array of the signature's precision."""
-        return self.layout != "texts" and all(c.dtype == "float64" for c in self.columns or ())
+        return self.layout != "texts"
 
     @property
     def row_shape(self) -> tuple[int | None, ...]:
@@ -172,9 +149,6 @@ class Signature:
         """Return a row with its optional columns added and, if they are ignored, its extra keys removed."""
         if type(row) is not dict or self.columns is None:
             return row
-        if self.blanks_replaced:
-            replaced = {name.replace(" ", "_"): value for name, value in row.items()}
-            row = replaced if len(replaced) == len(row) else row
         row = {c.name: None for c in self.columns if c.optional} | row
         if self.ignores_extra:
             names = {c.name for c in self.columns}
@@ -208,11 +182,6 @@ class Signature:
         """The columns whose JSON values are not yet what the model gets."""
         return [at for at, c in enumerate(self.columns or ()) if c.convert is not None]
 
-    @cached_property
-    def _contextual(self) -> list[int]:
-        """The columns of which the model gets another type for other values of a call: see `context`."""
-        return [at for at, c in enumerate(self.columns or ()) if context([], c) is not None]
-
     def _convert(self, rows: list[Any]) -> list[Any]:
         """Return the rows with the values of those columns converted. Raises: BadRows."""
         by_column: list[Sequence[Any]] = list(zip(*rows, strict=True))
@@ -225,33 +194,10 @@ class Signature:
                     converted.append(None if value is None else column.convert(value))  # type: ignore[misc]  # is not None
                 except BadRows as error:
                     errors.append({"row": row, "column": place, "detail": error.detail})
-            if column.dtype == "date" and len({date.utcoffset() for date in converted if date is not None}) > 1:
-                errors.append({"row": 0, "column": place, "detail": "dates with different offsets in one request"})
             by_column[at] = converted
         if errors:
             raise bad_rows(sorted(errors, key=itemgetter("row")))
         return list(zip(*by_column, strict=True))
-
-    def _assemble_columns(self, rows: list[Any]) -> Any:
-        """Make a data frame or an array whose columns differ in type."""
-        assert self.columns is not None  # otherwise the model takes numbers
-        columns = [
-            (c, [c.missing if value is None else value for value in values])
-            for c, values in zip(self.columns, zip(*rows, strict=True), strict=True)
-        ]
-        if self.layout == "frame":
-            import pandas as pd
-
-            return pd.DataFrame({column.name: to_series(values, column) for column, values in columns})
-        if all(c.dtype in ("float64", "float32", "float16", "int64") for c in self.columns):
-            whole = all(are_whole(values) for _, values in columns)
-            return np.column_stack([to_numbers(values, c.name, c.dtype, whole) for c, values in columns])
-        if len(narrow := {c.dtype for c in self.columns} - {"float64"}) == 1 and narrow <= {"float32", "float16"}:
-            return np.column_stack([to_array(values, *narrow) for _, values in columns])  # an array has one type
-        by_column = [
-            to_array(values, c.dtype) if c.dtype in ("float32", "float16") else values for c, values in columns
-        ]
-        return np.array(by_column, dtype=object).T
 
     # --- rows that are scalars, or an array
 
@@ -286,15 +232,14 @@ class Signature:
         self._check_finite(numbers)
         for at, column in enumerate(self.columns or ()):
             if column.kind == "boolean":
-                wrong, why = ~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])), NOT_BOOLEAN
-            elif column.single:
-                wrong, why = np.abs(numbers[:, at]) >= MAX_SINGLE, TOO_LARGE
-            else:
-                continue
-            if wrong.any():
-                rows = np.flatnonzero(wrong).tolist()
-                raise bad_rows({"row": row, "column": column.place(at), "detail": why} for row in rows)
+                self._reject(~(np.isin(numbers[:, at], (0, 1)) | np.isnan(numbers[:, at])), at, NOT_BOOLEAN)
         return numbers
+
+    def _reject(self, wrong: Any, at: int, why: str) -> None:
+        """Reject the rows of an array whose value in a column is marked as wrong, if any are."""
+        if wrong.any():
+            place = (self.columns or ())[at].place(at)
+            raise bad_rows({"row": row, "column": place, "detail": why} for row in np.flatnonzero(wrong).tolist())
 
     def _check_finite(self, numbers: Any) -> None:
         """Reject infinities, and NaN unless the column may be missing."""

@@ -198,6 +198,7 @@ def prepared(final: Any) -> Any:
     )
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize(
     "final",
     [
@@ -217,6 +218,7 @@ def test_table_with_text_and_missing_values_is_served_by_column_name(serve: Any,
     assert_all_methods_same(client, model, objects_of(x), x)
 
 
+@pytest.mark.frames
 def test_table_with_text_is_served_to_a_regressor(serve: Any) -> None:
     x, _ = passengers()
     x, y = x.drop(columns="fare (£)").assign(**{"fare (£)": 1.0}), x["fare (£)"].to_numpy()
@@ -306,6 +308,7 @@ def test_classes_are_left_out_where_the_columns_are_pairs_of_classes(serve: Any)
 # --- the same through sockets and two processes
 
 
+@pytest.mark.frames
 def test_both_workers_of_a_real_gunicorn_answer_as_the_model_does(tmp_path: Path) -> None:
     x, y = passengers()
     model = prepared(LogisticRegression(max_iter=1000)).fit(x, y)

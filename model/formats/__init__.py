@@ -25,8 +25,8 @@ LOADERS = {
 }
 
 
-# Libraries whose models model/foreign.py knows, which may be removed.
-FAMILIES = ("lightgbm", "xgboost", "catboost", "category_encoders", "feature_engine", "skrub")
+FRAMES = Path(__file__).parents[1] / "frames" / "__init__.py"  # this room may be removed
+FAMILIES = ("lightgbm", "xgboost", "catboost", "category_encoders", "feature_engine", "skrub")  # that it knows
 
 
 class ModelLoadError(Exception):
@@ -37,15 +37,14 @@ class UnsupportedModel(ModelLoadError):
     """A file that its loader cannot serve. The message continues the file's name: "model.pt holds a state_dict…"."""
 
 
-def foreign(function: str, part: Any) -> Any:
-    """Call a function of `model/foreign.py` with a part of a model of those libraries; None for all others."""
-    if type(getattr(part, "raw", part)).__module__.partition(".")[0] not in FAMILIES:
-        return None
-    try:
-        found = pkgutil.resolve_name(f"model.foreign:{function}")
-    except ModuleNotFoundError:
-        return None
-    return found(part)
+def is_of_family(part: Any) -> bool:
+    """Return whether a part of a model is of one of those libraries."""
+    return type(getattr(part, "raw", part)).__module__.partition(".")[0] in FAMILIES
+
+
+def from_frames(function: str, *arguments: Any) -> Any:
+    """Call a function of `model/frames`; None if that was removed."""
+    return pkgutil.resolve_name(f"model.frames:{function}")(*arguments) if FRAMES.exists() else None
 
 
 def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:
@@ -76,7 +75,7 @@ def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = 
         raise
     except Exception as error:
         raise ModelLoadError(_explain(path, error)) from error
-    model = foreign("servable", model) or model
+    model = (is_of_family(model) and from_frames("servable", model)) or model
     if isinstance(model, type):
         raise ModelLoadError(f"{path.name} holds the class {model.__name__}; save the fitted model itself")
     if not callable(getattr(model, "predict", None)):

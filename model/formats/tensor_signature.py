@@ -22,8 +22,6 @@ def kind_of(dtype: str) -> Kind:
 class TypedSignature(Signature):
     """Takes an array `(n_rows, n_columns)` of a numpy type, such as int64."""
 
-    is_one_array = True  # a cached property there
-
     def _validate_array(self, array: Any) -> Any:
         if kind_of(self.precision) in ("text", "boolean"):
             raise BadRows(f"this model does not take an array of numbers; send rows as JSON: {self.example()}")
@@ -36,10 +34,11 @@ class TypedSignature(Signature):
 class RecordSignature(Signature):
     """Takes a numpy structured array `(n_rows,)` with a field for each column, of any numpy type, such as float32."""
 
-    is_one_array = False  # a cached property there
+    is_one_array = False  # a property there
 
-    def _assemble_columns(self, rows: list[Any]) -> Any:
-        columns = self.columns or ()
+    def assemble(self, parts: Sequence[Any]) -> Any:
+        """Make what `predict` takes of rows with equal keys. Raises: BadRows, a number does not fit its column."""
+        rows, columns = super().assemble(parts), self.columns or ()
         array = np.empty(len(rows), dtype=[(str(c.name), c.dtype) for c in columns])
         for column, values in zip(columns, zip(*rows, strict=True), strict=True):
             array[column.name] = to_array(values, column.dtype)  # null becomes NaN

@@ -31,8 +31,8 @@ from ..formats import ModelLoadError, UnsupportedModel
 from ..formats.base import TensorModel, first_line, import_library
 from ..formats.onnx import METADATA
 from ..formats.sklearn import estimators_in
+from ..frames.parts import inspect
 from ..infer_signature import infer_signature
-from ..parts import inspect
 from ..signature import Signature
 from .synthetic_rows import synthetic_rows, unknown_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..columns import Column, json_form
-from ..parts import inspect, raw_parts
+from ..frames.parts import inspect, raw_parts
 from ..signature import Signature
 
 SYNTHETIC_ROWS = 1000

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from test_sagemaker import CSV, JSON, LINES, NPY, npy
 
 from endpoints.lines import csv_rows, parse_csv
-from model.columns import Column
-from model.signature import BadRows, Signature
+from model.frames.columns import FrameColumn as Column
+from model.frames.signature import FrameSignature
+from model.signature import BadRows
 
 NAMES = ("sagemaker", "vertex", "function_compute", "eas", "open_inference")
 PATHS = (
@@ -25,7 +26,7 @@ PATHS = (
     "/predict",
     "/v2/models/model/infer",
 )
-SIGNATURE = Signature("frame", (Column("number"), Column("text", "text"), Column("flag", "boolean")))
+SIGNATURE = FrameSignature("frame", (Column("number"), Column("text", "text"), Column("flag", "boolean")))
 PIECES = st.sampled_from(
     [
         *(
@@ -149,7 +150,7 @@ def test_what_a_program_wrote_is_read_as_it_was(rows: list[Any], ending: str, qu
 
 def test_field_that_could_be_a_number_or_a_string_is_rejected() -> None:
     def read(field: str, column: Column) -> Any:
-        return csv_rows([1], [[field]], Signature("frame", (column,)))[0][0]
+        return csv_rows([1], [[field]], FrameSignature("frame", (column,)))[0][0]
 
     mixed = Column("c", "category", dtype="object", learned=("a", "1", 2, 3.5))
     assert [read(field, mixed) for field in ("a", "1", "2", "3.5", "b", "7")] == ["a", "1", 2, 3.5, "b", "7"]

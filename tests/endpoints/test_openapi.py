@@ -18,8 +18,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from endpoints.openapi import ERRORS, rows_schema
-from model.columns import BadRows, Column
+from model.columns import BadRows
 from model.formats.tensor_signature import TensorSignature, TypedSignature
+from model.frames.columns import FrameColumn as Column
+from model.frames.signature import FrameSignature
 from model.signature import Signature
 
 PROTOCOLS = ("open_inference", "sagemaker", "vertex", "function_compute", "eas")
@@ -36,8 +38,8 @@ SIGNATURES = {
     "array": Signature("array", (Column(None), Column(None, nullable=True))),
     "float32": Signature("array", (Column("a"), Column("b")), precision="float32"),
     "open": Signature("array", None),
-    "frame": Signature("frame", NAMED),
-    "optional": Signature("frame", (Column("a", nullable=True, optional=True), Column("b", "text"))),
+    "frame": FrameSignature("frame", NAMED),
+    "optional": FrameSignature("frame", (Column("a", nullable=True, optional=True), Column("b", "text"))),
     "extra": Signature("array", (Column("height"),), ignores_extra=True),
     "texts": Signature("texts", ()),
     "numbers": Signature("numbers", ()),
@@ -46,7 +48,7 @@ SIGNATURES = {
     "integers": TypedSignature("array", (Column(None, "integer"),) * 2, precision="int64"),
     "image": TensorSignature("tensor", (), precision="float32", shape=(2, 1)),
     "flags": TensorSignature("tensor", (), precision="bool", shape=(2, 1)),
-    "numbered categories": Signature("frame", (Column("size", "category", learned=(1, 2)), Column("b"))),
+    "numbered categories": FrameSignature("frame", (Column("size", "category", learned=(1, 2)), Column("b"))),
 }
 # 1.0 is left out: JSON Schema takes it for whole. So are days that are none, of which a schema knows nothing.
 VALUES = st.sampled_from([None, True, False, 0, 1, 3, 2.5, 1e39, 2**63, "", "Oslo", "2026-01-31", "31.01.2026", [], {}])

@@ -92,6 +92,7 @@ BY_THEMSELVES = {
 }
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize("name", BY_THEMSELVES)
 def test_calls_of_what_treats_each_row_by_itself_are_merged(tmp_path: Path, name: str) -> None:
     model = loaded(tmp_path, BY_THEMSELVES[name]())
@@ -110,6 +111,7 @@ TOGETHER: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize("name", TOGETHER)
 def test_calls_of_what_may_look_at_several_rows_are_not_merged_and_the_reason_is_shown(
     tmp_path: Path, name: str
@@ -140,6 +142,7 @@ def test_known_class_that_answers_rows_together_otherwise_is_found_out_with_rows
     assert model.about["merges_requests"] == "no: it answers rows differently together than one by one"
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize(("setting", "merges"), [("always", True), ("never", False), ("auto", False)])
 def test_setting_decides_before_the_server_does(tmp_path: Path, setting: str, merges: bool) -> None:
     model = loaded(tmp_path, piped(FunctionTransformer(doubled)), merge_requests=setting)
@@ -169,6 +172,7 @@ def at_once(model: LoadedModel, asked: list[Any]) -> list[Any]:
     return answers
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize("step", [ranked, centred, filled])
 def test_no_caller_is_answered_from_the_rows_of_another(tmp_path: Path, step: Any) -> None:
     own = piped(FunctionTransformer(step))
@@ -179,6 +183,7 @@ def test_no_caller_is_answered_from_the_rows_of_another(tmp_path: Path, step: An
         assert at_once(model, asked) == expected
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize(("setting", "sizes"), [("always", [MAX_BATCH_ROWS, 904]), ("auto", [5000])])
 def test_large_request_is_cut_into_pieces_only_if_its_calls_may_be_merged(
     tmp_path: Path, setting: str, sizes: list[int]
@@ -191,6 +196,7 @@ def test_large_request_is_cut_into_pieces_only_if_its_calls_may_be_merged(
     assert np.allclose(answer, LinearRegression().fit(X, Y).predict(pd.DataFrame(rows, columns=["a", "b"])))
 
 
+@pytest.mark.frames
 def test_pieces_of_a_request_grow_as_the_model_proves_faster_than_it_was_known_to_be(tmp_path: Path) -> None:
     model = loaded(tmp_path, Recorded().fit(X, Y), merge_requests="always")
     model.batcher.timings.note("predict", 1, 0.01)  # so five rows at first
@@ -202,6 +208,7 @@ def test_pieces_of_a_request_grow_as_the_model_proves_faster_than_it_was_known_t
     assert np.allclose(answer, LinearRegression().fit(X, Y).predict(pd.DataFrame(rows, columns=["a", "b"])))
 
 
+@pytest.mark.frames
 def test_caller_that_left_is_noticed_between_the_pieces_of_its_request(tmp_path: Path) -> None:
     def check() -> None:
         raise ConnectionResetError
@@ -213,6 +220,7 @@ def test_caller_that_left_is_noticed_between_the_pieces_of_its_request(tmp_path:
     assert len(Recorded.sizes) == 1
 
 
+@pytest.mark.frames
 def test_ranks_of_a_large_request_are_those_of_all_its_rows(tmp_path: Path) -> None:
     own = piped(FunctionTransformer(ranked))
     frame = pd.DataFrame(np.random.default_rng(1).normal(size=(5000, 2)), columns=["a", "b"])
@@ -221,6 +229,7 @@ def test_ranks_of_a_large_request_are_those_of_all_its_rows(tmp_path: Path) -> N
     assert answer.tolist() == own.predict(frame).tolist()
 
 
+@pytest.mark.frames
 def test_reason_is_shown_by_the_model_endpoint(serve: Any) -> None:
     client = serve(piped(FunctionTransformer(centred)))
     client.headers = client.headers | {"Authorization": basic("admin")}

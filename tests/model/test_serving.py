@@ -122,6 +122,7 @@ class Partial(Ridge):
         return np.asarray(x)[:, 0]
 
 
+@pytest.mark.frames
 def test_methods_that_do_not_answer_are_not_served_and_warned_of(tmp_path: Path) -> None:
     joblib.dump(Partial().fit(IRIS.data, IRIS.target), tmp_path / "model.joblib")
     model = load_model(tmp_path / "model.joblib")
@@ -140,6 +141,7 @@ class Slow(Ridge):
         return super().predict(x)
 
 
+@pytest.mark.frames
 def test_slow_model_is_not_tried_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(infer_signature, "TRIAL_SECONDS", 0.3)
     joblib.dump(Slow().fit(np.eye(60), range(60)), tmp_path / "model.joblib")
@@ -180,6 +182,7 @@ def answered(serving: Serving) -> Any:
     return model.predict(model.signature.validate(ROWS)).tolist()
 
 
+@pytest.mark.frames
 def test_sample_beside_the_file_shows_what_the_model_takes(tmp_path: Path) -> None:
     joblib.dump(Named(), tmp_path / "ratio.joblib")
     assert "a recorded sample would show what it takes" in str(served(tmp_path / "ratio.joblib").describe()["error"])
@@ -191,6 +194,7 @@ def test_sample_beside_the_file_shows_what_the_model_takes(tmp_path: Path) -> No
     assert answered(served(tmp_path / "ratio.joblib")) == [10.0, 3.0]  # that is another model's
 
 
+@pytest.mark.frames
 def test_named_sample_goes_before_the_one_beside_the_file(tmp_path: Path) -> None:
     joblib.dump(Named(), tmp_path / "ratio.joblib")
     (tmp_path / "ratio.sample.json").write_text("[[1, 2]]")
@@ -202,6 +206,7 @@ def test_named_sample_goes_before_the_one_beside_the_file(tmp_path: Path) -> Non
     assert serving.describe()["stable"]["validated_with"] == "the sample rows.json"
 
 
+@pytest.mark.frames
 def test_settings_name_the_sample(serve: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     assert serve(Named(), model_sample=tmp_path / "rows.json").predict(ROWS)["prediction"] == [10.0, 3.0]
@@ -295,6 +300,7 @@ def first_letters(frame: Any) -> Any:
     return frame.apply(lambda column: column.astype(str).str[0].map(ord))
 
 
+@pytest.mark.frames
 def test_start_says_why_callers_share_no_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = make_pipeline(FunctionTransformer(first_letters), LogisticRegression())
     joblib.dump(model.fit(pd.DataFrame({"code": [11, 22]}), [0, 1]), tmp_path / "model.joblib")
@@ -303,6 +309,7 @@ def test_start_says_why_callers_share_no_calls(tmp_path: Path, caplog: pytest.Lo
     assert "callers share no calls: func=first_letters of FunctionTransformer may look at several rows" in caplog.text
 
 
+@pytest.mark.frames
 def test_columns_that_may_hold_either_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     frame = pd.DataFrame({"code": ["a1", "b2", "a3", "b4"]})
     model = make_pipeline(FunctionTransformer(first_letters), LogisticRegression()).fit(frame, [0, 1, 0, 1])

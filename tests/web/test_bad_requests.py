@@ -206,7 +206,12 @@ def bad(
     **headers: Any,
 ) -> Any:
     """Make a row of the table."""
-    return pytest.param(Bad(body, status, words, on, method, path, errors, headers), id=name)
+    return pytest.param(Bad(body, status, words, on, method, path, errors, headers), id=name, marks=marks_of(on))
+
+
+def marks_of(model: str) -> list[Any]:
+    """Return the marks of a test that asks a model."""
+    return [pytest.mark.frames] * (model == "people")
 
 
 def at(row: int, column: Any = None, detail: str = "missing") -> dict[str, Any]:
@@ -464,7 +469,9 @@ ODDITIES = [  # what looks wrong and is not: model, body, and the rows that the 
 ]
 
 
-@pytest.mark.parametrize(("on", "body", "rows"), [pytest.param(*case, id=name) for name, *case in ODDITIES])
+@pytest.mark.parametrize(
+    ("on", "body", "rows"), [pytest.param(*case, id=name, marks=marks_of(case[0])) for name, *case in ODDITIES]
+)
 def test_odd_but_right_request_is_answered(on: str, body: Any, rows: Any, client: Any) -> None:
     answer = ask(client(on), body)
     assert answer.status_code == 200, answer.text
@@ -540,6 +547,7 @@ def test_key_that_the_answer_names_is_not_in_the_journal(client: Any) -> None:
 # --- models that refuse or fail
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize("rows", [[[SECRET, 20]], [["Rome", 30], [SECRET, 20]]], ids=["alone", "beside a good row"])
 def test_model_that_refuses_a_value_does_not_pass_its_words_on(rows: Any, client: Any, caplog: Any) -> None:
     caller = client("people")

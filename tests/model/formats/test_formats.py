@@ -293,6 +293,7 @@ def test_class_is_not_taken_for_a_model(tmp_path: Path) -> None:
     assert "save the fitted model itself" in refusal(saved(tmp_path, LogisticRegression))
 
 
+@pytest.mark.frames
 @pytest.mark.parametrize("model", [LogisticRegression(), make_pipeline(StandardScaler(), KNeighborsClassifier())])
 def test_model_that_was_not_fitted_is_named(tmp_path: Path, model: Any) -> None:
     error = error_of_serving(saved(tmp_path, model))

@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .columns import BadRows, json_form
-from .formats import ModelLoadError
+from ..columns import BadRows, json_form
+from ..formats import ModelLoadError
 from .parts import is_present, raw_parts
-from .signature import Signature
+from .signature import FrameSignature
 
 
-def check_categories(model: Any, signature: Signature, row: Any) -> None:
+def check_categories(model: Any, signature: FrameSignature, row: Any) -> None:
     """Check that each category, written as JSON, is encoded as what the encoder learned. Raises: ModelLoadError."""
-    if not signature.columns or not isinstance(row, list):
+    if not isinstance(row, list):
         return
     for part, indices, before in raw_parts(model, list(range(len(signature.columns)))):
         if not hasattr(part, "categories_") or not hasattr(part, "transform"):
@@ -48,13 +48,13 @@ def check_categories(model: Any, signature: Signature, row: Any) -> None:
                 )
 
 
-def check_units(model: Any, signature: Signature, rows: list[Any]) -> None:
+def check_units(model: Any, signature: FrameSignature, rows: list[Any]) -> None:
     """Check that answers do not depend on the unit in which pandas keeps times. Raises: ModelLoadError.
 
     A step that makes numbers of them with `astype("int64")` gets others in microseconds than in nanoseconds, and no
     model shows in which it was trained.
     """
-    dates = [at for at, column in enumerate(signature.columns or ()) if column.dtype == "date"]
+    dates = [at for at, column in enumerate(signature.columns) if column.dtype == "date"]
     methods = ("predict_proba", "decision_function", "predict")
     ask = next(getattr(model, method) for method in methods if hasattr(model, method))
     answers = []

@@ -15,8 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 
-from model.columns import BadRows, Column, json_form
+from model.columns import BadRows, json_form
 from model.formats import ModelLoadError
+from model.frames.columns import FrameColumn
 from model.loaded import LoadedModel, load_model
 
 N = 40
@@ -258,12 +259,12 @@ def test_learned_value_without_a_form_in_json_is_named() -> None:
     ],
 )
 def test_category_takes_the_types_of_what_was_learned(learned: Any, accepted: Any) -> None:
-    assert Column("x", "category", learned=learned).accepted == accepted
+    assert FrameColumn("x", "category", learned=learned).accepted == accepted
 
 
 @pytest.mark.parametrize(("value", "found"), [(True, 1), (False, 0), (3.0, 3), (3, 3), ("True", "True"), ("4", "4")])
 def test_category_that_no_library_keeps_is_a_string_or_a_whole_number(value: Any, found: Any) -> None:
-    convert = Column("x", "category").convert
+    convert = FrameColumn("x", "category").convert
     assert convert is not None
     assert (convert(value), type(convert(value))) == (found, type(found))
     with pytest.raises(BadRows, match="a fraction; expected a category"):

@@ -23,9 +23,11 @@ from sklearn.preprocessing import (
 )
 
 from model.formats import ModelLoadError
+from model.frames.columns import FrameColumn
+from model.frames.signature import FrameSignature
 from model.infer_signature import infer_signature
 from model.merging import why_not
-from model.signature import BadRows, Column, Signature
+from model.signature import BadRows
 
 N_ROWS = 120
 RNG = np.random.default_rng(0)
@@ -128,7 +130,7 @@ def test_a_wrapped_lightgbm_takes_names_with_blanks(cities: Any, wrap: Any) -> N
 
 
 def test_two_names_for_one_column_are_refused() -> None:
-    signature = Signature("frame", (Column("a_b"), Column("c")), blanks_replaced=True)
+    signature = FrameSignature("frame", (FrameColumn("a_b"), FrameColumn("c")), blanks_replaced=True)
     with pytest.raises(BadRows, match="not a column of this model"):
         signature.parse([{"a b": 1, "a_b": 2, "c": 3}])
 
@@ -405,4 +407,4 @@ def test_arrays_are_taken_by_an_encoder_of_whole_numbers() -> None:
     with pytest.raises(BadRows, match="an infinity; expected a finite number"):
         signature.parse(np.array([[3, np.inf]]))
     with pytest.raises(BadRows, match="does not take an array of numbers"):
-        Signature("frame", (Column("a"), Column("b", "text"))).parse(codes)
+        FrameSignature("frame", (FrameColumn("a"), FrameColumn("b", "text"))).parse(codes)

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .columns import Column, Kind
-from .formats import ModelLoadError, foreign
-
-# scikit-learn's trees make float32 of all numbers themselves: what does not fit is known before they are called.
-SINGLE = ("sklearn.tree.", *(f"sklearn.ensemble._{name}" for name in ("forest", "gb", "iforest")))
+from ..columns import Kind
+from ..formats import ModelLoadError
+from ..infer_signature import SINGLE
+from . import foreign
+from .columns import FrameColumn
 
 
 class Selection(NamedTuple):
@@ -65,8 +65,9 @@ def raw_parts(part: Any, columns: Sequence[int | None], before: tuple[Any, ...] 
 def find_single(model: Any, width: int) -> set[int]:
     """Return the raw columns of which some tree of scikit-learn makes float32, as far as this is certain.
 
-    It is not if a part may be code of somebody's own, which may call the tree for some rows only, or a selector, which
-    may not call it at all, or if an imputer takes certain numbers for missing ones.
+    What does not fit is then known before the tree is called. It is not certain if a part may be code of somebody's
+    own, which may call the tree for some rows only, or a selector, which may not call it at all, or if an imputer takes
+    certain numbers for missing ones.
     """
     parts = list(raw_parts(model, range(width)))
     for part in (*(raw.part for raw in parts), *(step for raw in parts for step in raw.before)):
@@ -146,14 +147,14 @@ class ColumnFacts:
             self.learned = present
             self.kind, self.dtype = _kind_and_dtype(array.dtype, present)
 
-    def column(self, name: str | None) -> Column:
+    def column(self, name: str | None) -> FrameColumn:
         if self.is_category and self.learned:
-            return Column(name, "category", dtype="category", learned=self.learned)
+            return FrameColumn(name, "category", dtype="category", learned=self.learned)
         kind: Kind = self.kind or ("any" if self.dropped else "number")
         optional = self.dropped and self.kind is None
         zoned = kind == "date" and getattr(self.learned[0], "tzinfo", None) is not None if self.learned else None
         dtype = "object" if self.missing is None and self.dtype in ("", "str") else self.dtype
-        return Column(
+        return FrameColumn(
             name, kind, missing=self.missing, dtype=dtype, optional=optional, zoned=zoned, learned=self.learned
         )
 
@@ -213,16 +214,16 @@ def inspect(model: Any, width: int) -> list[ColumnFacts]:
                 facts.dropped = True
         elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
             continue  # only its parts matter
-        elif (boosted := foreign("columns", part)) is not None:
+        elif (boosted := foreign.columns(part)) is not None:
             for facts, column in zip(columns, boosted, strict=False):
                 facts.kind = facts.kind or column.kind
                 facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
-        elif (learned := foreign("categories", part)) is not None or hasattr(part, "categories_"):
+        elif (learned := foreign.categories(part)) is not None or hasattr(part, "categories_"):
             names = getattr(part, "feature_names_in_", ())
             arrays = part.categories_ if learned is None else [learned.get(name, ()) for name in names]
             for facts, values in zip(columns, arrays, strict=False):
                 facts.learn(values)
-        elif (kinds := foreign("kinds", part)) is not None:
+        elif (kinds := foreign.kinds(part)) is not None:
             for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
                 facts.kind = facts.kind or kinds.get(name)
         elif hasattr(part, "statistics_"):

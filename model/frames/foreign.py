@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .columns import Column, Kind
-from .formats import ModelLoadError
+from ..columns import Column, Kind
+from ..formats import ModelLoadError
 
 
 def columns(part: Any) -> list[Column] | None:
     """Return the columns of a fitted booster, which knows its categories itself; None for anything else."""
     part = getattr(part, "raw", part)
-    read = _READERS.get(type(part).__module__.partition(".")[0])
+    read = _READERS.get(_library(part))
     return read(part) if read else None
 
 
@@ -116,7 +116,7 @@ def _catboost(part: Any) -> list[Column] | None:
 
 def keeps_no_categories(part: Any) -> bool:
     """Return whether a fitted booster has learned categories or texts, but does not keep them, as CatBoost."""
-    is_fitted = hasattr(part, "get_cat_feature_indices") and part.is_fitted()
+    is_fitted = _library(part) == "catboost" and hasattr(part, "is_fitted") and part.is_fitted()
     return is_fitted and bool(part.get_cat_feature_indices() or part.get_text_feature_indices())
 
 
@@ -128,9 +128,10 @@ def _column(name: str | None, categories: list[Any] | None) -> Column:
 
 def categories(part: Any) -> dict[str, Any] | None:
     """Return what an encoder learned, as arrays of categories by column; None if it is none of those known here."""
-    if hasattr(part, "encoder_dict_"):  # feature_engine: {"city": {"Oslo": 0, …}} or {"city": ["Oslo", …]}
+    if _library(part) == "feature_engine" and hasattr(part, "encoder_dict_"):
+        # {"city": {"Oslo": 0, …}} or {"city": ["Oslo", …]}
         return {str(name): _array(known) for name, known in part.encoder_dict_.items()}
-    if type(part).__module__.startswith("category_encoders."):
+    if _library(part) == "category_encoders":
         mapping = getattr(getattr(part, "ordinal_encoder", part), "mapping", None) or {}
         if isinstance(mapping, dict):  # of data frames with a row for each category
             return {str(name): _array(table.index) for name, table in mapping.items()}
@@ -149,7 +150,7 @@ def _array(known: Iterable[Any], dtype: Any = None) -> Any:
 def kinds(part: Any) -> dict[str, Kind] | None:
     """Return the kinds of the columns that skrub's TableVectorizer told apart; None for anything else."""
     found = getattr(part, "kind_to_columns_", None)
-    if not isinstance(found, dict):
+    if _library(part) != "skrub" or not isinstance(found, dict):
         return None
     names: dict[str, Kind] = {
         "numeric": "number",
@@ -175,8 +176,12 @@ class XGBoostBooster:
 
 def servable(model: Any) -> XGBoostBooster | None:
     """Return a model whose `predict` takes arrays or data frames, if this one's does not."""
-    is_raw = type(model).__module__.startswith("xgboost.") and type(model).__name__ == "Booster"
+    is_raw = _library(model) == "xgboost" and type(model).__name__ == "Booster"
     return XGBoostBooster(model) if is_raw else None
+
+
+def _library(part: Any) -> str:
+    return type(part).__module__.partition(".")[0]
 
 
 _READERS = {"lightgbm": _lightgbm, "xgboost": _xgboost, "catboost": _catboost}

@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
-from model.columns import MAX_SINGLE
+from model.frames.columns import MAX_SINGLE
 from model.infer_signature import infer_signature
 from model.signature import BadRows
 
