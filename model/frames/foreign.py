@@ -14,7 +14,7 @@ from ..columns import Column, Kind
 from ..formats import ModelLoadError
 
 
-def columns(part: Any) -> list[Column] | None:
+def booster_columns(part: Any) -> list[Column] | None:
     """Return the columns of a fitted booster, which knows its categories itself; None for anything else."""
     part = getattr(part, "raw", part)
     read = _READERS.get(_library(part))
@@ -126,7 +126,7 @@ def _column(name: str | None, categories: list[Any] | None) -> Column:
     return Column(name, "category", dtype="category", learned=tuple(categories))
 
 
-def categories(part: Any) -> dict[str, Any] | None:
+def learned_categories(part: Any) -> dict[str, Any] | None:
     """Return what an encoder learned, as arrays of categories by column; None if it is none of those known here."""
     if _library(part) == "feature_engine" and hasattr(part, "encoder_dict_"):
         # {"city": {"Oslo": 0, …}} or {"city": ["Oslo", …]}
@@ -147,7 +147,7 @@ def _array(known: Iterable[Any], dtype: Any = None) -> Any:
     return np.array(values, dtype=object) if array.dtype.kind in "US" else array
 
 
-def kinds(part: Any) -> dict[str, Kind] | None:
+def column_kinds(part: Any) -> dict[str, Kind] | None:
     """Return the kinds of the columns that skrub's TableVectorizer told apart; None for anything else."""
     found = getattr(part, "kind_to_columns_", None)
     if _library(part) != "skrub" or not isinstance(found, dict):

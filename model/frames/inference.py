@@ -18,9 +18,9 @@ from ..columns import ISO_DATE, Kind, rows_as_lists
 from ..formats.sklearn import estimators_in
 from ..infer_signature import SINGLE, accepted, all_nullable, failure_of, forget_names, values_in
 from ..signature import Layout, Signature
-from . import foreign
 from .checks import check_categories, check_units
 from .columns import FrameColumn
+from .foreign import booster_columns, column_kinds, keeps_no_categories, learned_categories
 from .parts import ColumnFacts, find_single, inspect, is_identity, raw_parts
 from .signature import FrameSignature
 
@@ -86,7 +86,7 @@ def explain(model: Any) -> str:
             "the model begins with a DictVectorizer, which takes no rows; fit it on a data frame, with a OneHotEncoder"
         )
     reached = {id(raw.part) for raw in raw_parts(model, range(sys.maxsize))}
-    behind = [foreign.columns(part) or () for part in estimators_in(model) if id(part) not in reached]
+    behind = [booster_columns(part) or () for part in estimators_in(model) if id(part) not in reached]
     if any(column.dtype == "category" for columns in behind for column in columns):
         return (
             "a step stands before a booster with pandas categories, and does not show which columns it passes on; make "
@@ -100,14 +100,14 @@ def explain(model: Any) -> str:
 
 def _first_reader(model: Any) -> Any:
     """Return the part that shows the width of the model's own input: the model, or one after a passthrough; or None."""
-    while model is not None and not (getattr(model, "n_features_in_", None) or foreign.columns(model)):
+    while model is not None and not (getattr(model, "n_features_in_", None) or booster_columns(model)):
         steps = [step for _, step in getattr(model, "steps", ()) if not is_identity(step)]
         model = steps[0] if steps else getattr(model, "best_estimator_", None)
     return model
 
 
 def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) -> Iterable[Signature]:
-    boosted = foreign.columns(reader) or []
+    boosted = booster_columns(reader) or []
     names = [str(name) for name in getattr(reader, "feature_names_in_", ())] or [c.name for c in boosted if c.name]
     found = inspect(model, getattr(reader, "n_features_in_", 0) or len(boosted))
     columns = [facts.column(name) for facts, name in itertools.zip_longest(found, names)]
@@ -126,7 +126,7 @@ def _candidates_with_columns(model: Any, reader: Any, sample: list[Any] | None) 
     shown = _kinds_in(sample, columns)  # numbers may be written as booleans, if the sample has them so
     known = {at for at, c in enumerate(columns) if c.kind == "number" and shown.get(at) == "boolean"} - set(unknown)
     columns = [replace(c, kind="boolean") if at in known else c for at, c in enumerate(columns)]
-    if any(foreign.kinds(part) is not None for part in estimators_in(model)):  # these parse strings, in any form
+    if any(column_kinds(part) is not None for part in estimators_in(model)):  # these parse strings, in any form
         parsed = [at for at, c in enumerate(columns) if c.kind in ("number", "date") and shown.get(at) == "text"]
         columns = list(_with_kinds(columns, dict.fromkeys(parsed, "text")))
     of_lightgbm = any(type(part).__module__.startswith("lightgbm.") for part in (model, *estimators_in(model)))
@@ -259,10 +259,10 @@ def _strings_learned_later(model: Any, width: int) -> tuple[bool, str]:
     """
     reached, found, pointed = {id(raw.part) for raw in raw_parts(model, range(width))}, False, set()
     for part in [part for part in estimators_in(model) if id(part) not in reached]:
-        arrays = [*getattr(part, "categories_", ()), *(foreign.categories(part) or {}).values()]
+        arrays = [*getattr(part, "categories_", ()), *(learned_categories(part) or {}).values()]
         strings = [value for array in arrays for value in np.asarray(array).tolist() if isinstance(value, str)]
         pointed |= {not value.lstrip("-").isdecimal() for value in strings if NUMBER.fullmatch(value)}
-        found = found or bool(strings) or hasattr(part, "vocabulary_") or bool(foreign.keeps_no_categories(part))
+        found = found or bool(strings) or hasattr(part, "vocabulary_") or bool(keeps_no_categories(part))
     return found, "" if len(pointed) != 1 else "float64" if pointed.pop() else "int64"
 
 

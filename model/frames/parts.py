@@ -15,8 +15,8 @@ import numpy as np
 from ..columns import Kind
 from ..formats import ModelLoadError
 from ..infer_signature import SINGLE
-from . import foreign
 from .columns import FrameColumn
+from .foreign import booster_columns, column_kinds, learned_categories
 
 
 class Selection(NamedTuple):
@@ -214,16 +214,16 @@ def inspect(model: Any, width: int) -> list[ColumnFacts]:
                 facts.dropped = True
         elif hasattr(part, "steps") or hasattr(part, "_transformer_to_input_indices"):
             continue  # only its parts matter
-        elif (boosted := foreign.columns(part)) is not None:
+        elif (boosted := booster_columns(part)) is not None:
             for facts, column in zip(columns, boosted, strict=False):
                 facts.kind = facts.kind or column.kind
                 facts.dtype, facts.learned = facts.dtype or column.dtype, facts.learned or column.learned
-        elif (learned := foreign.categories(part)) is not None or hasattr(part, "categories_"):
+        elif (learned := learned_categories(part)) is not None or hasattr(part, "categories_"):
             names = getattr(part, "feature_names_in_", ())
             arrays = part.categories_ if learned is None else [learned.get(name, ()) for name in names]
             for facts, values in zip(columns, arrays, strict=False):
                 facts.learn(values)
-        elif (kinds := foreign.kinds(part)) is not None:
+        elif (kinds := column_kinds(part)) is not None:
             for facts, name in zip(columns, getattr(part, "feature_names_in_", ()), strict=False):
                 facts.kind = facts.kind or kinds.get(name)
         elif hasattr(part, "statistics_"):

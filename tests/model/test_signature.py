@@ -4,8 +4,6 @@ import copy
 import doctest
 import functools
 import json
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,7 +39,6 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from sklearn.svm import SVC, OneClassSVM
-from threadpoolctl import threadpool_limits
 
 from model.formats import ModelLoadError
 from model.infer_signature import infer_signature
@@ -79,13 +76,6 @@ def table() -> pd.DataFrame:
 TABLE = table()
 Y = (TABLE["size"] + TABLE["age"] / 30 + 3 * (TABLE["city"] == "Rome") > 12.5).astype(int).to_numpy()
 NUMBERS = TABLE[["size", "age"]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Limit OpenMP and BLAS to one thread: on busy cores a pool mostly waits."""
-    with threadpool_limits(1):
-        yield
 
 
 def rows_of(x: Any) -> list[Any]:
@@ -353,38 +343,6 @@ def test_width_is_not_that_of_an_estimator_within_a_class_of_ones_own() -> None:
 def test_sample_may_hold_missing_values_if_the_model_takes_them(sample: list[Any]) -> None:
     signature, _ = infer_signature(hgb().fit(NUMBERS, Y), sample)
     assert described(signature) == "array size? age?"
-
-
-# --- wide models
-
-WIDE = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 1000)), columns=[f"column {at}" for at in range(1000)])
-# Seconds of CPU for 1,000 columns: a server that takes minutes to be ready would be restarted before that.
-LIMIT = 60.0
-
-
-@pytest.fixture
-def in_time(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that makes a class's predict fail the test if it is called after `LIMIT`."""
-
-    def limit(kind: type) -> None:
-        predict, deadline = kind.predict, time.process_time() + LIMIT
-
-        def predict_in_time(self: Any, x: Any) -> Any:
-            if time.process_time() > deadline:
-                pytest.fail(f"not inferred within {LIMIT} s")  # not an Exception, so it is not caught
-            return predict(self, x)
-
-        monkeypatch.setattr(kind, "predict", predict_in_time)
-
-    return limit
-
-
-def test_wide_model_that_answers_nothing_gives_up_in_reasonable_time(in_time: Any) -> None:
-    model = RefusesAll().fit(WIDE.to_numpy(), None)
-    model.feature_names_in_ = WIDE.columns.to_numpy(dtype=object)
-    in_time(RefusesAll)
-    with pytest.raises(ModelLoadError):
-        infer_signature(model)
 
 
 # --- rows that do not fit

@@ -1,6 +1,7 @@
 """What is inferred of models that take more than numbers is true of them: encoders, own steps, texts in columns."""
 
 import copy
+import time
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,6 @@ from test_signature import (
     NB,
     NUMBERS,
     TABLE,
-    WIDE,
     N,
     NeedsOnes,
     RefusesAll,
@@ -382,6 +382,38 @@ NOT_ROWS = [[[1.0]], [[1.0, "a", 2.0]], [{"size": 1.0}], [{}], ["a"], [1.0], [No
 def test_sample_that_the_model_does_not_take_is_a_load_error(model: Any, sample: Any) -> None:
     with pytest.raises(ModelLoadError, match="sample"):
         infer_signature(copy.deepcopy(model), sample)
+
+
+# --- wide models
+
+WIDE = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 1000)), columns=[f"column {at}" for at in range(1000)])
+# Seconds of CPU for 1,000 columns: a server that takes minutes to be ready would be restarted before that.
+LIMIT = 60.0
+
+
+@pytest.fixture
+def in_time(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that makes a class's predict fail the test if it is called after `LIMIT`."""
+
+    def limit(kind: type) -> None:
+        predict, deadline = kind.predict, time.process_time() + LIMIT
+
+        def predict_in_time(self: Any, x: Any) -> Any:
+            if time.process_time() > deadline:
+                pytest.fail(f"not inferred within {LIMIT} s")  # not an Exception, so it is not caught
+            return predict(self, x)
+
+        monkeypatch.setattr(kind, "predict", predict_in_time)
+
+    return limit
+
+
+def test_wide_model_that_answers_nothing_gives_up_in_reasonable_time(in_time: Any) -> None:
+    model = RefusesAll().fit(WIDE.to_numpy(), None)
+    model.feature_names_in_ = WIDE.columns.to_numpy(dtype=object)
+    in_time(RefusesAll)
+    with pytest.raises(ModelLoadError):
+        infer_signature(model)
 
 
 def test_column_of_strings_is_found_among_very_many_in_reasonable_time(in_time: Any) -> None:
