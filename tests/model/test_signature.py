@@ -4,6 +4,7 @@ import copy
 import doctest
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from sklearn.svm import SVC, OneClassSVM
+from threadpoolctl import threadpool_limits
 
 from model.formats import ModelLoadError
 from model.infer_signature import infer_signature
@@ -76,6 +78,13 @@ def table() -> pd.DataFrame:
 TABLE = table()
 Y = (TABLE["size"] + TABLE["age"] / 30 + 3 * (TABLE["city"] == "Rome") > 12.5).astype(int).to_numpy()
 NUMBERS = TABLE[["size", "age"]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Limit OpenMP and BLAS to one thread: on busy cores a pool mostly waits."""
+    with threadpool_limits(1):
+        yield
 
 
 def rows_of(x: Any) -> list[Any]:

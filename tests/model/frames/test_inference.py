@@ -45,6 +45,7 @@ from test_signature import (
     hgb,
     inferred,
 )
+from test_signature import one_thread as one_thread  # a fixture
 
 from model.formats import ModelLoadError
 from model.infer_signature import infer_signature
