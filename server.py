@@ -23,8 +23,6 @@ if __name__ == "__main__":  # before the imports, which may fail: this may not b
 
 import logging
 import os
-import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -46,7 +44,7 @@ from monitor import BLANK, Journal, RequestLog
 from processes import LogLimit, run_hooks
 from settings import Settings
 from web.body import BodyReader
-from web.callers import caller_of
+from web.callers import RequestIds, caller_of
 from web.decoding import Decoder
 from web.errors import json_response, problem
 
@@ -54,7 +52,6 @@ log = logging.getLogger(__name__)
 
 ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # by status; else client or internal
 MODEL_FAULTS = (ModelFailed, ModelNotReady)
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # safe in logs and headers
 
 
 def create_app(settings: Settings) -> Flask:
@@ -120,8 +117,7 @@ class Service:
             extra_columns=settings.extra_columns,
         )
         self.users = Users(settings.users_file, self._in_thread) if settings.auth == "basic" else None
-        names = settings.request_id_headers  # → each WSGI variable, and whether its value ends at the first slash
-        self._request_ids = [("HTTP_" + n.rstrip("/").upper().replace("-", "_"), n.endswith("/")) for n in names]
+        self._request_ids = RequestIds(settings.request_id_headers)
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
         self.decoder = Decoder(self.bodies, settings.max_rows, self._models_of_rows, self._in_thread)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
@@ -264,19 +260,10 @@ class Service:
         """Start the record of a request."""
         context = g._get_current_object()  # not by its proxy, each use of which costs 0.8 µs; below and in auth.py too
         context.began, environ = time.perf_counter(), request.environ
-        context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": self._request_id(environ)}
+        context.record = {**BLANK, "path": environ["PATH_INFO"], "request_id": self._request_ids.of(environ)}
         if traceparent := environ.get("HTTP_TRACEPARENT"):
             run_hooks(self.on_traceparent, traceparent, context.record)
         self.start()
-
-    def _request_id(self, environ: dict[str, Any]) -> str:
-        """Return the first sane id in the headers that may have the caller's, else a random one."""
-        for variable, is_cut in self._request_ids:
-            if given := environ.get(variable):
-                given = given.partition("/")[0] if is_cut else given
-                if REQUEST_ID.fullmatch(given):
-                    return str(given)
-        return f"{random.getrandbits(128):032x}"  # no secret
 
     def finish(self, response: Response) -> Response:
         """Complete the answer, and record it before it leaves."""

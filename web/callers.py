@@ -1,9 +1,10 @@
-"""Who sent a request, and whether they still wait for the answer: for the model's queue."""
+"""Who sent a request, what they call it, and whether they still wait for the answer."""
 
 import ipaddress
+import random
 import re
 import select
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -12,7 +13,25 @@ from werkzeug.exceptions import BadRequest
 
 poll = select.poll  # not gevent's, which may switch to another greenlet: workers.py sets it
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # without it, as on macOS, only connections that are wholly closed count
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # safe in logs and headers
 PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
+
+
+class RequestIds:
+    """The ids of requests: those of their callers, or random ones."""
+
+    def __init__(self, headers: Sequence[str]) -> None:
+        """Remember the names of headers that may have one; with / behind the name it ends at its first slash."""
+        self._variables = [("HTTP_" + n.rstrip("/").upper().replace("-", "_"), n.endswith("/")) for n in headers]
+
+    def of(self, environ: dict[str, Any]) -> str:
+        """Return the first sane id in those headers, else a random one."""
+        for variable, is_cut in self._variables:
+            if given := environ.get(variable):
+                given = given.partition("/")[0] if is_cut else given
+                if REQUEST_ID.fullmatch(given):
+                    return str(given)
+        return f"{random.getrandbits(128):032x}"  # no secret
 
 
 @lru_cache(1024)
