@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .columns import rows_as_lists
-from .formats import FRAMES, ModelLoadError, from_frames, is_of_family
+from .formats import ModelLoadError, from_frames, has_frames, is_of_family
 from .formats.sklearn import estimators_in
 from .signature import Column, Signature
 
@@ -108,7 +108,7 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
         with suppress(AttributeError):  # only scikit-learn's own base classes have tags
             one_dimension = model.__sklearn_tags__().input_tags.one_d_array
         of_sklearn = type(model).__module__.startswith("sklearn.")
-        if not one_dimension and not FRAMES.exists() and (of_sklearn or is_of_family(model)):
+        if not one_dimension and not has_frames() and (of_sklearn or is_of_family(model)):
             raise ModelLoadError("this server was installed without model/frames, which knows what such a model takes")
         if not one_dimension:
             yield Signature("array", None)

@@ -25,8 +25,7 @@ LOADERS = {
 }
 
 
-FRAMES = Path(__file__).parents[1] / "frames" / "__init__.py"  # this room may be removed
-FAMILIES = ("lightgbm", "xgboost", "catboost", "category_encoders", "feature_engine", "skrub")  # that it knows
+FAMILIES = ("lightgbm", "xgboost", "catboost", "category_encoders", "feature_engine", "skrub")  # that `frames` knows
 
 
 class ModelLoadError(Exception):
@@ -42,9 +41,14 @@ def is_of_family(part: Any) -> bool:
     return type(getattr(part, "raw", part)).__module__.partition(".")[0] in FAMILIES
 
 
+def has_frames() -> bool:
+    """Return whether `model/frames` is there; it may be removed."""
+    return (Path(__file__).parents[1] / "frames" / "__init__.py").exists()
+
+
 def from_frames(function: str, *arguments: Any) -> Any:
     """Call a function of `model/frames`; None if that was removed."""
-    return pkgutil.resolve_name(f"model.frames:{function}")(*arguments) if FRAMES.exists() else None
+    return pkgutil.resolve_name(f"model.frames:{function}")(*arguments) if has_frames() else None
 
 
 def load(path: Path, *, allow_version_mismatch: bool = False, immutable: bool = False) -> Any:

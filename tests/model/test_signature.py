@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn import cluster, ensemble, mixture, multiclass, neighbors
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import make_column_transformer
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.ensemble import (
@@ -36,12 +37,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
     PolynomialFeatures,
     StandardScaler,
 )
 from sklearn.svm import SVC, OneClassSVM
 from threadpoolctl import threadpool_limits
 
+from model import formats
+from model import infer_signature as model_inference
 from model.formats import ModelLoadError
 from model.infer_signature import infer_signature
 from model.signature import MAX_ERRORS, BadRows, Column, Signature
@@ -352,6 +357,30 @@ def test_width_is_not_that_of_an_estimator_within_a_class_of_ones_own() -> None:
 def test_sample_may_hold_missing_values_if_the_model_takes_them(sample: list[Any]) -> None:
     signature, _ = infer_signature(hgb().fit(NUMBERS, Y), sample)
     assert described(signature) == "array size? age?"
+
+
+ENCODED = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ENCODED,
+        make_pipeline(make_column_transformer((StandardScaler(), [0]), remainder="drop"), LogisticRegression()),
+        make_pipeline(FunctionTransformer(np.log1p), LogisticRegression()),
+        VotingClassifier([("encoded", ENCODED), ("plain", LogisticRegression())]),
+        HistGradientBoostingClassifier(categorical_features=[0], max_iter=3),
+    ],
+    ids=str,
+)
+def test_model_that_may_take_more_than_numbers_is_refused_without_the_room_that_knows(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.fit(np.abs(NUMBERS.to_numpy()).round(), Y)
+    for module in (formats, model_inference):
+        monkeypatch.setattr(module, "has_frames", lambda: False)
+    with pytest.raises(ModelLoadError, match="installed without model/frames"):
+        infer_signature(model)
 
 
 # --- rows that do not fit
