@@ -1,11 +1,9 @@
 """How gunicorn runs the server: `gunicorn` in this directory, or `gunicorn server:app`. Settings are in settings.py."""
 
-import errno
 import gc
 import logging
 import os
 import resource
-import socket
 import ssl
 import sys
 import time
@@ -16,6 +14,8 @@ from pathlib import Path
 _here = os.path.dirname(os.path.abspath(__file__))
 if _here not in sys.path:  # it was started in another directory, with -c
     sys.path.insert(0, _here)
+
+from gunicorn.util import load_class
 
 import auth
 from processes import run_hooks
@@ -48,11 +48,12 @@ _socket_is_handed_in = os.environ.get("LISTEN_PID") == str(os.getpid())
 wsgi_app = "server:app"
 bind = [f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
-worker_class = {"gevent": "workers.GeventWorker", "gthread": "workers.ThreadWorker"}[_settings.worker_class]
-for _extension in _extensions:  # one may have a better worker of that kind
-    worker_class = getattr(_extension, "WORKER_CLASSES", {}).get(_settings.worker_class, worker_class)
-if worker_class == "workers.GeventWorker":
-    logging.getLogger("gunicorn").info("gunicorn's own gevent worker is used: a predict blocks its other requests")
+
+# gunicorn's own, to which extensions may add subclasses of it: each calls those before it by `super`.
+worker_class = load_class(_settings.worker_class)
+for _extension in _extensions:
+    if _path := getattr(_extension, "WORKER_CLASSES", {}).get(_settings.worker_class):
+        worker_class = type(f"{_path} + {worker_class.__name__}", (load_class(_path), worker_class), {})
 
 # One process loads the model and is forked; see on_starting.
 preload_app = _settings.preload
@@ -111,7 +112,7 @@ def on_starting(server):
             auth.shared = auth.Verified()
     except (SettingsError, auth.UsersFileError) as error:
         sys.exit(f"cannot start: {error}")
-    _check_addresses(server)
+    _call_extensions("master_starts", server, _settings)
     if not os.path.samefile(".", _here):
         server.log.info("the server is in %s; relative paths, such as var/models, begin at %s", _here, os.getcwd())
     server.app.reload = lambda: None  # SIGHUP changes no setting, and this file may by now need a new version's modules
@@ -127,57 +128,15 @@ def on_reload(server):
     _call_extensions("on_reload", _settings)
 
 
-def _call_extensions(function, argument):
-    """Call address_taken, before_fork, master_ready, on_reload (in the master), after_fork, worker_starts, if any."""
+def _call_extensions(function, *arguments):
+    """Call a function of each extension that has it."""
     for extension in _extensions:
-        getattr(extension, function, lambda argument: None)(argument)
-
-
-def _check_addresses(server):
-    """Explain what to do when a port is taken; gunicorn would try five times, and only report that it is."""
-    inherited = _socket_is_handed_in or os.environ.get("GUNICORN_FD")
-    for host, port in [] if inherited else [each for each in server.address if isinstance(each, tuple)]:
-        family, dual = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in host else (socket.AF_INET, False)
-        try:
-            socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                why = (error.strerror or str(error)).partition(" (while")[0]  # what Python adds shows a tuple
-                sys.exit(f"cannot listen at HOST={host} PORT={port}: {why}")
-            _call_extensions("address_taken", _settings)
-            other = port + 1 if port < 65535 else 5001
-            sys.exit(f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run")
+        getattr(extension, function, lambda *arguments: None)(*arguments)
 
 
 def when_ready(server):
-    """Limit sends, spare the workers after a freeze, and let the extensions watch the workers."""
-    for listener in server.LISTENERS:  # from which connections have their options
-        if isinstance(listener.getsockname(), tuple) and hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-            # The kernel ends a connection when nothing of an answer was taken for so many milliseconds.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000)
-    _spare_frozen_workers(server)
+    """Let the extensions watch the workers."""
     _call_extensions("master_ready", server)
-
-
-def _spare_frozen_workers(server):
-    """Keep gunicorn from killing workers because a platform has stopped all processes for a while.
-
-    gunicorn's master looks once a second which worker has not reported for `timeout` seconds. If it was stopped itself,
-    so were they: then each of them gets that time again, from now on.
-    """
-    murder_workers, looked = server.murder_workers, time.monotonic()
-
-    def murder_hung_workers():
-        nonlocal looked
-        now = time.monotonic()
-        if now - looked > 3.0:  # seconds
-            for worker in server.WORKERS.values():
-                with suppress(OSError, ValueError):  # it has just ended
-                    worker.tmp.notify()
-        looked = now
-        murder_workers()
-
-    server.murder_workers = murder_hung_workers
 
 
 def post_fork(server, worker):
@@ -192,10 +151,14 @@ def post_worker_init(worker):
     wait in the listener's queue, where a worker without a model would answer 503. For 25 seconds, so that probes are
     answered, or as long as others answer; not at the first start, unless a socket that systemd holds has a queue.
     """
+    from model.batching import call_directly  # not at the top: gevent has to patch first what it imports
+
     if not hasattr(worker.wsgi, "extensions"):  # gunicorn's own application: with RELOAD=1 it answers syntax errors
         return
     _call_extensions("worker_starts", worker)
     service = worker.wsgi.extensions["service"]
+    if _settings.worker_class == "gevent" and service.run_in_thread is call_directly:
+        worker.log.info("a predict blocks this worker's other requests: no extension runs it on a thread")
     service.start()
     waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0
     # An extension may have it wait although loading has ended, without a model (operations/upgrades.py).

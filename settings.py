@@ -26,7 +26,8 @@ EXTENSIONS = (
     *("operations.ownership", "telemetry", "model.versions", "sls", "speedups"),
     *("endpoints.feedback", "endpoints.docs", "endpoints.monitor_page", "development"),
     *("operations.failures", "operations.wrong_passwords", "operations.traces"),
-    *("operations.readiness", "operations.upgrades", "operations.exits", "operations.last_connections"),
+    *("operations.readiness", "operations.upgrades", "operations.exits", "operations.workers"),
+    *("operations.last_connections", "operations.freezes"),
 )
 ROOT = Path(__file__).resolve().parent
 

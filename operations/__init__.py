@@ -1,4 +1,4 @@
-"""For the operator on call: what ends a worker, who may use the state directory, when all workers are ready.
+"""For the operator on call: what ends a worker, or a connection; who may use the state directory; when all are ready.
 
 Each module is an extension of its own, and can be taken away on its own.
 """

@@ -144,7 +144,7 @@ def _configuration(settings: Settings) -> Iterator[str]:
         try:
             config = WSGIApplication().cfg
             workers = config.workers
-            name = f"{config.worker_class.__module__}.{config.worker_class.__name__}"
+            name = config.worker_class.__name__
         except SystemExit as error:
             lines = [line for line in printed.getvalue().splitlines() if line and line[0] != " "] or [str(error)]
             if not Path("gunicorn.conf.py").exists():  # so gunicorn lacks what it says, too

@@ -1,7 +1,8 @@
 """JOURNAL_DIR has one owner: a second server is refused, since records, figures and lists of workers would be mixed.
 
 An extension (EXTENSIONS in settings.py): the first one, since others put the directory in order at the start.
-MODEL_DIR, USERS_FILE and FEEDBACK_KEY_FILE may be shared.
+MODEL_DIR, USERS_FILE and FEEDBACK_KEY_FILE may be shared. A port that is taken is refused here too, since one command
+may have to change both; gunicorn would try five times, and only report that it is.
 
 Format: `server.lock` in JOURNAL_DIR holds the owner's pid and the address that it listens at.
 
@@ -9,14 +10,16 @@ Concurrency: gunicorn's master holds the lock of the file (`flock`) as long as i
 the master took over from its parent (SIGUSR2), one of its workers takes the lock within a second.
 """
 
+import errno
 import logging
 import os
 import shlex
+import socket
 import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from processes import FileLock, is_locked
 
@@ -33,6 +36,33 @@ MARGIN = 5.0  # seconds beyond GRACEFUL_TIMEOUT until a predecessor has ended
 _ours: "tuple[int, FileLock] | None" = None  # the master's pid, and its lock
 
 
+def master_starts(server: Any, settings: "Settings") -> None:
+    """End this gunicorn if it cannot listen, with what to do about it."""
+    inherited = server.master_pid or os.environ.get("LISTEN_PID") == str(os.getpid())  # by SIGUSR2, or from systemd
+    for host, port in [] if inherited else [each for each in server.address if isinstance(each, tuple)]:
+        family, dual = (socket.AF_INET6, socket.has_dualstack_ipv6()) if ":" in host else (socket.AF_INET, False)
+        try:
+            socket.create_server((host, port), family=family, dualstack_ipv6=dual).close()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                why = (error.strerror or str(error)).partition(" (while")[0]  # what Python adds shows a tuple
+                sys.exit(f"cannot listen at HOST={host} PORT={port}: {why}")
+            sys.exit(_when_taken(settings, port))
+
+
+def _when_taken(settings: "Settings", port: int) -> str:
+    """Return what to do when a port is taken: a command that would start, if JOURNAL_DIR is used as well."""
+    other = port + 1 if port < 65535 else 5001
+    path = settings.journal_dir / "server.lock"
+    with suppress(OSError):  # nobody owns it
+        if is_locked(path):
+            return (
+                f"cannot start: port {port} is taken, and JOURNAL_DIR={settings.journal_dir} is used by the server of "
+                f"pid {path.read_text('utf-8', 'replace')}. To start another beside it: {_command(settings, other)}"
+            )
+    return f"port {port} is taken (on macOS by AirPlay). Choose another: PORT={other} make run"
+
+
 def before_fork(settings: "Settings") -> None:
     """Make this gunicorn the owner, or end it. If the directory cannot be written, nobody owns it, and it serves."""
     global _ours
@@ -42,19 +72,6 @@ def before_fork(settings: "Settings") -> None:
             owner = (settings.journal_dir / "server.lock").read_text("utf-8", "replace")
             if owner.partition(",")[0] != str(os.getppid()):  # else SIGUSR2, or a worker that begins anew (RELOAD=1)
                 _wait_for_predecessor(_ours[1], settings, owner)
-
-
-def address_taken(settings: "Settings") -> None:
-    """End this gunicorn with a command that would start, if the directory is owned, not only the address taken."""
-    path = settings.journal_dir / "server.lock"
-    with suppress(OSError):  # nobody owns it
-        if is_locked(path):
-            other = settings.port + 1 if settings.port < 65535 else 5001
-            sys.exit(
-                f"cannot start: port {settings.port} is taken, and JOURNAL_DIR={settings.journal_dir} is used by the "
-                f"server of pid {path.read_text('utf-8', 'replace')}. To start another beside it: "
-                f"{_command(settings, other)}"
-            )
 
 
 def init_app(app: "Flask", service: "Service") -> None:

@@ -126,12 +126,9 @@ def serve(worker: Any, server: Any, client: Any, addr: Any) -> bytes:
     base["gunicorn.socket"], data = client, b""
     while True:
         if not data:
-            worker.idle[client] = time.monotonic()
-            try:
+            with worker.timeout_ctx():
                 data = client.recv(RECV_SIZE)
-            finally:
-                worker.idle.pop(client, None)
-            if not data:
+            if not data:  # closed, or idle for too long
                 return b""
         environ = parse_head(data, base, schemes) if worker.has_fast_path else None
         if environ is None:

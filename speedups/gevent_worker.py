@@ -1,7 +1,5 @@
 """gunicorn's gevent worker, with a fast path for simple requests and native threads for slow calls.
 
-    worker_class = "speedups.gevent_worker.Worker"          # in gunicorn.conf.py
-
 fast_path.py and threadpool.py say what they earn. gunicorn: overrides `handle`, `handle_request` and `load_wsgi` of its
 worker.
 """
@@ -11,13 +9,12 @@ from typing import Any
 
 import gevent
 from gunicorn.util import close
-
-from workers import GeventWorker
+from gunicorn.workers.ggevent import GeventWorker
 
 from . import switch_on
 
 
-class Worker(GeventWorker):
+class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
     """Serves a connection's requests as long as they are simple; from the first that is not, GeventWorker does."""
 
     has_fast_path = False  # whether simple requests may take it
@@ -32,10 +29,10 @@ class Worker(GeventWorker):
         if service is not None:
             switch_on("threadpool", "install", service)
 
-    def serve(self, listener: Any, client: Any, addr: Any) -> None:
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve the requests of a connection."""
         if not self.has_fast_path:
-            super().serve(listener, client, addr)
+            super().handle(listener, client, addr)
             return
         from .fast_path import serve
 
@@ -51,7 +48,7 @@ class Worker(GeventWorker):
             if not unread:
                 close(client)
         if unread:
-            super().serve(listener, _Unread(client, unread), addr)
+            super().handle(listener, _Unread(client, unread), addr)
 
     def handle_request(self, *arguments: Any) -> Any:
         """Answer a request that gunicorn has read."""

@@ -159,4 +159,6 @@ def test_server_without_any_extra_predicts_and_records(tmp_path: Path, iris_file
         assert server.ask("POST", "/predict", b"{}")[0] == 401
         (record,) = records(server.journal_dir)
         assert (record["status"], record["user"]) == (200, "predict")
-        assert ("gunicorn's own gevent worker is used" in server.log.read_text()) == (worker_class == "gevent")
+        log = server.log.read_text()
+        assert ("a predict blocks this worker's other requests" in log) == (worker_class == "gevent")
+        assert f"Using worker: {'GeventWorker' if worker_class == 'gevent' else 'ThreadWorker'}\n" in log

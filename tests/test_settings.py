@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -238,32 +235,6 @@ def test_server_with_a_broken_users_file_ends_with_a_clear_line(tmp_path: Path, 
     assert "Traceback" not in log
     assert str(tmp_path / "users.json") in log
     assert CHEAP not in log
-
-
-def test_server_with_a_host_that_is_not_here_names_the_setting(tmp_path: Path) -> None:
-    log = refusal(tmp_path, host="192.0.2.1")  # reserved for documentation
-    assert "Traceback" not in log
-    assert "HOST" in log
-
-
-@contextmanager
-def taken(port: int) -> Iterator[int]:
-    """Listen on a port, any if it is 0."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", port))
-        other.listen()
-        yield other.getsockname()[1]
-
-
-@pytest.mark.parametrize("port", [0, 65535], ids=["some port", "the last port"])
-def test_server_on_a_taken_port_names_another(tmp_path: Path, port: int) -> None:
-    with taken(port) as port:
-        log = refusal(tmp_path, port=port)
-    assert f"port {port} is taken" in log
-    assert "Traceback" not in log
-    (other,) = (int(word.removeprefix("PORT=")) for word in log.split() if word.startswith("PORT="))
-    assert other != port
-    assert 0 < other <= 65535
 
 
 @pytest.mark.parametrize("arguments", [[], ["server:app"]], ids=["gunicorn", "gunicorn server:app"])

@@ -4,6 +4,7 @@ import ipaddress
 import random
 import re
 import select
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -11,7 +12,8 @@ from typing import Any
 
 from werkzeug.exceptions import BadRequest
 
-poll = select.poll  # not gevent's, which may switch to another greenlet: workers.py sets it
+_gevent = sys.modules.get("gevent.monkey")  # whose `poll` may switch to another greenlet, and knows no POLLRDHUP
+_poll = _gevent.get_original("select", "poll") if _gevent else select.poll
 _HANG_UP = getattr(select, "POLLRDHUP", 0)  # without it, as on macOS, only connections that are wholly closed count
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # safe in logs and headers
 PORT_AFTER_ADDRESS = re.compile(r"^(?:\[([^]]*)\]|([^:]*))(?::\d+)?$")  # an IPv6 address is in brackets then
@@ -53,13 +55,10 @@ def caller_of(environ: dict[str, Any], user: str) -> tuple[Hashable, Callable[[]
 
 
 def _check(environ: dict[str, Any]) -> None:
-    if (connection := environ.get("gunicorn.socket")) is None:
-        return
-    try:
-        polled = poll()
-        polled.register(connection.fileno(), _HANG_UP)
+    polled, gone = _poll(), True
+    with suppress(OSError, ValueError):  # it is closed on this side as well
+        if (connection := environ.get("gunicorn.socket")) is not None:
+            polled.register(connection.fileno(), _HANG_UP)
         gone = bool(polled.poll(0))
-    except (OSError, ValueError):  # it is closed on this side as well
-        gone = True
     if gone:
         raise BadRequest("the connection was closed, or its sending side, before the answer was there")

@@ -1,4 +1,4 @@
-"""JOURNAL_DIR has one owner: a second server is refused, and a successor is not."""
+"""JOURNAL_DIR has one owner: a second server is refused, and a successor is not; and so is one without an address."""
 
 import itertools
 import os
@@ -10,6 +10,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,16 @@ class Slow(LogisticRegression):
 """
 
 
+def refusal(place: Path, **settings: Any) -> str:
+    """Start a server that must not come up; return its log."""
+    with gunicorn(place, ready=False, **settings) as server:
+        assert server.process.wait(60) == 1
+        return server.log.read_text()
+
+
 def assert_refused(place: Path, **settings: Any) -> str:
     """Start another server with the same JOURNAL_DIR, which ends; return what it says."""
-    with gunicorn(place, ready=False, **settings) as second:
-        assert second.process.wait(60) == 1
-        said = second.log.read_text()
+    said = refusal(place, **settings)
     assert "cannot start: JOURNAL_DIR=" in said
     assert "Traceback" not in said
     return said
@@ -193,3 +200,32 @@ def test_directory_that_cannot_be_written_is_nobodys(tmp_path: Path, iris_file: 
     (tmp_path / "file").touch()
     with gunicorn(tmp_path, model_path=iris_file, journal_dir=tmp_path / "file/journal") as server:
         assert server.predict(IRIS) == SETOSA
+
+
+# --- addresses
+
+
+def test_server_with_a_host_that_is_not_here_names_the_setting(tmp_path: Path) -> None:
+    log = refusal(tmp_path, host="192.0.2.1")  # reserved for documentation
+    assert "Traceback" not in log
+    assert "HOST" in log
+
+
+@contextmanager
+def taken(port: int) -> Iterator[int]:
+    """Listen on a port, any if it is 0."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.parametrize("port", [0, 65535], ids=["some port", "the last port"])
+def test_server_on_a_taken_port_names_another(tmp_path: Path, port: int) -> None:
+    with taken(port) as port:
+        log = refusal(tmp_path, port=port)
+    assert f"port {port} is taken" in log
+    assert "Traceback" not in log
+    (other,) = (int(word.removeprefix("PORT=")) for word in log.split() if word.startswith("PORT="))
+    assert other != port
+    assert 0 < other <= 65535

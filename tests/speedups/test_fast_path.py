@@ -276,7 +276,6 @@ def make_worker(has_fast_path: bool) -> Worker:
     worker = Worker.__new__(Worker)
     worker.cfg, worker.wsgi, worker.has_fast_path = CFG, echo, has_fast_path
     worker.nr, worker.max_requests, worker.alive, worker.worker_connections = 0, sys.maxsize, True, 1000
-    worker.idle, worker._client_of = {}, {}
     names = ("access", "debug", "error", "exception", "info", "warning")
     worker.log = SimpleNamespace(**{name: lambda *arguments: None for name in names})
     return worker
@@ -636,6 +635,13 @@ def test_setting_turns_the_fast_path_off(value: str, tmp_path: Path, iris_file: 
         assert (answer.index(b"Server: ") < answer.index(b"Content-Type: ")) == (value == "0")
 
 
+def test_fast_path_ends_idle_connections_without_the_worker_of_operations(tmp_path: Path, iris_file: Path) -> None:
+    with gunicorn(tmp_path, model_path=iris_file, extensions="-operations.workers", keepalive=1) as running:
+        assert "Using worker: speedups.gevent_worker.Worker + GeventWorker\n" in running.log.read_text()
+        answer = running.raw(head_of(line="GET /healthz HTTP/1.1"))  # until the server closes
+        assert answer.index(b"Content-Type: ") < answer.index(b"Server: ")
+
+
 def test_version_of_gunicorn_that_was_not_tested_reads_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_possible(CFG, SimpleNamespace(access_log_enabled=False))
     monkeypatch.setattr("gunicorn.__version__", "27.99.0")
@@ -739,7 +745,7 @@ def test_gunicorn_that_has_changed_reads_all_requests(
     assert caplog.text.count("fast_path is left off") == 1
     given = []
     monkeypatch.setattr(GeventWorker, "handle", lambda self, *arguments: given.append(arguments))
-    worker.serve("listener", "client", CALLER)
+    worker.handle("listener", "client", CALLER)
     assert given == [("listener", "client", CALLER)]
 
 

@@ -1,12 +1,12 @@
 """gunicorn's workers, which at a stop answer whoever has connected by then, and do not wait for idle connections.
 
-    worker_class = "workers.GeventWorker"           # in gunicorn.conf.py; or "workers.ThreadWorker"
+An extension (EXTENSIONS in settings.py). gunicorn's own wait until idle connections have been so for `keepalive`
+seconds or the drain is over: with a load balancer in front each stop would take the whole drain. And they close the
+listener without taking what waits in its queue, which the kernel then resets. While they run, idle connections can take
+all places, and a caller that does not read its answer keeps its place for ever.
 
-gunicorn's own wait until idle connections have been so for `keepalive` seconds or the drain is over: with a load
-balancer in front each stop would take the whole drain. And they close the listener without taking what waits in its
-queue, which the kernel then resets. While they run, idle connections can take all places. gunicorn: overrides `handle`,
-`handle_exit`, `handle_request`, `notify`, `server_class` and `timeout_ctx` of its gevent worker, `murder_pending` and
-`set_accept_enabled` of its gthread worker.
+gunicorn: overrides `handle_exit`, `handle_request`, `init_process`, `notify`, `server_class` and `timeout_ctx` of its
+gevent worker, `murder_pending` and `set_accept_enabled` of its gthread worker.
 """
 
 import errno
@@ -17,17 +17,34 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gevent.monkey
+import gevent
 from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker as BaseGeventWorker
 from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
 
-from web import callers
 from web.body import shut_down
 
+if TYPE_CHECKING:
+    from flask import Flask
+
+    from server import Service
+
+WORKER_CLASSES = {"gevent": "operations.workers.GeventWorker", "gthread": "operations.workers.ThreadWorker"}
+UNREAD = 10_000  # milliseconds after which the kernel ends a connection of whose answer nothing is taken
 NEW = 0.5  # seconds for which a connection waits that a stop spares: its request may be on the way
+
+
+def init_app(app: "Flask", service: "Service") -> None:
+    """Do nothing: gunicorn makes the workers."""
+
+
+def master_ready(server: Any) -> None:
+    """Let the kernel end connections whose answer is not read, where it can (Linux)."""
+    for listener in server.LISTENERS:  # from which connections have their options
+        if isinstance(listener.getsockname(), tuple) and hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
 
 
 class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no types
@@ -42,7 +59,6 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         self._client_of: dict[Any, Any] = {}  # by greenlet
         self.server_class = self._server
         self.worker_connections //= len(self.sockets)  # gunicorn lets each listener have as many
-        callers.poll = gevent.monkey.get_original("select", "poll")
         super().init_process()
 
     def _server(self, listener: Any, spawn: Any, **others: Any) -> Any:
@@ -50,27 +66,23 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         tls = {"ssl_context": others["ssl_context"], "do_handshake_on_connect": False} if self.cfg.is_ssl else {}
         name = listener.getsockname()
         still_named = SimpleNamespace(getsockname=lambda: name)  # when it is closed, and connections are still served
-        server = _Server(listener, partial(self.handle, still_named), spawn=spawn, **tls)
+        server = _Server(listener, partial(self._serve, still_named), spawn=spawn, **tls)
         if self.cfg.workers > 1:
             server.max_accept = 1
         return server
 
-    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+    def _serve(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve a connection."""
         greenlet = gevent.getcurrent()
         self._client_of[greenlet] = client
         self._make_room()
         try:
-            if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails here fails in `serve` as well
+            if self.cfg.is_ssl:  # gunicorn would wait for ever; a handshake that fails here fails in `handle` as well
                 with suppress(OSError), self.timeout_ctx():
                     client.do_handshake()
-            self.serve(listener, client, addr)
+            self.handle(listener, client, addr)
         finally:
             del self._client_of[greenlet]
-
-    def serve(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve the requests of a connection."""
-        super().handle(listener, client, addr)
 
     @contextmanager
     def timeout_ctx(self) -> Iterator[None]:
@@ -86,7 +98,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         """Answer a request."""
         try:
             return super().handle_request(*arguments)
-        except TimeoutError as error:  # nothing of the answer was taken (gunicorn.conf.py): not our fault
+        except TimeoutError as error:  # nothing of the answer was taken for UNREAD: not our fault
             raise ConnectionResetError(errno.ECONNRESET, "the answer was not taken") from error
 
     def handle_exit(self, sig: int, frame: Any) -> None:
