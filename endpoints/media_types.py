@@ -17,11 +17,12 @@ from endpoints.lines import csv_rows, encode_csv, encode_json_lines, parse_csv, 
 from endpoints.routes import runner
 from model.answers import ModelFailed
 from model.limits import Limits
+from model.loaded import Answer
 from model.signature import Signature
 from web.decoding import LARGE_BODY, NPY, check_length, decode_call, decode_npy, parse_json, read_body
 
 if TYPE_CHECKING:
-    from server import Answer, Service
+    from server import Service
 
 JSON, JSON_LINES, CSV = "application/json", "application/jsonlines", "text/csv"
 TYPES = JSON, JSON_LINES, CSV, NPY
@@ -144,7 +145,7 @@ def per_row(prediction: Any) -> list[Any]:
     return list(map(list, zip(*values, strict=True))) if type(prediction) is tuple else values
 
 
-def encode(answer: "Answer", media_type: str, key: str) -> bytes:
+def encode(answer: Answer, media_type: str, key: str) -> bytes:
     """Encode an answer. Raises: ModelFailed, as `per_row`; NotAcceptable, there is no such form of it."""
     if media_type == NPY:
         return _encode_npy(answer.prediction)

@@ -6,22 +6,21 @@ text = Issuer("v7", "stable", CLASSIFICATION).issue(keys.keys[0], [0])     # for
 receipt = verify(text, keys.keys)
 """
 
-import binascii
 import hashlib
 import hmac
 import logging
 import math
 import os
-import random
 import re
 import secrets
 import struct
-import time
+from binascii import a2b_base64, b2a_base64
 from dataclasses import dataclass
 from pathlib import Path
+from random import getrandbits
+from time import time_ns
 from typing import Any
 
-import numpy as np
 import orjson
 
 from endpoints.error_rate import CLASSIFICATION, REGRESSION
@@ -92,30 +91,19 @@ class Issuer:
 
     def __init__(self, version: str, variant: str, kind: str) -> None:
         """Prepare what they have in common."""
-        self.kind = kind
-        self._flags = IS_CANARY * (variant == "canary") | IS_REGRESSION * (kind == REGRESSION)
-        self._version = version.encode()
-        self._head = HEAD.pack(FORMAT, self._flags, len(self._version)) + self._version
+        flags, name = IS_CANARY * (variant == "canary") | IS_REGRESSION * (kind == REGRESSION), version.encode()
+        self._head = HEAD.pack(FORMAT, flags, len(name)) + name
+        self._head_of_digest = HEAD.pack(FORMAT, flags | IS_DIGEST, len(name)) + name
 
     def issue(self, key: Key, prediction: Any) -> str:
         """Return a receipt. Raises: TypeError, the prediction has no form in JSON."""
-        head, content = self._head, b""
-        if len(prediction) <= MAX_PREDICTIONS // 2:  # an entry takes two bytes at least
-            content = _encode(prediction)
-        if not 0 < len(content) <= MAX_PREDICTIONS:
-            content = digest_of(orjson.loads(content or _encode(prediction)))
-            head = HEAD.pack(FORMAT, self._flags | IS_DIGEST, len(self._version)) + self._version
-        signed = head + WHEN.pack(time.time_ns() // 1000, random.getrandbits(32)) + content
+        head, content = self._head, orjson.dumps(prediction, option=orjson.OPT_SERIALIZE_NUMPY)
+        if len(content) > MAX_PREDICTIONS:
+            head, content = self._head_of_digest, digest_of(orjson.loads(content))
+        signed = head + WHEN.pack(time_ns() // 1000, getrandbits(32)) + content
         mac = key.copy()
         mac.update(signed)
-        return binascii.b2a_base64(signed + mac.digest()).translate(_URL_SAFE, b"=\n").decode("ascii")
-
-
-def _encode(prediction: Any) -> bytes:
-    """Return a prediction as JSON. Raises: TypeError, it has no form."""
-    if type(prediction) is np.ndarray and prediction.dtype.char in "lqd":  # integers and floats of 64 bits
-        return orjson.dumps(prediction.tolist())  # half of what an array costs if it is small
-    return orjson.dumps(prediction, option=orjson.OPT_SERIALIZE_NUMPY)
+        return b2a_base64(signed + mac.digest()).translate(_URL_SAFE, b"=\n").decode("ascii")
 
 
 def verify(text: Any, keys: tuple[Key, ...]) -> Receipt:
@@ -128,7 +116,7 @@ def verify(text: Any, keys: tuple[Key, ...]) -> Receipt:
     )
     if len(spelled) > MAX_RECEIPT or not _SPELLING.fullmatch(spelled) or len(spelled) % 4 == 1:
         raise BadReceipt(f"{wrong}; send what the header X-Feedback of the answer held")
-    content = binascii.a2b_base64(spelled.replace("-", "+").replace("_", "/") + "=" * (-len(spelled) % 4))
+    content = a2b_base64(spelled.replace("-", "+").replace("_", "/") + "=" * (-len(spelled) % 4))
     signed, mac = content[:-MAC_BYTES], content[-MAC_BYTES:]
     matches = [hmac.compare_digest(_mac(key, signed), mac) for key in keys]  # all: it takes as long for either key
     if True not in matches:

@@ -2,7 +2,7 @@
 
 counts = RowCounts(directory / "rows-0")
 count = counts.counter("v7", "stable", CLASSIFICATION)
-count(3, time.time())
+count(3)
 read_rows([directory / "rows-0"])[("v7", "stable")].rows
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from endpoints.error_rate import CLASSIFICATION, REGRESSION
 from processes import replace_file
 
-PLACE = struct.Struct("@Qd80s")  # rows, when last counted (seconds since 1970), name
+PLACE = struct.Struct("@Qd80s")  # rows, when a worker last began to count them (seconds since 1970), name
 PLACES = 200
 KEPT = 100  # when a worker starts; so there are as many free places
 KINDS = {"c": CLASSIFICATION, "r": REGRESSION}
@@ -29,7 +29,7 @@ class Count:
     """The rows of one version and variant."""
 
     rows: int
-    last: float  # seconds since 1970
+    began: float  # when a worker last began to count them, in seconds since 1970
     kind: str
 
 
@@ -37,7 +37,7 @@ class RowCounts:
     """The file in which a worker counts on from where a dead worker with the same number stopped.
 
     Format: `PLACES` places of `PLACE`, in the machine's byte order; the name in one is `<c or r> <variant> <version>`,
-    padded with zero bytes; a place without a name is free. At a start the `KEPT` that were counted last are kept.
+    padded with zero bytes; a place without a name is free. At a start the `KEPT` that were begun last are kept.
 
     Concurrency: only the worker that holds the number (worker_slot.WorkerSlot) writes, and anyone may read. A kill
     loses nothing: what was written to a memory map is the kernel's.
@@ -71,12 +71,12 @@ class RowCounts:
                 PLACE.pack_into(self._map, len(self._names) * PLACE.size, 0, 0.0, name)
                 self._names.append(name)
             at = self._names.index(name) * PLACE.size // 8
-        rows, times, now = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d"), time.time
+        rows, times = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d")
+        times[at + 1] = time.time()
 
         def count(number: int) -> None:
             with lock:
                 rows[at] += number
-            times[at + 1] = now()
 
         return count
 
@@ -88,19 +88,19 @@ def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
         content = b""
         with suppress(OSError):  # removed just now
             content = path.read_bytes()
-        for rows, last, name in _places(content):
+        for rows, began, name in _places(content):
             kind, _, rest = name.decode(errors="replace").partition(" ")
             variant, _, version = rest.partition(" ")
             if kind in KINDS:
                 count = found.setdefault((version, variant), Count(0, 0.0, KINDS[kind]))
                 count.rows += rows
-                if last >= count.last:
-                    count.last, count.kind = last, KINDS[kind]
+                if began >= count.began:
+                    count.began, count.kind = began, KINDS[kind]
     return found
 
 
 def _places(content: bytes) -> list[tuple[int, float, bytes]]:
     """Return the rows, the time and the name of each place that is taken."""
     whole = content[: len(content) // PLACE.size * PLACE.size]
-    places = ((rows, last, name.rstrip(b"\0")) for rows, last, name in PLACE.iter_unpack(whole))
+    places = ((rows, began, name.rstrip(b"\0")) for rows, began, name in PLACE.iter_unpack(whole))
     return [place for place in places if place[2]]

@@ -137,6 +137,17 @@ class LoadedModel:
         return f"{self.version} ({estimator} of {self.path}, validated with {validated_with}{shared})"
 
 
+@dataclass
+class Answer:
+    """What a model answered to the rows of a request."""
+
+    prediction: Any  # one entry per row; for several outputs a tuple of those
+    classes: Any  # in the order of the columns of the prediction, or None
+    model: LoadedModel
+    method: str
+    rows: Any  # as `Signature.validate` returned them
+
+
 def load_model(
     path: Path,
     *,

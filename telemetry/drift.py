@@ -39,8 +39,8 @@ from telemetry.drift_counts import PLACE, Counts, Sums, read, reference_of
 from worker_slot import WorkerSlot
 
 if TYPE_CHECKING:
-    from model.loaded import LoadedModel
-    from server import Answer, Service
+    from model.loaded import Answer, LoadedModel
+    from server import Service
 
 DAY = 86_400
 KEPT_DAYS = 8
@@ -85,17 +85,17 @@ class Drift:
 
     # --- counting
 
-    def count(self, rows: Any, answer: "Answer", record: dict[str, Any]) -> None:
+    def count(self, answer: "Answer", *_: Any) -> None:
         """Count an answer to `predict`."""
-        if record["method"] != "predict":
+        if answer.method != "predict":
             return
-        version = record["model_version"]
+        version = answer.model.version
         counter = self._counters.get(version) or self._add(version, answer.model)
         if counter is not None:
-            if len(rows) < LARGE:
-                counter.count(rows, answer.prediction)
+            if len(answer.rows) < LARGE:
+                counter.count(answer.rows, answer.prediction)
             else:
-                self._run_in_thread(counter.count, rows, answer.prediction)
+                self._run_in_thread(counter.count, answer.rows, answer.prediction)
 
     def _add(self, version: str, model: "LoadedModel") -> "Counts | None":
         """Return the counter of a version for today; None if there is no place for it."""

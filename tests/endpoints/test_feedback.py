@@ -138,8 +138,28 @@ def test_answer_that_fails_has_no_receipt(client: Client) -> None:
     client.service.after_predict = after
     answer = client.post({"data": [ROW]})
     assert (answer.status_code, "X-Feedback" in answer.headers) == (500, False)
-    receipt, coverage = None, figures(client)["coverage"]
-    assert (receipt, coverage) == (None, 0.0)
+    assert not feedback_of(client).ledger.figures()  # and its row is not counted
+
+
+V2 = {"inputs": [{"name": "input", "shape": [2, 4], "datatype": "FP64", "data": [*ROW, *ROW]}]}
+PROTOCOLS = [
+    ("open_inference", "/v2/models/model/infer", V2),
+    ("open_inference", "/v2/models/model/infer", V2 | {"outputs": [{"name": "predict"}, {"name": "predict_proba"}]}),
+    ("sagemaker", "/invocations", {"data": [ROW, ROW]}),
+    ("vertex", "/v1/endpoints/endpoint/deployedModels/model:predict", {"instances": [ROW, ROW]}),
+    ("eas", "/", [ROW, ROW]),
+    ("function_compute", "/invoke", {"data": [ROW, ROW]}),
+]
+
+
+@pytest.mark.parametrize(("protocol", "path", "body"), PROTOCOLS)
+def test_other_protocols_have_a_receipt_too(serve: Any, iris_file: Path, protocol: str, path: str, body: Any) -> None:
+    client = serve(iris_file, extensions=(f"+endpoints.{protocol}",))
+    answer = client.post(body, path)
+    assert answer.status_code == 200, answer.text
+    (receipt,) = answer.headers.getlist("X-Feedback")
+    assert send(client, {"receipt": receipt, "truth": [0, 1]})["accepted"] == 1
+    assert (figures(client)["error_rate"], figures(client)["coverage"]) == (0.5, 1.0)
 
 
 def test_array_in_has_a_receipt_too(client: Client, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import Client, gunicorn, records
+from flask import Flask
 
 from operations.traces import note
 
@@ -40,7 +41,8 @@ ROW = [5.1, 3.5, 1.4, 0.2]
 )
 def test_header_is_read_as_the_standard_says(header: str, is_valid: bool) -> None:
     record: dict[str, Any] = {}
-    note(header, record)
+    with Flask(__name__).test_request_context():
+        note(header, record)
     assert record == ({"trace_id": TRACE} if is_valid else {})
 
 

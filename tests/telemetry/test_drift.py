@@ -25,6 +25,7 @@ from sklearn.preprocessing import OneHotEncoder
 from test_metrics import scraped, total
 
 from model.columns import Column
+from model.loaded import Answer
 from model.versions.expectations import reference
 from telemetry import drift, drift_counts
 from telemetry.drift import DAY, KEPT_DAYS, PLACES, Drift
@@ -47,8 +48,7 @@ class Worker:
         """Count an answer of a version."""
         about = {"sha256": f"of {version}", "reference": of}
         model = SimpleNamespace(version=version, about=about, signature=SimpleNamespace(columns=columns))
-        answer = SimpleNamespace(model=model, prediction=prediction)
-        self.drift.count(rows, answer, {"method": "predict", "model_version": version})  # type: ignore[arg-type]
+        self.drift.count(Answer(prediction, None, model, "predict", rows))  # type: ignore[arg-type]
 
     def shown(self, version: str = "1", of: Any = LABELS, columns: Any = ()) -> Any:
         """Return what GET /model would show of a version, by day."""
@@ -160,7 +160,7 @@ def test_shares_of_wide_rows_are_those_of_a_sample_of_them(tmp_path: Path, clock
 
 def test_only_predict_is_counted(tmp_path: Path) -> None:
     worker = Worker(tmp_path)
-    worker.drift.count([[1.0]], None, {"method": "predict_proba", "model_version": "1"})  # type: ignore[arg-type]
+    worker.drift.count(Answer([[0.1, 0.9]], ["a", "b"], None, "predict_proba", [[1.0]]))  # type: ignore[arg-type]
     assert worker.shown() == {}
 
 
