@@ -72,7 +72,7 @@ class RowCounts:
                 self._names.append(name)
             at = self._names.index(name) * PLACE.size // 8
         rows, times = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d")
-        times[at + 1] = time.time()
+        times[at + 1] = time.time()  # here, not at each count: every answer pays for that
 
         def count(number: int) -> None:
             with lock:
