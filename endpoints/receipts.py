@@ -74,16 +74,15 @@ class Receipt:
 
         Raises: BadReceipt, they are needed, or are others.
         """
-        if sent is not None and digest_of(sent) != (self.predictions if self.is_digest else digest_of(self._decoded())):
-            raise BadReceipt("prediction is not what was answered; send it as it was, with every row")
         if sent is None and self.is_digest:
             raise BadReceipt(
                 "the predictions were too long for the receipt: send prediction, as it was, beside the truth"
             )
-        return self._decoded() if sent is None else sent
-
-    def _decoded(self) -> Any:
-        return orjson.loads(self.predictions)
+        if sent is None:
+            return orjson.loads(self.predictions)
+        if digest_of(sent) != (self.predictions if self.is_digest else digest_of(orjson.loads(self.predictions))):
+            raise BadReceipt("prediction is not what was answered; send it as it was, with every row")
+        return sent
 
 
 class Issuer:
@@ -101,7 +100,7 @@ class Issuer:
         if len(content) > MAX_PREDICTIONS:
             head, content = self._head_of_digest, digest_of(orjson.loads(content))
         signed = head + WHEN.pack(time_ns() // 1000, getrandbits(32)) + content
-        mac = key.copy()
+        mac = key.copy()  # as in `_mac`, whose call each answer would pay for
         mac.update(signed)
         return b2a_base64(signed + mac.digest()).translate(_URL_SAFE, b"=\n").decode("ascii")
 
@@ -112,15 +111,16 @@ def verify(text: Any, keys: tuple[Key, ...]) -> Receipt:
         raise BadReceipt("receipt is not a string; send what the header X-Feedback of the answer held")
     spelled = text.strip().rstrip("=").replace("+", "-").replace("/", "_")
     wrong = (
-        "this is no receipt of this server: it was cut off, changed, or signed with a key that is no longer accepted"
+        "this is no receipt of this server: it was cut off, changed, or signed with a key that is no longer accepted; "
+        "send what the header X-Feedback of the answer held"
     )
     if len(spelled) > MAX_RECEIPT or not _SPELLING.fullmatch(spelled) or len(spelled) % 4 == 1:
-        raise BadReceipt(f"{wrong}; send what the header X-Feedback of the answer held")
+        raise BadReceipt(wrong)
     content = a2b_base64(spelled.replace("-", "+").replace("_", "/") + "=" * (-len(spelled) % 4))
     signed, mac = content[:-MAC_BYTES], content[-MAC_BYTES:]
     matches = [hmac.compare_digest(_mac(key, signed), mac) for key in keys]  # all: it takes as long for either key
     if True not in matches:
-        raise BadReceipt(f"{wrong}; send what the header X-Feedback of the answer held")
+        raise BadReceipt(wrong)
     if signed[0] != FORMAT:
         raise BadReceipt("this receipt is of another release of the server, whose format is not known here")
     _, flags, length = HEAD.unpack_from(signed)
