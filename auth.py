@@ -102,6 +102,12 @@ def _authenticate(users: "Users", header: str) -> "User":
     raise Unauthorized(detail, www_authenticate=challenge)
 
 
+class NoUsers(Exception):
+    """Nobody can log in; the log says why. The message is for callers."""
+
+    error_type = "internal"
+
+
 class UsersFileError(Exception):
     """A users file that cannot be used, or not be changed as asked. The message is for the operator."""
 
@@ -140,7 +146,7 @@ class Verified:
         self._locks.close()
 
     def add(self, *parts: str) -> None:
-        """Remember some strings."""
+        """Store a digest of some strings."""
         at, digest = self._find(parts)
         self._places[at : at + 32] = digest
 
@@ -191,11 +197,11 @@ class Users:
         self._etag: tuple[int, ...] = ()  # of the file when it was last read
         self._log_limit = LogLimit(log)
         self._users: dict[str, User] = {}
-        self._nobody = User("", "scrypt:32768:8:1$salt$00", frozenset())  # as slow to check as most that are known
+        self._nobody = User("", "scrypt:32768:8:1$salt$00", frozenset())  # as slow to check as most hashes of the file
         self._shared = shared or Verified()
         self._verified: dict[bytes, User] = {}  # digest of an Authorization header → the user as it was then
         self._checking = threading.Semaphore(1)
-        self._next_stranger = threading.Semaphore(1)  # the others wait behind it; addresses that are known pass them
+        self._unknown_address = threading.Semaphore(1)  # the others wait behind it; addresses that are known pass them
         self._waiting: Counter[bytes] = Counter()  # digest of a header → callers that wait for its check
         self._rejected: set[bytes] = set()  # those of them whose password was wrong
         self.refresh()
@@ -224,7 +230,7 @@ class Users:
         self._waiting[digest] += 1
         try:
             alone = self._shared.locked(network, self._run_in_thread)
-            with nullcontext() if is_known else self._next_stranger, self._checking, alone:
+            with nullcontext() if is_known else self._unknown_address, self._checking, alone:
                 if found := self.cached(header):  # verified while this caller waited
                     return found
                 self._reject_throttled(network)
@@ -253,9 +259,9 @@ class Users:
         return user
 
     def check(self) -> None:
-        """Check that anyone can log in. Raises: ServiceUnavailable, there are no users; the log says why."""
+        """Check that anyone can log in. Raises: NoUsers."""
         if not self._users:
-            raise ServiceUnavailable("not ready: there are no users; the server's log says why", retry_after=5)
+            raise NoUsers("there are no users; the server's log says why")
 
     def refresh(self) -> None:
         """Read the users file again if it has changed. If it cannot be used, the last good users stay."""

@@ -22,7 +22,7 @@ from werkzeug.security import generate_password_hash
 import cli
 from auth import ROLES, UsersFileError, read_entries, read_users
 from history import History
-from processes import FileLock, replace_file
+from shared_files import FileLock, replace_file
 
 MIN_PASSWORD = 8  # characters of a new one
 

@@ -1,4 +1,14 @@
-"""How gunicorn runs the server: `gunicorn` in this directory, or `gunicorn server:app`. Settings are in settings.py."""
+"""How gunicorn runs the server: `gunicorn` in this directory, or `gunicorn server:app`. Settings are in settings.py.
+
+An extension may have WORKER_CLASSES, and any of these functions, called in this order:
+
+    in the master     master_starts(server, settings)   before the application is imported
+                      before_fork(settings)             once, before the first fork
+                      master_ready(server)              once it listens
+                      on_reload(settings)               at SIGHUP
+    in a worker       after_fork(settings)              before it loads the application
+                      worker_starts(worker)             before it loads the model
+"""
 
 import gc
 import logging
@@ -21,9 +31,9 @@ import auth
 from processes import run_hooks
 from settings import Settings, SettingsError, usable_cores
 
-with suppress(ModuleNotFoundError):  # it may be taken away
+with suppress(ModuleNotFoundError):  # the module may be removed
     import_module("log_format").set_up(os.environ.get("LOG_FORMAT", ""))
-logging.basicConfig(level="INFO")  # if it was; in either case before the settings are read, which logs the platform
+logging.basicConfig(level="INFO")  # without it; in either case before the settings are read, which logs the platform
 try:
     _settings = Settings.load(log_platform=True)
     # A worker's share of the cores for BLAS and OpenMP, which would else start a thread for each core in every worker.
@@ -72,7 +82,7 @@ keepalive = _settings.keepalive
 # Seconds that requests in flight have to finish at SIGTERM or SIGHUP.
 graceful_timeout = _settings.graceful_timeout
 
-# Seconds after which a worker that does not come back to its loop is killed. Loading is on a thread of its own and
+# Seconds after which a worker whose event loop is blocked is killed. Loading is on a thread of its own and
 # does not count. Not before PREDICT_TIMEOUT: a call of the model that was expected to be short is in the loop.
 timeout = _settings.worker_timeout and max(_settings.worker_timeout, round(_settings.predict_timeout))
 
@@ -157,13 +167,11 @@ def post_worker_init(worker):
         return
     _call_extensions("worker_starts", worker)
     service = worker.wsgi.extensions["service"]
-    if _settings.worker_class == "gevent" and service.run_in_thread is call_directly:
+    if _settings.worker_class == "gevent" and service.thread_runner is call_directly:
         worker.log.info("a predict blocks this worker's other requests: no extension runs it on a thread")
     service.start()
     waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0
-    # An extension may have it wait although loading has ended, without a model (operations/upgrades.py).
-    keeps_waiting = worker.wsgi.extensions.get("keeps_waiting", bool)
-    while waits and worker.alive and (not service.serving.finished.wait(0.5) or keeps_waiting()):
+    while waits and worker.alive and (not service.serving.finished.wait(0.5) or service.keeps_waiting()):
         worker.notify()
         time.sleep(0.1)  # `finished` may be set
         waits = time.monotonic() < until or service.others_serve()

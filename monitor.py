@@ -29,7 +29,7 @@ LOSSES = FULL, UNWRITABLE = "the journal was full", "the journal could not be wr
 # A segment is closed at this size, or earlier, so that the open ones are at most a quarter of the journal's bound.
 SEGMENT_BYTES = 8 * 2**20  # small enough to count a dropped one's records in some 20 ms
 SUMMARY_SECONDS = 60.0  # between two records that sum up the requests without a valid password
-# The record of a request of which nothing is known yet; `user` is None until a password was verified.
+# The fields of a new record; `user` is None until a password was verified.
 BLANK: dict[str, Any] = {"rows": 0, "user": None, "protocol": "predict"} | dict.fromkeys(
     ("error", "error_type", "path", "method", "model_version", "variant", "request_id"), ""
 )
@@ -61,7 +61,7 @@ class RequestLog:
         """Record a request that took so many seconds."""
         if record["user"] is not None:
             log_monitor(seconds, journal=self._journal, **record)
-        elif not record["success"]:
+        elif not record["success"]:  # OPTIONS, which Flask answers, needs no password
             next(self._unauthenticated)
 
     def tick(self) -> None:
@@ -99,7 +99,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path, max_bytes: int, writers: int = 4) -> None:
-        """Remember where to write; the first record opens a segment.
+        """Open nothing yet; the first record opens a segment.
 
         Args:
             directory: of the segments.
@@ -197,7 +197,7 @@ class Journal:
         run_hooks(self.on_loss, reason, count)
 
     def close_if_removed(self) -> None:
-        """Close a segment that was deleted, since nobody could read what it is given. To be called once a second."""
+        """Close a segment that was deleted, since what is written to it would be lost. To be called once a second."""
         with self._lock:
             if self._fd is not None and not os.fstat(self._fd).st_nlink:
                 self.close()

@@ -8,9 +8,16 @@
     GET  /healthz                   the process answers                                          open
     GET  /readyz                    the model is loaded and has answered its sample              open
 
-Extensions add more, such as GET /metrics (telemetry/). A request's way: auth.require → web.decoding (which reads the
-body) → Service.infer: choose a version, validate the rows, predict → observers: one line in the journal (monitor) →
-answer. Every error is answered as problem+json (web.errors).
+Extensions add more, such as GET /metrics (telemetry/); settings.EXTENSIONS lists them. A request's way:
+
+    Service.begin → auth.require                       start its record; check password and role
+    → web.decoding.Decoder.read_rows                   read the body, and decode it
+    → Service.infer → Serving.choose                   pick a version
+      → Signature.validate                             reject bad rows
+      → LoadedModel.predict → Batcher.submit           call the model, together with concurrent requests
+    → json_response → Service.finish → Journal.append  encode the answer; record it; then gunicorn sends it
+
+What is raised on the way becomes problem+json in Service.explain.
 """
 
 if __name__ == "__main__":  # before the imports, which may fail: this may not be the Python that has the requirements
@@ -33,7 +40,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import Forbidden, HTTPException, InternalServerError, ServiceUnavailable, UnprocessableEntity
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from auth import Users, has_role, require
+from auth import NoUsers, Users, has_role, require
 from model.answers import ModelFailed
 from model.batching import Overloaded, call_directly
 from model.loaded import Answer, LoadedModel, RowsRefused
@@ -49,8 +56,7 @@ from web.errors import json_response, problem
 
 log = logging.getLogger(__name__)
 
-ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # by status; else client or internal
-MODEL_FAULTS = (ModelFailed, ModelNotReady)
+ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # unless the exception has one of its own
 
 
 def create_app(settings: Settings) -> Flask:
@@ -95,26 +101,26 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # Runs a function beside the event loop and returns its result; a worker class may replace it.
-        self.run_in_thread: Callable[..., Any] = call_directly
+        self.thread_runner: Callable[..., Any] = call_directly  # a worker class may replace it; see run_in_thread
         source = SingleFile(settings.model_path, settings.model_sample)
         self.serving = Serving(
             source,
-            self._in_thread,
+            self.run_in_thread,
             settings.max_wait,
             allow_version_mismatch=settings.allow_version_mismatch,
             merge_requests=settings.merge_requests,
             extra_columns=settings.extra_columns,
         )
-        self.users = Users(settings.users_file, self._in_thread) if settings.auth == "basic" else None
+        self.users = Users(settings.users_file, self.run_in_thread) if settings.auth == "basic" else None
         self._request_ids = RequestIds(settings.request_id_headers)
         self.bodies = BodyReader(settings.max_body_bytes, settings.body_timeout)
-        self.decoder = Decoder(self.bodies, settings.max_rows, self._models_of_rows, self._in_thread)
+        self.decoder = Decoder(self.bodies, settings.max_rows, self._limiting_models, self.run_in_thread)
         self.journal = Journal(settings.journal_dir, settings.journal_max_bytes, settings.web_concurrency)
         self.request_log = RequestLog(self.journal)
-        self.recorded = {"predict"}  # endpoints whose requests are recorded
+        self.recorded = {"predict"}  # Flask endpoints, named after their views, whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
-        self.on_answer: list[Callable[[Answer, Response, dict[str, Any]], None]] = []  # and the record; no errors
+        # Called with each successful answer before it leaves, and its response and record.
+        self.on_answer: list[Callable[[Answer, Response, dict[str, Any]], None]] = []  # and the record
         self.on_error: list[Callable[[HTTPException, Exception, dict[str, Any]], None]] = []  # answer, cause, record
         self.on_traceparent: list[Callable[[str, dict[str, Any]], None]] = []  # the header and the record
         self.on_ready: list[Callable[[], None]] = []  # called by `readyz`; may raise ModelNotReady
@@ -129,7 +135,9 @@ class Service:
         # A user's own extension may replace these two, to change the rows or the answer.
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = _unchanged
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
-        self.others_serve: Callable[[], bool] = bool  # whether another worker has a model, if an extension knows that
+        # bool() is False. Whether another worker has a model; and whether this one shall accept no connections yet.
+        self.others_serve: Callable[[], bool] = bool
+        self.keeps_waiting: Callable[[], bool] = bool
         self._started_in: int | None = None
         self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause; an extension may replace it
         if self.users is None:
@@ -138,11 +146,13 @@ class Service:
             self.every_second.append(self.users.refresh)
             self.on_ready.append(self.users.check)
 
-    def _models_of_rows(self) -> list[LoadedModel]:  # as they are sent
+    def _limiting_models(self) -> list[LoadedModel]:
+        """Return the models whose signatures limit a body; none if an extension may make other rows of it."""
         return self.serving.loaded() if self.before_predict is _unchanged else []
 
-    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.run_in_thread(function, *arguments)
+    def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a function returns, called beside the event loop if the worker class has threads for it."""
+        return self.thread_runner(function, *arguments)
 
     # --- views
 
@@ -159,12 +169,12 @@ class Service:
         try:
             return json_response(content)
         except TypeError as error:  # orjson's: a complex number, a set, half a surrogate pair
-            raise ModelFailed("the prediction has no form in JSON") from error
+            raise ModelFailed("the prediction cannot be encoded as JSON") from error
 
     def model(self) -> Response:
         """GET /model: what is served."""
         found = self.serving.describe()
-        if found["error"] and not has_role("admin"):  # its words hold paths, and messages of libraries
+        if found["error"] and not has_role("admin"):  # it may hold paths, and messages of libraries
             what = "something is wrong with the versions" if found["ready"] else "the model did not load"
             found["error"] = f"{what}; the server's log says why"
         return json_response(found)
@@ -192,15 +202,15 @@ class Service:
             method: of the model.
             version, routing_key: as in `Serving.choose`; by default of the headers. Only admins may name a version.
 
-        Raises: what `explain` explains.
+        Raises: Forbidden, BadRows, RowsRefused, ModelFailed, ModelNotReady, Overloaded.
         """
         context, given = g._get_current_object(), request.environ.get
         record = context.record
         version = given("HTTP_X_MODEL_VERSION", "") if version is None else version
         routing_key = given("HTTP_X_ROUTING_KEY", "") if routing_key is None else routing_key
         if version and not has_role("admin"):
-            raise Forbidden("asking for a version outright needs the role admin, which your user does not have")
-        model, record["variant"] = self.serving.choose(routing_key, version)
+            raise Forbidden("choosing a version needs the role admin, which your user does not have")
+        model, record["variant"] = self.serving.choose(key=routing_key, version=version)
         if version or routing_key:  # the caller chose, so the guard of a canary does not count this
             record["routed_by"] = "version" if version else "key"
         record["model_version"] = model.version
@@ -210,7 +220,8 @@ class Service:
         rows = rows(model.signature) if callable(rows) else rows
         rows = model.signature.validate(self.before_predict(rows, record))
         record["rows"] = len(rows)
-        prediction = model.predict(rows, method, *caller_of(request.environ, record["user"]))
+        caller, check = caller_of(request.environ, record["user"])
+        prediction = model.predict(rows, method, caller, check)
         answer = Answer(prediction, model.classes_for(method), model, method, rows)
         context.answers[method] = answer = self.after_predict(answer, record)
         return answer
@@ -232,16 +243,16 @@ class Service:
             http = UnprocessableEntity(f"the model does not take the values of these rows (it raised {error})")
         elif isinstance(error, Overloaded):
             http = ServiceUnavailable(f"overloaded: {error}; try again", retry_after=1)
-        elif isinstance(error, ModelNotReady):
+        elif isinstance(error, (ModelNotReady, NoUsers)):
             http = ServiceUnavailable(f"not ready: {error}", retry_after=5)
             http.code = 502 if request.environ.get("HTTP_X_NOT_READY_STATUS") == "502" else 503  # nginx asks another
         else:
-            who = "model" if isinstance(error, MODEL_FAULTS) else "server"
+            who = "model" if isinstance(error, ModelFailed) else "server"
             self.log_limit.error(f"{user}: {who}", "request %s: the %s failed", request_id, who, exc_info=error)
             http = InternalServerError(f"the {who} failed on this request; the server's log says why")
         code = http.code or 500
         error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
-        g.record |= {"error": http.name, "error_type": "model" if isinstance(error, MODEL_FAULTS) else error_type}
+        g.record |= {"error": http.name, "error_type": getattr(error, "error_type", error_type)}
         run_hooks(self.on_error, http, error, g.record)
         return http
 
@@ -278,8 +289,7 @@ class Service:
         """Load the model and begin the background tasks, once in each process: threads do not survive a fork."""
         if self._started_in != os.getpid():
             self._started_in = os.getpid()
-            for hook in self.on_start:
-                hook()
+            run_hooks(self.on_start)
             self.serving.start()
             threading.Thread(target=self._run_background_tasks, name="background", daemon=True).start()
 

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import FileLock, is_locked, replace_file
+from processes import is_locked
+from shared_files import FileLock, replace_file
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -28,7 +28,8 @@ from endpoints.row_counts import RowCounts
 from endpoints.truths import BadTruth, Known, compare, kind_of, labels_of
 from model.limits import Limits
 from model.loaded import Answer
-from processes import LogLimit, replace_file
+from processes import LogLimit
+from shared_files import replace_file
 from web.decoding import parse_json, read_body, require_json
 from web.errors import json_response
 from worker_slot import WorkerSlot, slot_of

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from processes import replace_file
+from shared_files import replace_file
 
 FIRST_SLOTS = 2**8  # of an hour's first table; each further one has twice as many
 MAX_BYTES = 2**30  # of all tables

@@ -24,7 +24,8 @@ from endpoints.receipts import Receipt
 from endpoints.row_counts import read_rows
 from endpoints.truths import Outcome
 from monitor import read_lines, segments
-from processes import LogLimit, replace_file
+from processes import LogLimit
+from shared_files import replace_file
 
 log = logging.getLogger(__name__)
 

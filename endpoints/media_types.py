@@ -141,7 +141,7 @@ def per_row(prediction: Any) -> list[Any]:
     try:
         values: Any = orjson.loads(orjson.dumps(prediction, option=orjson.OPT_SERIALIZE_NUMPY))
     except TypeError as error:  # a complex number, a set, half a surrogate pair
-        raise ModelFailed("the prediction has no form in JSON") from error
+        raise ModelFailed("the prediction cannot be encoded as JSON") from error
     return list(map(list, zip(*values, strict=True))) if type(prediction) is tuple else values
 
 

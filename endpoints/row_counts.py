@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endpoints.error_rate import CLASSIFICATION, REGRESSION
-from processes import replace_file
+from shared_files import replace_file
 
 PLACE = struct.Struct("@Qd80s")  # rows, when a worker last began to count them (seconds since 1970), name
 PLACES = 200

@@ -31,11 +31,11 @@ Run = Callable[[Sequence[Any], str], list[Any]]
 
 
 class Overloaded(Exception):
-    """The calls that wait for the model would take too long."""
+    """The queue for the model is too long."""
 
 
 def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Stand for `run_in_thread` where requests have native threads of their own."""
+    """Stand for `run_in_thread` where a call is short, or where nothing else has to go on meanwhile."""
     return function(*arguments)
 
 
@@ -110,7 +110,7 @@ class Batcher:
             rows: a list or array; of at most `timings.bound` rows, if the model can be called for fewer at a time.
             method: of the model.
             shape: only rows of the same shape are merged.
-            caller: who asks, if that is known: its next rows share no calls for a while after such as `run` raised at.
+            caller: who asks, if known: after `run` raised at its rows, its next ones share no calls for a while.
             check: raises if the caller no longer waits for an answer; called if its turn did not come at once.
             is_first: false if these are further rows of a request that was admitted.
 
@@ -144,9 +144,9 @@ class Batcher:
             call.suspect, call.key = True, object()
         with self._lock:
             if is_first and self._expected > self._max_wait:
-                size, each = self.timings.bound(method)
-                if self._expected > 2 * size * each:  # one call that is under way, and one that waits
-                    raise Overloaded(f"what waits for the model will take it {self._expected:.1f} seconds")
+                max_rows, seconds_per_row = self.timings.bound(method)
+                if self._expected > 2 * max_rows * seconds_per_row:  # one call that is under way, and one that waits
+                    raise Overloaded(f"the calls in the queue will take the model {self._expected:.1f} seconds")
             if others := self._open.get(call.key, 0):  # so it needs no call of its own
                 call.seconds = len(call.rows) * self.timings.bound(method)[1]
             else:
@@ -174,20 +174,20 @@ class Batcher:
         batch, size, now = [], 0, time.perf_counter()
         left: deque[_Call] = deque()
         with self._lock:
-            most = self.timings.bound(method)[0] if len(self._queue) > 1 else 1
+            max_rows = self.timings.bound(method)[0] if len(self._queue) > 1 else 1
             if self._queue[0] is not call:
                 self._queue.remove(call)
                 self._queue.appendleft(call)
             for each in self._queue:
                 if now - each.since > PATIENCE and each.has_left():
                     batch.append(each)
-                elif each.key == call.key and (size + len(each.rows) <= most or not size):
+                elif each.key == call.key and (size + len(each.rows) <= max_rows or not size):
                     batch.append(each)
                     size += len(each.rows)
                 else:
                     left.append(each)
                     if each.key == call.key:
-                        most = 0  # in turn: a large request is not overtaken for ever
+                        max_rows = 0  # in turn: a large request is not overtaken for ever
             self._queue = left
         if size:
             run_hooks(self._observers, size, now - call.since)
@@ -198,11 +198,11 @@ class Batcher:
             return
         size = sum(len(each.rows) for each in batch)
         expected = self.timings.expect(method, size)
-        call = self._run_in_thread if expected > SLOW else call_directly
+        runner = self._run_in_thread if expected > SLOW else call_directly
         began = self._seconds
         self._running_since = began + (expected if expected < inf else 0.0)
         try:
-            results, seconds = call(_timed, run, [each.rows for each in batch], method)
+            results, seconds = runner(_timed, run, [each.rows for each in batch], method)
         except Exception as error:
             if len(batch) > 1:  # the rows of one caller may have spoiled it for all
                 half = len(batch) // 2

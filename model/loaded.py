@@ -148,6 +148,9 @@ class Answer:
     rows: Any  # as `Signature.validate` returned them
 
 
+# --- loading
+
+
 def load_model(
     path: Path,
     *,
@@ -164,8 +167,9 @@ def load_model(
 
     Args:
         path: the file; its suffix names the format.
-        version: its name; by default the beginning of its hash.
-        sha256: its hash, if it was checked already. The file of a version is immutable, so it may be mapped.
+        version: its name, if it is a published one, whose file never changes, so that it may be mapped into memory; by
+            default the beginning of its hash.
+        sha256: its hash, if it was checked already.
         sample: rows that it is known to answer, as in the "data" of a request; by default a synthetic one is made.
         nullable: which columns may be missing, if that is known already.
         allow_version_mismatch, merge_requests, extra_columns: as in the settings.

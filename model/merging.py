@@ -40,7 +40,7 @@ def why_not(model: Any, signature: Signature, rows: list[Any]) -> str:
 def _unknown_part(model: Any) -> str:
     if hasattr(model, "signatures"):
         return ""
-    model = getattr(model, "raw", model)  # of model/foreign.py
+    model = getattr(model, "raw", model)  # of model/frames/foreign.py
     if _library(type(model)) not in ROW_BY_ROW:
         return f"the class {type(model).__qualname__}"
     for part in estimators_in(model):

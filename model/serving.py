@@ -46,10 +46,12 @@ def short_turns() -> Iterator[None]:
 class ModelNotReady(Exception):
     """No version has been loaded and validated yet."""
 
+    error_type = "model"  # of the record
+
 
 @dataclass(frozen=True)
 class Routes:
-    """What is served at one moment. A request reads it once, so it sees one state and never a mixture.
+    """A snapshot of what is served. A request reads it once, so it never sees a mixture.
 
     A source may have its own kind of routes, such as a stable version with a canary beside it.
     """
@@ -186,7 +188,7 @@ class Serving:
         threading.Thread(target=self._follow, name="models", daemon=True).start()
 
     def preload(self) -> None:
-        """Load here and now, before a fork: the children share the memory that nobody writes to."""
+        """Load before a fork, and wait for it: the children share the memory that nobody writes to."""
         self._update()
         # Not as routes: a worker that is forked later has to find out what is to be served by then.
         self._preloaded, self.routes, self.errors = self.loaded(), None, []

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import TIMED_OUT, LogLimit, replace_file
+from processes import TIMED_OUT, LogLimit
+from shared_files import replace_file
 from worker_slot import WorkerSlot, slot_of
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from processes import FileLock, is_locked
+from processes import is_locked
+from shared_files import FileLock
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.formats import ModelLoadError
-from processes import replace_file
 from settings import EXTENSIONS, ROOT
+from shared_files import replace_file
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -64,7 +64,7 @@ class ChangedPackage(ModelLoadError):
 def init_app(app: "Flask", service: "Service") -> None:
     """Leave the requests to other workers while this one may not import what its model needs."""
     serving = service.serving
-    app.extensions["keeps_waiting"] = lambda: bool(_refused) and serving.routes is None and service.others_serve()
+    service.keeps_waiting = lambda: bool(_refused) and serving.routes is None and service.others_serve()
 
 
 def before_fork(settings: "Settings") -> None:

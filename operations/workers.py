@@ -23,7 +23,7 @@ from gevent.server import StreamServer
 from gunicorn.workers.ggevent import GeventWorker as BaseGeventWorker
 from gunicorn.workers.gthread import ThreadWorker as BaseThreadWorker
 
-from web.body import shut_down
+from web.body import shutdown_socket
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -109,7 +109,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         """End longer waits for further requests; one that has arrived is still read, and answered."""
         now = time.monotonic()
         for client in [client for client, since in self.idle.items() if now - since >= seconds]:
-            shut_down(client, socket.SHUT_RD)
+            shutdown_socket(client, socket.SHUT_RD)
 
     def _make_room(self) -> None:
         """If hardly a place is left, close the longest idle connections; not those of a second, which may begin."""
@@ -117,7 +117,7 @@ class GeventWorker(BaseGeventWorker):  # type: ignore[misc]  # gunicorn has no t
         for client, since in list(islice(self.idle.items(), max(surplus, 0))):
             if time.monotonic() - since > 1.0:
                 del self.idle[client]
-                shut_down(client, socket.SHUT_RD)
+                shutdown_socket(client, socket.SHUT_RD)
 
 
 class _Idle:

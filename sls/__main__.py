@@ -13,8 +13,8 @@ from importlib import import_module
 import click
 
 import cli
-from processes import FileLock
 from settings import Settings, SettingsError
+from shared_files import FileLock
 from sls.shipper import Shipper
 
 

@@ -23,7 +23,8 @@ from typing import Any, TypeGuard
 import orjson
 
 from monitor import read_lines, segments
-from processes import FileLock, LogLimit, is_locked, replace_file
+from processes import LogLimit, is_locked
+from shared_files import FileLock, replace_file
 
 log = logging.getLogger("sls")
 

@@ -64,7 +64,7 @@ def install(service: Any) -> None:
         for name in names:
             if hasattr(module, name):
                 setattr(module, name, monkey.get_original(module.__name__, name))
-    service.run_in_thread = run_in_thread
+    service.thread_runner = run_in_thread
 
 
 def _create_lock(handler: logging.Handler) -> None:

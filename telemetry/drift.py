@@ -34,7 +34,8 @@ import numpy as np
 import orjson
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from processes import FileLock, LogLimit, replace_file
+from processes import LogLimit
+from shared_files import FileLock, replace_file
 from telemetry.drift_counts import PLACE, Counts, Sums, read, reference_of
 from worker_slot import WorkerSlot
 
@@ -51,7 +52,7 @@ LARGE = 10_000  # rows; from here on counting takes milliseconds and goes to a n
 
 def watch(service: "Service", slot: WorkerSlot, on_expose: list[Any]) -> None:
     """Count what a service predicts; show the figures in GET /model, in the metrics and, daily, in the journal."""
-    drift = Drift(service.settings.journal_dir, slot, lambda *call: service.run_in_thread(*call))
+    drift = Drift(service.settings.journal_dir, slot, service.run_in_thread)
     tick = partial(drift.tick, service.journal.append)
     service.on_start.append(tick)
     service.every_second.append(tick)

@@ -28,7 +28,7 @@ import click
 from click.core import ParameterSource
 
 import cli
-from processes import replace_file
+from shared_files import replace_file
 from telemetry import rollups, shipping_progress
 from telemetry.rollups import Sums
 from telemetry.single_requests import FIELDS, NoSuchRequest, failures, find, follow, is_request, printable, read

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from processes import FileLock, LogLimit, after_fork, replace_file
+from processes import LogLimit, after_fork
+from shared_files import FileLock, replace_file
 from telemetry.rollups import Sums, add_up, bucket_of, day_of, days, name_of, read_file
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ EXIT_SECONDS = 2.0  # that a worker waits for the lock when it ends
 
 def watch(service: "Service") -> None:
     """Count the requests of a service, its feedback, its events, and the records that its journal lost."""
-    writer = RollupWriter(service.settings.journal_dir, lambda *call: service.run_in_thread(*call))
+    writer = RollupWriter(service.settings.journal_dir, service.run_in_thread)
     service.observers.append(writer.count_request)
     service.journal.on_loss.append(writer.count_loss)
     service.journal.on_event.append(writer.note_event)

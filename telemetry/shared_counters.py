@@ -19,7 +19,7 @@ from prometheus_client import Metric, metrics, registry, values
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from processes import replace_file
+from shared_files import replace_file
 
 # Bytes of a worker's file of each kind, for some 45 versions.
 FILES = {"counter": 2**16, "gauge_livesum": 2**12, "histogram": 2**18}

@@ -507,10 +507,13 @@ def test_without_users_it_is_not_ready_and_says_why_until_there_are_some(
     if content is not None:
         users.write_text(content)
     client = Client(Settings(model_path=iris_file, users_file=users, journal_dir=tmp_path / "journal"))
+    client.service.on_error.append(lambda answer, error, record: error_types.add(record["error_type"]))
+    error_types: set[str] = set()
     assert "ERROR" in [record.levelname for record in caplog.records]
     for answer in (client.get("/readyz"), client.post({"data": [ROW]})):  # not 401, by which callers give up
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
         assert answer.json["detail"] == "not ready: there are no users; the server's log says why"
+    assert error_types == {"internal"}  # not overload, as other answers of 503 are
     write_users(users)
     assert client.service.users is not None
     client.service.users.refresh()

@@ -16,7 +16,7 @@ EXTRAS = (
     *("telemetry/", "sls/", "speedups/", "endpoints/", "operations/"),
     *("model/versions/", "model/__main__.py", "model/demo.py"),
     *(f"model/formats/{name}.py" for name in ("base", "tensor_signature", "onnx", "torch", "keras", "archive_checks")),
-    *("model/frames/", "model/formats/skops.py", "worker_slot.py", "platforms.py", "development.py"),
+    *("model/frames/", "model/formats/skops.py", "shared_files.py", "worker_slot.py", "platforms.py", "development.py"),
     *("auth_commands.py", "cli.py", "history.py", "log_format.py"),
 )
 

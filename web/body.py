@@ -123,10 +123,10 @@ def _shutdown(environ: dict[str, Any], how: int) -> None:
         with suppress(AttributeError):  # another server's stream may not take it
             environ["wsgi.input"].failed = True
     if (connection := environ.get("gunicorn.socket")) is not None:
-        shut_down(connection, how)
+        shutdown_socket(connection, how)
 
 
-def shut_down(connection: Any, how: int) -> None:
+def shutdown_socket(connection: Any, how: int) -> None:
     """Shut down a side of a connection as the kernel does it.
 
     A TLS socket's own method would forget its keys, and gevent's would raise an error in the reader. This needs no new

@@ -1,4 +1,4 @@
-"""Who sent a request, what they call it, and whether they still wait for the answer."""
+"""The caller of a request, the request's id, and whether the caller is still connected."""
 
 import ipaddress
 import random
@@ -23,7 +23,7 @@ class RequestIds:
     """The ids of requests: those of their callers, or random ones."""
 
     def __init__(self, headers: Sequence[str]) -> None:
-        """Remember the names of headers that may have one; with / behind the name it ends at its first slash."""
+        """`headers` are the names of those that may have one; with / behind the name it ends at its first slash."""
         self._variables = [("HTTP_" + n.rstrip("/").upper().replace("-", "_"), n.endswith("/")) for n in headers]
 
     def of(self, environ: dict[str, Any]) -> str:

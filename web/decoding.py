@@ -1,4 +1,4 @@
-"""A request's bytes → rows: strict JSON, or an array in numpy's format. Nothing else turns bytes into rows."""
+"""A request's bytes → rows: strict JSON, or an array in numpy's format. Other protocols have theirs in endpoints/."""
 
 import io
 import math
@@ -23,7 +23,7 @@ LARGE_BODY = 2**18  # bytes; from here on decoding takes milliseconds and goes t
 
 
 class Decoder:
-    """Decodes the bodies of a service's requests. Of large ones one at a time: what is made of them is larger still."""
+    """Decodes the bodies of a service's requests; large ones one at a time, since their rows are larger still."""
 
     def __init__(
         self, bodies: BodyReader, max_rows: int, models: Callable[[], list[Any]], run_in_thread: Callable[..., Any]
@@ -55,13 +55,13 @@ class Decoder:
         return Limits.of(self._max_rows, [model.signature for model in self._models()])
 
     def decode_large(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a function makes of a large body, on a native thread."""
+        """Return what a function makes of a large body: on a native thread, one at a time."""
         with self._one_at_a_time:
             return self._run_in_thread(function, *arguments)
 
 
 def require_json(request: Request, *others: str) -> None:
-    """Reject a body that is not JSON by its content type, nor one of some others. Raises: UnsupportedMediaType."""
+    """Reject a content type that is neither JSON nor one of some others. Raises: UnsupportedMediaType."""
     if request.environ.get("CONTENT_TYPE") not in ("application/json", *others) and not request.is_json:
         raise UnsupportedMediaType("send JSON and say so: curl -H 'Content-Type: application/json' …")
 

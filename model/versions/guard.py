@@ -48,7 +48,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from monitor import read_lines, segments
-from processes import FileLock, is_locked, replace_file
+from processes import is_locked
+from shared_files import FileLock, replace_file
 
 from ..formats import ModelLoadError
 from ..serving import Routes

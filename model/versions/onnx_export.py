@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import cli
-from processes import replace_file
+from shared_files import replace_file
 
 from .. import formats
 from ..columns import BadRows, json_form

@@ -26,7 +26,8 @@ from typing import Any
 import orjson
 
 from history import as_owner_of, os_user
-from processes import FileLock, is_locked, replace_file, sync_directory
+from processes import is_locked
+from shared_files import FileLock, replace_file, sync_directory
 
 from ..formats import ModelLoadError
 from .routing import ROUTING, VERSION_NAME, Routing

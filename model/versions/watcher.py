@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from processes import replace_file
+from shared_files import replace_file
 
 from ..formats import ModelLoadError
 from ..loaded import LoadedModel

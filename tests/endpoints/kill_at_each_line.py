@@ -15,7 +15,7 @@ from ledger_tools import entry, open_ledger
 from endpoints.ledger import ACCEPTED, DUPLICATE, Entry
 from monitor import read_lines, segments
 
-FILES = ("endpoints/ledger.py", "endpoints/id_tables.py", "processes.py", "monitor.py")
+FILES = ("endpoints/ledger.py", "endpoints/id_tables.py", "processes.py", "shared_files.py", "monitor.py")
 
 
 def accept(place: Path, entries: list[Entry], last: int) -> None:

@@ -403,7 +403,7 @@ def test_ten_who_ask_at_once_cost_one_page(monitor: Client) -> None:
         return function(*arguments)
 
     monitor.get("/monitor?range=7d")  # the password is checked once
-    monitor.service.run_in_thread = run_in_thread
+    monitor.service.thread_runner = run_in_thread
     answers: list[int] = []
     threads = [threading.Thread(target=lambda: answers.append(monitor.get("/monitor").status_code)) for _ in range(10)]
     for thread in threads:

@@ -19,7 +19,8 @@ from loopback_sls import LoopbackSLS
 from sls_tools import shipping
 
 from monitor import segments
-from processes import FileLock, is_locked
+from processes import is_locked
+from shared_files import FileLock
 
 RULE = """
 import errno, fcntl, os, stat, sys

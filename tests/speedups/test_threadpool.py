@@ -114,7 +114,7 @@ service = app.extensions["service"]
 
 @app.get("/native")
 def native():
-    return str(service.run_in_thread.__module__ == "speedups.threadpool")
+    return str(service.thread_runner.__module__ == "speedups.threadpool")
 """
 
 

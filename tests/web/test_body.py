@@ -86,7 +86,7 @@ def test_connection_can_be_ended_when_no_descriptor_is_left(over: str, tmp_path:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
-        shut_down(connection, socket.SHUT_WR)
+        shutdown_socket(connection, socket.SHUT_WR)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     ours.settimeout(5)
