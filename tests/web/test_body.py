@@ -18,7 +18,7 @@ from gunicorn.http.unreader import IterUnreader
 from nginx_tools import certificate
 from werkzeug.exceptions import RequestTimeout
 
-from web.body import CHUNK_SIZE, BodyReader, shut_down
+from web.body import CHUNK_SIZE, BodyReader, shutdown_socket
 
 
 class Slow(io.BytesIO):
