@@ -118,24 +118,21 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 
 def _takes_numbers(model: Any) -> bool:
     """Return whether a model takes arrays of numbers for certain: it consists of parts of scikit-learn that do."""
-    parts = list(estimators_in(model))
-    has_width = hasattr(first_step(model), "n_features_in_")
-    return (
-        has_width
-        and bool(parts)
-        and not any(
-            not type(part).__module__.startswith("sklearn.")
-            or any(hasattr(part, name) for name in TAKES_MORE)
-            or np.any(getattr(part, "is_categorical_", False))  # gradient boosting by histograms
-            or (hasattr(part, "statistics_") and (part.missing_values is None or part.statistics_.dtype == object))
-            for part in parts
-        )
-    )
+    parts, width = list(estimators_in(model)), getattr(first_step(model), "n_features_in_", 0)
+    return bool(parts) and bool(width) and all(map(_is_plain, parts))
+
+
+def _is_plain(part: Any) -> bool:
+    if not type(part).__module__.startswith("sklearn.") or any(hasattr(part, name) for name in TAKES_MORE):
+        return False
+    if hasattr(part, "statistics_"):  # an imputer
+        return part.missing_values is not None and part.statistics_.dtype != object
+    return not np.any(getattr(part, "is_categorical_", False))  # gradient boosting by histograms
 
 
 def first_step(model: Any) -> Any:
     """Return the step of a pipeline that gets its input; any other model is its own."""
-    while not hasattr(model, "n_features_in_"):
+    while not getattr(model, "n_features_in_", 0):
         steps = [step for _, step in getattr(model, "steps", ()) if step not in (None, "passthrough")]
         if (inner := steps[0] if steps else getattr(model, "best_estimator_", None)) is None:
             break
