@@ -167,7 +167,8 @@ def post_worker_init(worker):
         return
     _call_extensions("worker_starts", worker)
     service = worker.wsgi.extensions["service"]
-    if _settings.worker_class == "gevent" and service.thread_runner is call_directly:
+    is_gevent = any(each.__module__ == "gunicorn.workers.ggevent" for each in type(worker).__mro__)
+    if is_gevent and service.thread_runner is call_directly:
         worker.log.info("a predict blocks this worker's other requests: no extension runs it on a thread")
     service.start()
     waits, until = _socket_is_handed_in or worker.age > worker.cfg.workers, time.monotonic() + 25.0

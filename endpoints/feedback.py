@@ -98,6 +98,7 @@ class Feedback:
         self._keys.refresh()
         self._join()
         if self._counts is not None:
+            self._counts.note()
             self.ledger.tidy(self._max_age)
 
     def _join(self) -> None:
@@ -122,13 +123,13 @@ class Feedback:
         keys, prediction = self._keys.keys, answer.prediction
         if answer.method != "predict" or not keys or type(prediction) is tuple or self._counts is None:
             return  # a tuple: a model with several results has no rows
-        key = record["model_version"], record["variant"]
+        key, rows = (answer.model.version, record["variant"]), len(answer.rows)
         issuer, count = self._issuers.get(key) or self._add_issuer(*key, answer)
-        if record["rows"] < LARGE_ANSWER:
+        if rows < LARGE_ANSWER:
             receipt = issuer.issue(keys[0], prediction)
         else:
             receipt = self._service.run_in_thread(issuer.issue, keys[0], prediction)
-        count(record["rows"])
+        count(rows)
         response.headers.add("X-Feedback", receipt)
 
     def _add_issuer(self, version: str, variant: str, answer: Answer) -> tuple[Issuer, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from endpoints.error_rate import CLASSIFICATION, REGRESSION
 from shared_files import replace_file
 
-PLACE = struct.Struct("@Qd80s")  # rows, when a worker last began to count them (seconds since 1970), name
+PLACE = struct.Struct("@Qd80s")  # rows, when last counted (seconds since 1970, a second late), name
 PLACES = 200
 KEPT = 100  # when a worker starts; so there are as many free places
 KINDS = {"c": CLASSIFICATION, "r": REGRESSION}
@@ -29,7 +29,7 @@ class Count:
     """The rows of one version and variant."""
 
     rows: int
-    began: float  # when a worker last began to count them, in seconds since 1970
+    last: float  # when last counted, in seconds since 1970
     kind: str
 
 
@@ -37,7 +37,7 @@ class RowCounts:
     """The file in which a worker counts on from where a dead worker with the same number stopped.
 
     Format: `PLACES` places of `PLACE`, in the machine's byte order; the name in one is `<c or r> <variant> <version>`,
-    padded with zero bytes; a place without a name is free. At a start the `KEPT` that were begun last are kept.
+    padded with zero bytes; a place without a name is free. At a start the `KEPT` that were counted last are kept.
 
     Concurrency: only the worker that holds the number (worker_slot.WorkerSlot) writes, and anyone may read. A kill
     loses nothing: what was written to a memory map is the kernel's.
@@ -56,6 +56,15 @@ class RowCounts:
             self._map = mmap.mmap(file.fileno(), len(content))
         self._lock = _thread.RLock()
         self._names = [name for _, _, name in _places(content)]
+        self._noted = [rows for rows, _, _ in _places(content)]
+
+    def note(self) -> None:
+        """Note when rows were counted, once a second: each answer would pay for the time of its own count."""
+        places, now = memoryview(self._map).cast("Q"), time.time()
+        for at, before in enumerate(self._noted):
+            if (rows := places[at * PLACE.size // 8]) != before:
+                self._noted[at] = rows
+                memoryview(self._map).cast("d")[at * PLACE.size // 8 + 1] = now
 
     def exists(self) -> bool:
         """Return whether nobody removed the file."""
@@ -68,11 +77,11 @@ class RowCounts:
             if name not in self._names:
                 if len(self._names) == PLACES or len(name) > 80:
                     raise OSError("too many versions were served since this worker started")
-                PLACE.pack_into(self._map, len(self._names) * PLACE.size, 0, 0.0, name)
+                PLACE.pack_into(self._map, len(self._names) * PLACE.size, 0, time.time(), name)
                 self._names.append(name)
+                self._noted.append(0)
             at = self._names.index(name) * PLACE.size // 8
-        rows, times = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d")
-        times[at + 1] = time.time()  # here, not at each count: every answer pays for that
+        rows = memoryview(self._map).cast("Q")
 
         def count(number: int) -> None:
             with lock:
@@ -88,14 +97,14 @@ def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
         content = b""
         with suppress(OSError):  # removed just now
             content = path.read_bytes()
-        for rows, began, name in _places(content):
+        for rows, last, name in _places(content):
             kind, _, rest = name.decode(errors="replace").partition(" ")
             variant, _, version = rest.partition(" ")
             if kind in KINDS:
                 count = found.setdefault((version, variant), Count(0, 0.0, KINDS[kind]))
                 count.rows += rows
-                if began >= count.began:
-                    count.began, count.kind = began, KINDS[kind]
+                if last >= count.last:
+                    count.last, count.kind = last, KINDS[kind]
     return found
 
 

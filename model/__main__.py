@@ -17,7 +17,7 @@ import cli
 from history import HEAD, History, cells_of
 from settings import Settings, SettingsError
 
-from .formats import ModelLoadError
+from .formats import ModelLoadError, has_frames
 from .versions import living_workers, worker_statuses
 from .versions.callers import differences
 from .versions.guard import changed_at, watching
@@ -241,6 +241,8 @@ def prune(store: Store, settings: Settings, keep: int, dry_run: bool) -> int:
 @click.option("--force", is_flag=True, help="Write it even if the predictions differ.")
 def export_command(store: Store, settings: Settings, file: Path, **given: Any) -> None:
     """Write a scikit-learn model FILE as OUT.onnx, and compare what the two predict for a sample."""
+    if not has_frames():
+        raise ModelLoadError("this server was installed without model/frames, which export needs")
     from .versions.onnx_export import export
 
     report, out = export(file, **given), given["out"]

@@ -81,6 +81,8 @@ def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) ->
         return str(why)
     if isinstance(failure, ImportError):
         return "the model needs a library that is not installed here"
+    if not has_frames() and not hasattr(model, "signatures"):
+        return "this server was installed without model/frames, which may know what such a model takes"
     if sample:
         named = not isinstance(sample, list) or isinstance(sample[0], dict) or hasattr(model, "feature_names_in_")
         objects = (
@@ -109,7 +111,8 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
             one_dimension = model.__sklearn_tags__().input_tags.one_d_array
         of_sklearn = type(model).__module__.startswith("sklearn.")
         if not one_dimension and not has_frames() and (of_sklearn or is_of_family(model)):
-            raise ModelLoadError("this server was installed without model/frames, which knows what such a model takes")
+            needed = "model/frames is needed, without which this server was installed"
+            raise ModelLoadError(f"the model is not fitted, or it takes more than numbers, for which {needed}")
         if not one_dimension:
             yield Signature("array", None)
             yield Signature("texts", ())
@@ -119,6 +122,9 @@ def _candidates(model: Any, sample: list[Any] | None) -> Iterable[Signature]:
 def _takes_numbers(model: Any) -> bool:
     """Return whether a model takes arrays of numbers for certain: it consists of parts of scikit-learn that do."""
     parts, width = list(estimators_in(model)), getattr(first_step(model), "n_features_in_", 0)
+    # A step may be any object with `fit` and `transform`, which is no estimator.
+    steps = [step for part in parts for _, step in getattr(part, "steps", getattr(part, "transformer_list", ()))]
+    parts += [step for step in steps if step not in (None, "passthrough", "drop")]
     return bool(parts) and bool(width) and all(map(_is_plain, parts))
 
 

@@ -5,6 +5,7 @@ worker.
 """
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -36,10 +37,11 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             return
         from .fast_path import serve
 
-        unread = b""
+        name, unread = listener.getsockname(), b""
+        still_named = SimpleNamespace(getsockname=lambda: name)  # a stop closes it, and connections are still served
         try:
             client.setblocking(1)  # whatever socket.setdefaulttimeout says
-            unread = serve(self, listener.getsockname(), client, addr)
+            unread = serve(self, name, client, addr)
         except (BrokenPipeError, ConnectionResetError, TimeoutError) as error:
             self.log.debug("connection lost: %s", error)
         except (Exception, SystemExit):  # SystemExit: gunicorn aborts a worker that hangs
@@ -48,7 +50,7 @@ class Worker(GeventWorker):  # type: ignore[misc]  # gunicorn has no types
             if not unread:
                 close(client)
         if unread:
-            super().handle(listener, _Unread(client, unread), addr)
+            super().handle(still_named, _Unread(client, unread), addr)
 
     def handle_request(self, *arguments: Any) -> Any:
         """Answer a request that gunicorn has read."""

@@ -281,6 +281,22 @@ def test_places_of_versions_long_gone_are_reused_at_a_start(tmp_path: Path) -> N
     assert found[f"v{PLACES - 1}", "stable"].rows == PLACES - 1
 
 
+def test_place_of_a_version_that_is_still_counted_is_kept_at_a_start(tmp_path: Path) -> None:
+    path = tmp_path / "rows-0"
+    counts = RowCounts(path)
+    first = counts.counter("first", "stable", CLASSIFICATION)
+    first(1)
+    for number in range(KEPT):
+        counts.counter(f"v{number}", "canary", CLASSIFICATION)(1)
+    counts.note()
+    first(4)
+    time.sleep(0.01)
+    counts.note()
+    found = read_rows([RowCounts(path).path])
+    assert found["first", "stable"].rows == 5
+    assert len(found) == KEPT
+
+
 def test_state_is_json_that_people_can_read(place: Path) -> None:
     book = open_ledger(place)
     book.accept([entry(1)])

@@ -359,6 +359,19 @@ def test_sample_may_hold_missing_values_if_the_model_takes_them(sample: list[Any
     assert described(signature) == "array size? age?"
 
 
+class OwnEncoder:
+    """A step that scikit-learn takes in a pipeline although it is no estimator of its own."""
+
+    def fit(self, x: Any, y: Any = None) -> "OwnEncoder":
+        self.n_features_in_ = x.shape[1]
+        self.categories_ = [np.unique(column.astype(str)) for column in x.T]
+        return self
+
+    def transform(self, x: Any) -> Any:
+        pairs = zip(np.asarray(x, dtype=object).astype(str).T, self.categories_, strict=True)
+        return np.column_stack([column == value for column, known in pairs for value in known])
+
+
 ENCODED = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
 
 
@@ -370,6 +383,7 @@ ENCODED = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegressi
         make_pipeline(FunctionTransformer(np.log1p), LogisticRegression()),
         VotingClassifier([("encoded", ENCODED), ("plain", LogisticRegression())]),
         HistGradientBoostingClassifier(categorical_features=[0], max_iter=3),
+        make_pipeline(OwnEncoder(), LogisticRegression()),
     ],
     ids=str,
 )
@@ -379,7 +393,7 @@ def test_model_that_may_take_more_than_numbers_is_refused_without_the_room_that_
     model.fit(np.abs(NUMBERS.to_numpy()).round(), Y)
     for module in (formats, model_inference):
         monkeypatch.setattr(module, "has_frames", lambda: False)
-    with pytest.raises(ModelLoadError, match="installed without model/frames"):
+    with pytest.raises(ModelLoadError, match="without which this server was installed"):
         infer_signature(model)
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 import socket
 import sys
 import threading
@@ -640,6 +641,36 @@ def test_fast_path_ends_idle_connections_without_the_worker_of_operations(tmp_pa
         assert "Using worker: speedups.gevent_worker.Worker + GeventWorker\n" in running.log.read_text()
         answer = running.raw(head_of(line="GET /healthz HTTP/1.1"))  # until the server closes
         assert answer.index(b"Content-Type: ") < answer.index(b"Server: ")
+
+
+def is_refused(port: int) -> bool:
+    """Return whether nobody listens on a port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_connection_is_served_on_when_a_stop_has_closed_the_listener(tmp_path: Path, iris_file: Path) -> None:
+    chunked = head_of(
+        *("Content-Type: application/json", "Transfer-Encoding: chunked", "Connection: close"),
+        f"Authorization: {basic('predict')}",
+    )
+    options = {
+        "extensions": "-operations.workers,-operations.last_connections",
+        "keepalive": 30,
+        "graceful_timeout": 30,
+    }
+    with gunicorn(tmp_path, model_path=iris_file, **options) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
+            connection.sendall(call())
+            while not connection.recv(2**16).endswith(b"}\n"):
+                pass
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_until(lambda: is_refused(running.port))
+            connection.sendall(chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ROW), ROW))
+            assert [status for status, _, _ in answers(read_all(connection))] == [200]
 
 
 def test_version_of_gunicorn_that_was_not_tested_reads_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Random tables, models fitted on them, and requests, for tests/model/test_random_models.py.
+"""Random tables, models fitted on them, and requests, for test_random_models.py.
 
 A seed gives a `Case`: a table of one to six columns, and a pipeline or booster that was fitted on it as a data frame or
 as an array. `requests` then writes some of its rows as JSON, each form of them beside the table that it denotes.

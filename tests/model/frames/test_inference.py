@@ -39,6 +39,7 @@ from test_signature import (
     TABLE,
     N,
     NeedsOnes,
+    OwnEncoder,
     RefusesAll,
     Y,
     described,
@@ -358,6 +359,12 @@ def test_sample_shows_what_a_step_of_the_users_own_takes(sample: list[Any]) -> N
     signature, validated_with = infer_signature(copy.deepcopy(FITTED_STRINGS), sample)
     assert described(signature) == "frame size? note:text"
     assert validated_with is sample
+
+
+def test_step_that_is_no_estimator_is_asked_for_its_categories() -> None:
+    strings = TABLE[["city", "note"]].to_numpy(dtype=object)
+    signature, _ = infer_signature(make_pipeline(OwnEncoder(), LogisticRegression()).fit(strings, Y))
+    assert [column.kind for column in signature.columns or ()] == ["text", "text"]
 
 
 def test_model_that_takes_dicts_asks_for_no_sample() -> None:

@@ -3,7 +3,7 @@
 `make test` tries some of scikit-learn's, `make test-all` more, and the boosters as well. By hand, with the seeds 1000
 to 2999:
 
-    PYTHONPATH=.:tests:tests/model python tests/model/test_random_models.py 1000 3000
+    PYTHONPATH=.:tests:tests/model/frames python tests/model/frames/test_random_models.py 1000 3000
 
 tests/model/versions/test_random_versions.py does the same through the version store, and with ONNX.
 """

@@ -2,8 +2,8 @@
 
 `make test-all` tries some. By hand, with the seeds 1000 to 1999, through the store or as ONNX files:
 
-    PYTHONPATH=.:tests:tests/model python tests/model/versions/test_random_versions.py store 1000 2000
-    PYTHONPATH=.:tests:tests/model python tests/model/versions/test_random_versions.py onnx 1000 2000
+    PYTHONPATH=.:tests:tests/model/frames python tests/model/versions/test_random_versions.py store 1000 2000
+    PYTHONPATH=.:tests:tests/model/frames python tests/model/versions/test_random_versions.py onnx 1000 2000
 """
 
 import json
