@@ -657,20 +657,18 @@ def test_connection_is_served_on_when_a_stop_has_closed_the_listener(tmp_path: P
         *("Content-Type: application/json", "Transfer-Encoding: chunked", "Connection: close"),
         f"Authorization: {basic('predict')}",
     )
-    options = {
-        "extensions": "-operations.workers,-operations.last_connections",
-        "keepalive": 30,
-        "graceful_timeout": 30,
-    }
-    with gunicorn(tmp_path, model_path=iris_file, **options) as running:
-        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection:
-            connection.sendall(call())
-            while not connection.recv(2**16).endswith(b"}\n"):
-                pass
-            running.process.send_signal(signal.SIGTERM)
-            running.wait_until(lambda: is_refused(running.port))
-            connection.sendall(chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ROW), ROW))
-            assert [status for status, _, _ in answers(read_all(connection))] == [200]
+    without = "-operations.workers,-operations.last_connections"
+    with (
+        gunicorn(tmp_path, model_path=iris_file, extensions=without, keepalive=30, graceful_timeout=30) as running,
+        socket.create_connection(("127.0.0.1", running.port), timeout=30) as connection,
+    ):
+        connection.sendall(call())
+        while not connection.recv(2**16).endswith(b"}\n"):
+            pass
+        running.process.send_signal(signal.SIGTERM)
+        running.wait_until(lambda: is_refused(running.port))
+        connection.sendall(chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(ROW), ROW))
+        assert [status for status, _, _ in answers(read_all(connection))] == [200]
 
 
 def test_version_of_gunicorn_that_was_not_tested_reads_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
