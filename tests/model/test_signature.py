@@ -385,7 +385,7 @@ ENCODED = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegressi
         HistGradientBoostingClassifier(categorical_features=[0], max_iter=3),
         make_pipeline(OwnEncoder(), LogisticRegression()),
     ],
-    ids=str,
+    ids=["encoder", "columns", "function", "vote", "boosting", "no estimator"],
 )
 def test_model_that_may_take_more_than_numbers_is_refused_without_the_room_that_knows(
     model: Any, monkeypatch: pytest.MonkeyPatch
