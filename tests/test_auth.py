@@ -44,7 +44,7 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 import auth
 import auth_commands
-from auth import (
+from auth import NoUsers, (
     FAILURES_ALLOWED,
     MAX_WAITING,
     RESERVED,
@@ -475,7 +475,7 @@ def test_broken_users_file_is_explained_and_keeps_the_last_good_users(
         read_users(counted.path)  # as the master does before it starts
     # A worker that is started again meanwhile serves on: nobody can log in until the file is fixed.
     late = Users(counted.path, RunInThread())
-    with pytest.raises(ServiceUnavailable):
+    with pytest.raises(NoUsers):
         late.verify(basic("late"), "late", PASSWORD, "192.0.2.1")
     for text in (caplog.text, str(error.value)):
         assert str(counted.path) in text
@@ -632,7 +632,7 @@ def test_worker_that_is_new_lets_a_verified_password_in_though_its_queue_is_full
     for n in range(MAX_WAITING):
         other.users._waiting[str(n).encode()] = 1
     assert other.verify()
-    with pytest.raises(ServiceUnavailable):
+    with pytest.raises(NoUsers):
         other.verify("admin")
 
 

@@ -20,9 +20,9 @@ import pytest
 from conftest import CHEAP, PASSWORD, Client, write_users
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from werkzeug.exceptions import BadRequest, ServiceUnavailable, UnprocessableEntity
+from werkzeug.exceptions import BadRequest, UnprocessableEntity
 
-from auth import ROLES, Users, UsersFileError, read_users
+from auth import ROLES, NoUsers, Users, UsersFileError, read_users
 from model import limits
 from model.columns import BadRows, Column
 from model.formats import ModelLoadError
@@ -215,7 +215,7 @@ def test_users_file_is_used_or_says_what_is_wrong(place: Path, content: bytes) -
         return
     for name, user in found.items():
         assert bool(users.verify(f"h {name}", name, PASSWORD, "192.0.2.2")) == (user.password == CHEAP)
-    with nullcontext() if found else pytest.raises(ServiceUnavailable):
+    with nullcontext() if found else pytest.raises(NoUsers):
         assert not users.verify("m", "mallory", PASSWORD, "192.0.2.3")
 
 
