@@ -135,9 +135,8 @@ class Service:
         # A user's own extension may replace these two, to change the rows or the answer.
         self.before_predict: Callable[[Any, dict[str, Any]], Any] = _unchanged
         self.after_predict: Callable[[Answer, dict[str, Any]], Answer] = lambda answer, record: answer
-        # bool() is False. Whether another worker has a model; and whether this one shall accept no connections yet.
-        self.others_serve: Callable[[], bool] = bool
-        self.keeps_waiting: Callable[[], bool] = bool
+        self.others_serve: Callable[[], bool] = bool  # whether another worker has a model; bool() is False
+        self.keeps_waiting: Callable[[], bool] = bool  # whether this worker is to accept no connections yet
         self._started_in: int | None = None
         self.log_limit = LogLimit(log, 1.0, burst=10)  # for what each request may cause; an extension may replace it
         if self.users is None:

@@ -44,11 +44,12 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 import auth
 import auth_commands
-from auth import NoUsers, (
+from auth import (
     FAILURES_ALLOWED,
     MAX_WAITING,
     RESERVED,
     SECONDS_PER_RETRY,
+    NoUsers,
     Users,
     UsersFileError,
     has_role,
@@ -632,7 +633,7 @@ def test_worker_that_is_new_lets_a_verified_password_in_though_its_queue_is_full
     for n in range(MAX_WAITING):
         other.users._waiting[str(n).encode()] = 1
     assert other.verify()
-    with pytest.raises(NoUsers):
+    with pytest.raises(ServiceUnavailable):
         other.verify("admin")
 
 
