@@ -158,10 +158,8 @@ def change(server: Gunicorn, path: Path, old: str, new: str) -> None:
 
     def is_served() -> bool:
         nonlocal saved
-        if (
-            time.monotonic() - saved > 10.0
-            and "modified" not in server.log.read_text().rpartition("serving version")[2]
-        ):
+        since = server.log.read_text().rpartition("Booting worker")[2]
+        if time.monotonic() - saved > 10.0 and "modified" not in since:
             os.utime(path)  # saved again: the worker had not looked at the file before
             saved = time.monotonic()
         return server.log.read_text().count("serving version") > served

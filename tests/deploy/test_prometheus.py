@@ -27,6 +27,7 @@ from sklearn.dummy import DummyClassifier
 
 from endpoints.error_rate import CLASSIFICATION, REGRESSION, Figures, wilson
 from model.batching import call_directly
+from model.loaded import Answer
 from monitor import LOSSES, Journal
 from operations import exits
 from telemetry.certificate import families as certificate_families
@@ -213,8 +214,7 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     drift.tick(lambda record: None)
     about = {"sha256": "", "reference": {"classes": ["a"], "counts": [40, 0]}}
     model: Any = SimpleNamespace(version="1", about=about, signature=SimpleNamespace(columns=None))
-    answer: Any = SimpleNamespace(model=model, prediction=["a"])
-    drift.count([[0.5]], answer, {"method": "predict", "model_version": "1"})
+    drift.count(Answer(["a"], None, model, "predict", [[0.5]]))
     metrics.on_expose.append(lambda add: add(drift.families()))
     certificate = place / "certificate.pem"
     subprocess.run(["openssl", *NEW_CERTIFICATE, "-days", "1", "-out", certificate], check=True, capture_output=True)

@@ -27,6 +27,7 @@ from endpoints.receipts import Receipt
 from endpoints.row_counts import RowCounts
 from endpoints.truths import Outcome
 from model.batching import call_directly
+from model.loaded import Answer
 from monitor import BLANK, LOSSES, Journal, RequestLog, read_lines, segments
 from operations import exits
 from telemetry import drift, feedback_metrics
@@ -248,9 +249,8 @@ class Happening:
 
     def _predict(self, labels: list[str]) -> None:
         about = {"sha256": "", "reference": {"classes": ["a", "b"], "counts": [500, 500, 0]}}
-        model = SimpleNamespace(version="1", about=about, signature=SimpleNamespace(columns=None))
-        answer: Any = SimpleNamespace(model=model, prediction=labels)
-        self.drift.count([[0.5]] * len(labels), answer, {"method": "predict", "model_version": "1"})
+        model: Any = SimpleNamespace(version="1", about=about, signature=SimpleNamespace(columns=None))
+        self.drift.count(Answer(labels, None, model, "predict", [[0.5]] * len(labels)))
 
     def _ship(self) -> None:
         for path in segments(self.place):

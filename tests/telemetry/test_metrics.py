@@ -224,10 +224,10 @@ def test_requests_in_flight_are_counted_while_they_are_handled(iris: Client) -> 
     entered, leave = threading.Event(), threading.Event()
     ask = iris.service.serving.choose
 
-    def choose(*arguments: Any) -> Any:
+    def choose(**arguments: Any) -> Any:
         entered.set()
         assert leave.wait(30)
-        return ask(*arguments)
+        return ask(**arguments)
 
     iris.service.serving.choose = choose
     caller = threading.Thread(target=iris.predict, args=([ROW],))
