@@ -81,7 +81,7 @@ def _explain(model: Any, failure: Exception | None, sample: list[Any] | None) ->
         return str(why)
     if isinstance(failure, ImportError):
         return "the model needs a library that is not installed here"
-    if not has_frames() and not hasattr(model, "signatures"):
+    if not has_frames() and not hasattr(model, "signatures") and not _takes_numbers(model):
         return "this server was installed without model/frames, which may know what such a model takes"
     if sample:
         named = not isinstance(sample, list) or isinstance(sample[0], dict) or hasattr(model, "feature_names_in_")
