@@ -105,8 +105,6 @@ def _authenticate(users: "Users", header: str) -> "User":
 class NoUsers(Exception):
     """Nobody can log in; the log says why. The message is for callers."""
 
-    error_type = "internal"
-
 
 class UsersFileError(Exception):
     """A users file that cannot be used, or not be changed as asked. The message is for the operator."""

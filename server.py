@@ -56,7 +56,8 @@ from web.errors import json_response, problem
 
 log = logging.getLogger(__name__)
 
-ERROR_TYPES = {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # unless the exception has one of its own
+ERROR_TYPES: dict[Any, str] = {ModelFailed: "model", ModelNotReady: "model", NoUsers: "internal"}
+ERROR_TYPES |= {401: "auth", 403: "auth", 429: "auth", 503: "overload"}  # else client or internal
 
 
 def create_app(settings: Settings) -> Flask:
@@ -119,8 +120,7 @@ class Service:
         self.request_log = RequestLog(self.journal)
         self.recorded = {"predict"}  # Flask endpoints, named after their views, whose requests are recorded
         self.observers: list[Callable[[float, dict[str, Any]], None]] = [self.request_log.observe]
-        # Called with each successful answer before it leaves, and its response and record.
-        self.on_answer: list[Callable[[Answer, Response, dict[str, Any]], None]] = []  # and the record
+        self.on_answer: list[Callable[[Answer, Response, dict[str, Any]], None]] = []  # of successes, and the record
         self.on_error: list[Callable[[HTTPException, Exception, dict[str, Any]], None]] = []  # answer, cause, record
         self.on_traceparent: list[Callable[[str, dict[str, Any]], None]] = []  # the header and the record
         self.on_ready: list[Callable[[], None]] = []  # called by `readyz`; may raise ModelNotReady
@@ -250,8 +250,8 @@ class Service:
             self.log_limit.error(f"{user}: {who}", "request %s: the %s failed", request_id, who, exc_info=error)
             http = InternalServerError(f"the {who} failed on this request; the server's log says why")
         code = http.code or 500
-        error_type = ERROR_TYPES.get(code, "client" if code < 500 else "internal")
-        g.record |= {"error": http.name, "error_type": getattr(error, "error_type", error_type)}
+        error_type = ERROR_TYPES.get(type(error)) or ERROR_TYPES.get(code, "client" if code < 500 else "internal")
+        g.record |= {"error": http.name, "error_type": error_type}
         run_hooks(self.on_error, http, error, g.record)
         return http
 

@@ -111,5 +111,5 @@ def read_rows(paths: Iterable[Path]) -> dict[tuple[str, str], Count]:
 def _places(content: bytes) -> list[tuple[int, float, bytes]]:
     """Return the rows, the time and the name of each place that is taken."""
     whole = content[: len(content) // PLACE.size * PLACE.size]
-    places = ((rows, began, name.rstrip(b"\0")) for rows, began, name in PLACE.iter_unpack(whole))
+    places = ((rows, last, name.rstrip(b"\0")) for rows, last, name in PLACE.iter_unpack(whole))
     return [place for place in places if place[2]]

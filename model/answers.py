@@ -20,8 +20,6 @@ _PLAIN = {str, int, float, bool, type(None)}
 class ModelFailed(Exception):
     """The model raised something that is not the caller's fault, or did not return one prediction per row."""
 
-    error_type = "model"  # of the record
-
 
 def to_json(result: Any, n_rows: int, by_output: bool = False) -> Any:
     """Turn a model's result into what orjson encodes: one entry per row; for several outputs a tuple of those.

@@ -46,8 +46,6 @@ def short_turns() -> Iterator[None]:
 class ModelNotReady(Exception):
     """No version has been loaded and validated yet."""
 
-    error_type = "model"  # of the record
-
 
 @dataclass(frozen=True)
 class Routes:

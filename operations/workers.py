@@ -1,4 +1,4 @@
-"""gunicorn's workers, which at a stop answer whoever has connected by then, and do not wait for idle connections.
+"""gunicorn's workers, which at a stop answer all who have connected by then, and do not wait for idle connections.
 
 An extension (EXTENSIONS in settings.py). gunicorn's own wait until idle connections have been so for `keepalive`
 seconds or the drain is over: with a load balancer in front each stop would take the whole drain. And they close the

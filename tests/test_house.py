@@ -87,7 +87,7 @@ def length(names: list[str]) -> int:
 
 def test_reader_can_hold_it() -> None:
     assert length(["server.py"]) <= 298
-    assert length(CORE) <= 3955
+    assert length(CORE) <= 3949
     functions = [(name, node) for name, tree in PRODUCT.items() for node in ast.walk(tree)]
     long = {
         f"{name}:{node.name}": lines

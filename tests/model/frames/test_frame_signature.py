@@ -1,7 +1,6 @@
 """Any JSON becomes rows for models whose columns differ, or a short error."""
 
 import doctest
-import json
 from typing import Any
 
 import pytest
@@ -48,10 +47,3 @@ def test_any_json_gives_rows_or_reasons(name: str, data: Any) -> None:
 @pytest.mark.parametrize("case", HOSTILE)
 def test_error_stays_small_for_any_data(name: str, case: str) -> None:
     assert_rows_or_reasons(SIGNATURES[name], HOSTILE[case])
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_number_beyond_any_float_is_refused(name: str) -> None:
-    huge = json.loads("1" + "0" * 400)  # from a recorded sample, which Python's own decoder reads
-    for data in ([[huge, huge]], [huge], [{"a": huge, "b": huge}], [["x", None, huge, huge]]):
-        assert_rows_or_reasons(SIGNATURES[name], data)
